@@ -214,7 +214,7 @@ def refused(shop: Workshop, output: dict[str, Any] | None = None, **mixture: Any
 
 LOGISTIC = {"fit": "logistic"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"top_k": 2, "groups": 2}, "give top_k or groups, not both"),
+    ({"top_k": 2, "groups": 2}, "give one of top_k, top_p, groups, threshold"),
     ({"method": "gating", "threshold": 0.2}, "'threshold' has no effect with method 'gating'"),
     ({"threshold": {"law": 0.2}}, "must name every expert"),
     ({"router": {"fit": "lexical", "granularity": "sequence"}}, "reads token ids by itself"),

@@ -102,7 +102,7 @@ def test_all_layers_are_what_no_word_of_them_is(shop: Workshop, ids: torch.Tenso
     ("change", "error", "what"),
     [
         ({"layers": [7]}, RecipeError, r"experts\[1\]\.layers"),
-        ({"layers": ["two"]}, RecipeError, "'layers' must be numbers"),
+        ({"layers": ["two"]}, RecipeError, "must be numbers"),
         ({"output": {"format": "native"}}, RecipeError, "only some layers"),
     ],
 )

@@ -76,12 +76,16 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
         with_mixture(**RANDOM, weights={"law": 1, "code": 2}),
         [
             "mixture: 'weights' has no effect",
-            "remove it or use method: linear",
+            "remove it",
         ],
     ),
     ("top_k under gating", with_mixture(method="gating", top_k=2, **RANDOM), ["mixture: 'top_k' has no effect", "remove it"]),
     ("weights that miss an expert", with_mixture(method="linear", weights={"law": 1}), ["mixture.weights", "law, code"]),
-    ("negative weight", with_mixture(method="linear", weights={"law": 1, "code": -1}), ["mixture: 'weights' must be >= 0"]),
+    (
+        "negative weight",
+        with_mixture(method="linear", weights={"law": 1, "code": -1}),
+        ["mixture.weights.code: must be greater than or equal to 0"],
+    ),
     ("weights all zero", with_mixture(method="linear", weights={"law": 0, "code": 0}), ["mixture: 'weights'", "not all zero"]),
     (
         "weight that is no number",
@@ -257,8 +261,6 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:
 def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     assert "the recipe does not exist" in refuse("plan", tmp_path / "recipe.yaml")
     assert "this is a folder" in refuse("plan", tmp_path) and "Errno" not in refuse("plan", tmp_path)
-    (tmp_path / "mine.yml").write_text("experts: []")
-    assert f"give the file in it: {tmp_path / 'mine.yml'}" in refuse("plan", tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"base_model: caf\xe9\n")
     assert "cannot be read" in refuse("plan", tmp_path / "latin.yaml")
 
@@ -271,7 +273,7 @@ def test_a_colon_in_place_of_an_equals_sign(tmp_path: Path) -> None:
 def test_a_key_in_the_wrong_place_is_told_where_it_belongs() -> None:
     experts = [{"name": "law", "model": "./law"}]
     for wrong, home in (
-        ({"mixture": {"fit": "random"}}, "mixture.router"),
+        ({"mixture": {"fit": "random"}}, "router"),
         ({"top_k": 1}, "mixture"),
         ({"dtype": "source"}, "output"),
     ):

@@ -34,11 +34,11 @@ def test_recipes_without_labels_do_not_speak_of_them() -> None:
 @pytest.mark.parametrize(
     ("law", "code", "said"),
     [
-        (["court"], ["court"], "the label 'court' is a label of expert 'law' already"),
-        (["code"], None, "the label 'code' is the name of expert 'code' already"),
-        (["court", "court"], None, "the label 'court' is a label of expert 'law' already"),
-        (["law"], None, "the expert's own name is a label of it in any case"),
-        (None, ["base"], "'base' cannot be a label"),
+        (["court"], ["court"], "the label 'court' is known already"),
+        (["code"], None, "the label 'code' is known already"),
+        (["court", "court"], None, "the label 'court' is known already"),
+        (["law"], None, "the label 'law' is known already"),
+        (None, ["base"], "the label 'base' is known already"),
         (["two words"], None, "letters, digits"),
         ([], None, "at least 1 item"),
     ],

@@ -22,7 +22,7 @@ from modekit.routing.refit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = "linear"
-NATIVE = [name for name, row in FITS.items() if row.native and not row.carried]
+NATIVE = [name for name, row in FITS.items() if row.native_as == "gate"]
 ROUTER_FILES = ("model-router.safetensors", "config.json", "model.safetensors.index.json")
 
 
@@ -99,7 +99,7 @@ def test_what_only_the_old_router_needed_is_dropped(shop: Workshop, name: str, p
 
 
 def test_full_models_go_from_every_router_that_reads_no_adapter_to_every_other(shop: Workshop) -> None:
-    names = [name for name, row in FITS.items() if not row.reads_changes]
+    names = [name for name, row in FITS.items() if row.reads != "changes"]
     out = built(shop, "FULL", {"router": {"fit": "random"}}, adapters=False, form="modekit").folder
     for name in a_round([*names, LINEAR]):
         assert says(refit(open_checkpoint(out), asked(name)), name)

@@ -217,9 +217,6 @@ def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> N
     assert not plan.shape.plain and "n-grams of a lexical router" in plan.why
     with pytest.raises(RecipeError, match="n-grams of a lexical router"):
         load_recipe(shared_workshop.write(mixture=mixture, output={"format": "native"}))
-    twice = {"method": "routing", "router": {"fit": "lexical", "orders": [2, 2]}}
-    with pytest.raises(RecipeError, match="names an order twice"):
-        load_recipe(shared_workshop.write(mixture=twice))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
     router = {"fit": "favour", "temperature": 0.5}
     path = workshop.write(mixture={"method": "routing", "router": router}, output={"format": form})
     plan = make_plan(load_recipe(path), workshop.root)
-    assert plan.memory()["fit"] == 0 and plan.statistics_bytes(in_memory=False) == 0
+    assert plan.memory()["fit"] == 0 and plan.statistics_bytes() == 0
     checkpoint = build(plan, workshop.root / "OUT")
     assert is_proven(verify(checkpoint))
     gates = open_checkpoint(checkpoint.folder).gates()

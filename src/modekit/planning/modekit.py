@@ -43,7 +43,7 @@ class ModekitLayout:
         self.unties = self._places.unties
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
         fit = recipe.mixture.fit
-        if fit is not None and fit.reads_changes:
+        if fit is not None and fit.reads == "changes":
             self._check_scored()
 
     def backbone_name(self, name: str) -> str | None:

@@ -18,6 +18,7 @@ from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
+from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, architecture_of, whole
 from modekit.sources.family import Family
@@ -160,7 +161,7 @@ class Plan:
     @property
     def bytes_of_statistics(self) -> int:
         """Of those that are kept beside the weights."""
-        return self.statistics_bytes(in_memory=False) if self.recipe.mixture.keeps_statistics else 0
+        return self.statistics_bytes()
 
     @property
     def bytes_read(self) -> int:
@@ -183,14 +184,15 @@ class Plan:
             "router": by_role["router"],
         }
 
-    def statistics_bytes(self, *, in_memory: bool) -> int:
-        """Bytes of the statistics that a fit keeps of all domains, on disk or while it solves."""
+    def statistics_bytes(self) -> int:
+        """Bytes of the statistics that a fit keeps of all domains."""
         mixture = self.recipe.mixture
-        if mixture.fit is None or mixture.fit.keeps is None:
+        if mixture.fit is None or not mixture.needs_text:
             return 0
-        of_domain = mixture.fit.keeps.nbytes
-        routers = self.slots if mixture.fit.keeps.per_router else self.slots[:1]
-        return sum(self.experts * of_domain(slot.shape[1], mixture.router.keep_tokens, in_memory) for slot in routers)
+        if not mixture.fit.runs_models:  # token ids, which are the same for all routers
+            return self.experts * 4 * MOST_TOKENS
+        kept = 16 + 2 * mixture.router.keep_tokens  # sum, mean of negatives, and inputs in float16
+        return sum(self.experts * slot.shape[1] * kept for slot in self.slots)
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory to build (resident in all), to fit the router (0 when nothing is fitted), and to load the result.
@@ -200,11 +202,11 @@ class Plan:
         parameters = self.parameters()
         router, row = self.recipe.mixture.router, self.recipe.mixture.fit
         fit = 0
-        if row is not None and row.keeps is not None:
+        if row is not None and row.reads_text:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + whole(self.config, "vocab_size")) * 4
-            fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
+            fit = one * itemsize + activations + self.statistics_bytes() * (1 if row.runs_models else 4)
         factored = (
             working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
             for tensor in self.tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from modekit.recipes.fits import AUTO, Fit, row_of
-from modekit.recipes.mixture import CHOICES
+from modekit.recipes.mixture import CHOICES, READ_BY
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import CHAT_DECAY, without_effect
@@ -16,12 +16,6 @@ from modekit.recipes.strict import RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"
 """Beside a mixture that `modekit mix` made: its recipe."""
-_METHODS = {
-    **{key: {"routing"} for key in CHOICES},
-    "always_on": {"routing", "gating"},
-    "weights": {"linear"},
-}
-"""Settings of a mixture -> methods that read them."""
 _BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
 """What a router that reads text as it runs needs where whole models are mixed."""
 
@@ -89,7 +83,7 @@ def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
 
 def _dead_of_mixture(mixture: RecipePart, changes: RecipePart, method: str) -> set[str]:
     """Keys of the old mixture without an effect under the new method and choice of experts."""
-    dead = {key for key, methods in _METHODS.items() if method not in methods}
+    dead = {key for key, methods in READ_BY.items() if key != "router" and method not in methods}
     dead |= {*CHOICES} if any(changes.get(key) is not None for key in CHOICES) else set()
     always_on = mixture.get("always_on") or {}
     if method == "gating" and always_on.get("weight") is None:

@@ -6,7 +6,6 @@ below torch and knows no function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -26,32 +25,6 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class KeptStatistics:
-    """A kind of statistics that a fit keeps of every domain.
-
-    Attributes:
-        nbytes: gate width, kept tokens and whether it is in memory -> bytes of one domain for one router.
-        memory: bytes of all statistics in memory, and of the model and its activations -> peak bytes of a fit.
-        per_router: whether every router has its own; else they are of the text alone.
-    """
-
-    nbytes: Callable[[int, int, bool], int]
-    memory: Callable[[int, int], int]
-    per_router: bool = True
-
-
-_SUMS = KeptStatistics(  # sum, mean of negatives, and kept inputs in float16
-    nbytes=lambda width, tokens, _in_memory: width * (16 + 2 * tokens),
-    memory=lambda statistics, model: model + statistics,
-)
-_TOKEN_IDS = KeptStatistics(
-    nbytes=lambda _width, _tokens, _in_memory: 4 * MOST_TOKENS,
-    memory=lambda kept, model: model + 4 * kept,
-    per_router=False,
-)
-
-
-@dataclass(frozen=True)
 class Fit:
     """All of a fit.
 
@@ -60,7 +33,6 @@ class Fit:
         about: one sentence for the recipe's schema.
         reads: recipe: nothing else; ids: nothing else, and routers read token ids; changes: the experts' low-rank changes;
             tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert.
-        keeps: the statistics that it keeps of every domain, or None.
         sample: whether the kept sample of router inputs is all that it is made from.
         score: how routers score experts, as the architecture's config says it.
         rows: of the gate for an expert.
@@ -76,7 +48,6 @@ class Fit:
     about: str
     reads: Literal["recipe", "ids", "changes", "tokens", "router inputs"]
     settings: tuple[str, ...] = ()
-    keeps: KeptStatistics | None = None
     sample: bool = False
     score: ScoreKind = "linear"
     rows: int = 1
@@ -91,7 +62,7 @@ class Fit:
 
     @property
     def reads_text(self) -> bool:
-        """Whether every domain must have text."""
+        """Whether every domain must have text, of which statistics are kept."""
         return self.reads in {"tokens", "router inputs"}
 
     @property
@@ -105,24 +76,9 @@ class Fit:
         return self.reads == "router inputs"
 
     @property
-    def reads_changes(self) -> bool:
-        """Whether experts must be low-rank changes of the base, which are scored."""
-        return self.reads == "changes"
-
-    @property
     def carried(self) -> bool:
         """Whether what a native router reads is carried to it in channels."""
         return self.native_as == "channels"
-
-    @property
-    def native(self) -> bool:
-        """Whether native architectures can say it."""
-        return self.carried or (self.native_as == "gate" and not self.for_model)
-
-    @property
-    def tells_texts(self) -> bool:
-        """Whether it says of a text as a whole, on token ids alone, whose it is."""
-        return self.reads == "tokens"
 
 
 _OF_SUMS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
@@ -135,7 +91,7 @@ _EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "seed", "order
 
 def _of_inputs(name: str, about: str, settings: tuple[str, ...], score: ScoreKind = "linear") -> Fit:
     return Fit(
-        name, about, "router inputs", settings, _SUMS, sample=True, score=score, native_as="gate" if score == "linear" else None
+        name, about, "router inputs", settings, sample=True, score=score, native_as="gate" if score == "linear" else None
     )
 
 
@@ -162,7 +118,6 @@ _ROWS = (
         "a table of how much every token favours each domain, averaged over the text so far",
         "tokens",
         _EVIDENCE,
-        _TOKEN_IDS,
         score="lexical",
         native_as="channels",
         for_model=True,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from modekit.errors import RecipeError
 
-Layers = list[int | str]
-"""As a recipe says them: numbers, ranges, stacks."""
 Layer = int | str
 """A number; of a model with an encoder `encoder.` or `decoder.` and a number."""
 STACKS = ("encoder", "decoder")
@@ -33,15 +34,6 @@ def order_of(layer: Layer) -> tuple[int, int]:
     """Sorts layers as they run: an encoder's before a decoder's."""
     stack, number = stack_of(layer)
     return (STACKS.index(stack) if stack else 0), number
-
-
-def layer_problems(said: Layers | None) -> Iterator[str]:
-    """Of a key 'layers' that has an entry which names none."""
-    try:
-        for entry in said or ():
-            _parsed(entry)
-    except ValueError as error:
-        yield f"'layers' must be {error} (found {said})"
 
 
 def named_layers(said: Sequence[int | str] | None, sizes: Mapping[str, int], where: str = "mixture.layers") -> list[Layer]:
@@ -88,7 +80,16 @@ def _parsed(entry: int | str) -> tuple[str, int, int | None]:
     match = _ENTRY.fullmatch(str(entry))
     stack, first, last = match.groups() if match is not None else (None, None, None)
     if (stack is None and first is None) or (last is not None and int(last) < int(first or 0)):
-        raise ValueError(_EXPECTED)
+        raise ValueError(f"must be {_EXPECTED}")
     if first is None:
         return stack or "", 0, None
     return stack or "", int(first), int(last if last is not None else first)
+
+
+def _said_well(entry: int | str) -> int | str:
+    _parsed(entry)
+    return entry
+
+
+Layers = list[Annotated[int | str, AfterValidator(_said_well)]]
+"""As a recipe says them: numbers, ranges, stacks."""

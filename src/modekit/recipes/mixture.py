@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from modekit.recipes.fits import Fit
-from modekit.recipes.layers import Layers, layer_problems
+from modekit.recipes.layers import Layers
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
 
@@ -56,6 +56,14 @@ Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cros
 Method = Literal["linear", "gating", "routing"]
 CHOICES = ("top_k", "top_p", "groups", "threshold")
 """Ways to choose experts, of which a mixture has one."""
+READ_BY: dict[str, tuple[Method, ...]] = {
+    **dict.fromkeys(CHOICES, ("routing",)),
+    **dict.fromkeys(("always_on", "router"), ("routing", "gating")),
+    "weights": ("linear",),
+}
+"""Settings of a mixture -> the methods that read them; others are read by all."""
+_Weight = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class AlwaysOn(Strict):
@@ -90,12 +98,14 @@ class Mixture(Strict):
     groups: int | None = Field(
         None, ge=2, description="In place of top_k: groups of experts, in order; the best of each is taken (routing only)."
     )
-    threshold: Annotated[Annotated[float, _ONE] | Annotated[dict[Name, float], _MANY], _ONE_OR_MANY] | None = Field(
+    threshold: Annotated[Annotated[_Share, _ONE] | Annotated[dict[Name, _Share], _MANY], _ONE_OR_MANY] | None = Field(
         None,
         description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
         "or by name (routing only).",
     )
-    modules: Annotated[Annotated[Literal["auto", "decoder", "all"], _ONE] | Annotated[list[Part], _MANY], _ONE_OR_MANY] = Field(
+    modules: Annotated[
+        Annotated[Literal["auto", "decoder", "all"], _ONE] | Annotated[list[Part], Field(min_length=1), _MANY], _ONE_OR_MANY
+    ] = Field(
         "auto",
         description="What experts have of their own; auto: the FFN, and what adapters change. decoder: everything between the "
         "embedding and the head, which they share. all: everything.",
@@ -106,7 +116,7 @@ class Mixture(Strict):
         description="Layers that are mixed, such as [0, '4-11']; of a model that has both [encoder, decoder.4-5]; default all.",
     )
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
-    weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
+    weights: dict[Name, _Weight] | None = Field(None, description="Relative weight per expert (linear only).")
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
     tokens: Literal["mean", "first"] | None = Field(
@@ -115,84 +125,44 @@ class Mixture(Strict):
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Mixture:
-        problems = [
-            *self._problems_of_the_method(),
-            *self._problems_of_always_on(),
-            *self._problems_of_modules(),
-            *(self._problems_of_whole_models() if self.is_whole else ()),
-            *self._problems_of_numbers(),
-        ]
-        return checked(self, problems)
+        return checked(self, [*self._problems(), *(self._problems_of_whole_models() if self.is_whole else ())])
 
-    def _problems_of_the_method(self) -> Iterator[str]:
-        if self.method == "linear" and "router" in self.model_fields_set:
-            yield "'router' has no effect with method 'linear', whose weights do not read the input; remove it"
-        if self.method != "linear" and self.weights is not None:
-            yield f"'weights' has no effect with method '{self.method}'; remove it or use method: linear"
-        given = [key for key in CHOICES if getattr(self, key) is not None]
-        for key in given if self.method != "routing" else ():
-            yield f"'{key}' has no effect with method '{self.method}', which uses all experts; remove it"
-        if len(given) > 1:
-            yield f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}"
-
+    def _problems(self) -> Iterator[str]:
+        given = {key for key in self.model_fields_set if getattr(self, key) is not None}
+        for key in sorted(given):
+            if self.method not in READ_BY.get(key, (self.method,)):
+                yield f"'{key}' has no effect with method '{self.method}'; remove it"
+        if len(given & {*CHOICES}) > 1:
+            yield f"give one of {', '.join(CHOICES)}"
         if self.fit is not None and self.fit.reads == "ids" and self.method == "gating":
             yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
-
-    def _problems_of_always_on(self) -> Iterator[str]:
-        if self.always_on is None:
-            return
-        if self.method == "linear":
-            yield "'always_on' has no effect with method 'linear', where every expert takes part; remove it"
-        if self.always_on.weight is None and self.method == "gating":
-            yield "'always_on' without a weight has no effect with method 'gating', where every expert takes part; remove it"
-        if self.always_on.weight is None and self.top_k == 1:
-            yield "'always_on' without a weight takes the only place of top_k: 1; give it a weight, or raise top_k"
-        if self.always_on.apart:
-            if self.always_on.expert != BASE or self.always_on.weight is None:
-                yield "'always_on' with apart: true is the base with a weight: write expert: base, weight: 0.5"
-            if self.backbone != BASE:
-                yield "'always_on' with apart: true is the base itself, which needs backbone: base; remove one of them"
-            if self.modules == "all":
+        always = self.always_on
+        if always is not None and always.weight is None and (self.method == "gating" or self.top_k == 1):
+            yield "'always_on' without a weight takes one of the places of routing; give it a weight, or another top_k"
+        if always is not None and always.apart:
+            shares = self.backbone == BASE and self.modules != "all"
+            if always.expert != BASE or always.weight is None or not shares:
                 yield (
-                    "'always_on' with apart: true averages what one head reads, and with modules: all experts have heads of "
-                    "their own; write modules: decoder"
+                    "'always_on' with apart: true is the base with a weight, whose head the experts share: write expert: base, "
+                    "weight: 0.5, backbone: base, and another word than modules: all"
                 )
-
-    def _problems_of_modules(self) -> Iterator[str]:
-        if not isinstance(self.modules, list):
-            return
-        if len(set(self.modules)) < len(self.modules):
-            yield "'modules' names a part twice"
-        if "mlp" in self.modules and {"gate", "up", "down"} & set(self.modules):
-            yield "'modules': mlp is the whole FFN, gate, up and down included; name either it or them"
-        if not self.modules:
-            yield "'modules' is empty; name at least one part, or remove it"
+        if isinstance(self.modules, list):
+            parts = [*self.modules, *(("gate", "up", "down") if "mlp" in self.modules else ())]
+            if len(set(parts)) < len(parts):
+                yield "'modules' names a part twice (mlp is gate, up and down)"
+        if self.weights is not None and not 0 < sum(self.weights.values()) < math.inf:
+            yield "'weights' must be >= 0 and not all zero"
 
     def _problems_of_whole_models(self) -> Iterator[str]:
         fit = self.fit
         before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
-        if fit is not None and not before_first_layer and not fit.for_model:
+        if fit is not None and not fit.for_model and (fit.reads == "changes" or not before_first_layer):
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "
-                "router: {fit: lexical}, or router: {granularity: sequence, per: model}"
-            )
-        if fit is not None and fit.reads_changes:
-            yield (
-                f"with modules: {self.modules} the router reads the embedding, where fit '{fit.name}' has no change to score: "
-                "name the parts under modules, or choose another fit"
+                "router: {fit: lexical}, or router: {granularity: sequence, per: model} with a fit that reads text"
             )
         if self.layers is not None:
             yield f"'layers' has no effect with modules: {self.modules}; remove it"
-
-    def _problems_of_numbers(self) -> Iterator[str]:
-        yield from layer_problems(self.layers)
-        if self.weights is not None and not (
-            min(self.weights.values(), default=0) >= 0 and 0 < sum(self.weights.values()) < math.inf
-        ):
-            yield "'weights' must be >= 0 and not all zero"
-        thresholds = self.threshold.values() if isinstance(self.threshold, dict) else [self.threshold]
-        if not all(each is None or 0 < each < 1 for each in thresholds):
-            yield "'threshold' must lie between 0 and 1, as probabilities do"
 
     @property
     def is_whole(self) -> bool:
@@ -219,11 +189,6 @@ class Mixture(Strict):
         """Whether the router is set from text."""
         return self.fit is not None and self.fit.reads_text
 
-    @property
-    def keeps_statistics(self) -> bool:
-        """Whether the router is fitted on statistics of text, which are kept."""
-        return self.fit is not None and self.fit.keeps is not None
-
     def beyond_native(self) -> list[str]:
         """What of this mixture only the modekit architecture can say."""
         router = self.router
@@ -236,7 +201,7 @@ class Mixture(Strict):
         if self.fit is not None:
             reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
             reasons += [f"a router per {router.scope}"] if router.scope != "layer" and not self.fit.carried else []
-            reasons += [f"fit: {router.fit}"] if not self.fit.native else []
+            reasons += [f"fit: {router.fit}"] if self.fit.native_as is None else []
             reasons += ["n-grams of a lexical router"] if router.hashes else []
             reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
         return reasons

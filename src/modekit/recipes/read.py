@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -37,7 +36,15 @@ _EXAMPLES: dict[object, str] = {
 _LONGEST_KEY, _LONGEST_LINE = 64, 400  # characters of a key in a problem, and of all of it
 
 
-_HOMES: dict[str, type[BaseModel]] = {"mixture": Mixture, "mixture.router": Router, "output": Output}
+_KINDS: dict[object, type[BaseModel]] = {
+    "experts": Expert,
+    "mixture": Mixture,
+    "router": Router,
+    "output": Output,
+    "always_on": AlwaysOn,
+    "BackboneMerge": BackboneMerge,
+    "BackboneExpert": BackboneExpert,
+}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -51,7 +58,8 @@ def load_recipe(path: Path) -> Recipe:
 def read_recipe(path: Path) -> RecipeData:
     """The mapping that a YAML file holds, unchecked, its experts said in full. Raises RecipeError."""
     if path.is_dir():
-        raise _folder(path)
+        remedy = f"give the path of a recipe.yaml; modekit inspect {path} looks at a mixture, modekit mix {path} mixes a model"
+        raise RecipeError("this is a folder, not a recipe", where=str(path), remedy=remedy)
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
@@ -73,21 +81,6 @@ def read_recipe(path: Path) -> RecipeData:
     return spelled_out(raw, path.resolve().parent)
 
 
-def _folder(path: Path) -> RecipeError:
-    """The error of a folder in a recipe's place."""
-    with suppress(OSError):  # not ours to read
-        if (path / "modekit.json").is_file():
-            remedy = f"modekit verify {path} and modekit inspect {path} look at it"
-            return RecipeError("this is a mixture, not a recipe", where=str(path), remedy=remedy)
-        if (path / "config.json").is_file():
-            remedy = f"modekit mix {path} EXPERT... -o OUT mixes it"
-            return RecipeError("this is a model, not a recipe", where=str(path), remedy=remedy)
-        inside = next((file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")), None)
-        if inside is not None:
-            return RecipeError("this is a folder, not a recipe", where=str(path), remedy=f"give the file in it: {inside}")
-    return RecipeError("this is a folder, not a recipe", where=str(path), remedy="give the path of a recipe.yaml")
-
-
 def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
     """Check a recipe given as plain data. Raises RecipeError with every problem."""
     try:
@@ -96,15 +89,10 @@ def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
             choices(recipe)
         return recipe
     except ValidationError as error:
-        found = iter(error.errors(include_url=False))
-        lines: dict[str, None] = {}
-        for problem in found:
-            lines.update((line[:_LONGEST_LINE], None) for line in _explain(dict(problem)))
-            if len(lines) >= _MOST_PROBLEMS:
-                break
-        more = len(list(found))
-        head = "the recipe has a problem" if len(lines) + more == 1 else f"the recipe has {len(lines) + more} problems"
-        shown = [*lines, *([f"and {more} more"] if more else [])]
+        lines = list(dict.fromkeys(line for problem in error.errors(include_url=False) for line in _explain(dict(problem))))
+        more = [f"and {len(lines) - _MOST_PROBLEMS} more"] if len(lines) > _MOST_PROBLEMS else []
+        head = "the recipe has a problem" if len(lines) == 1 else f"the recipe has {len(lines)} problems"
+        shown = [*(line[:_LONGEST_LINE] for line in lines[:_MOST_PROBLEMS]), *more]
         raise RecipeError(head + "".join(f"\n  - {line}" for line in shown), where=where) from None
 
 
@@ -117,7 +105,7 @@ def _explain(problem: RecipeData) -> list[str]:
             place += "." * bool(place) + str(part)[:_LONGEST_KEY]
     if problem["type"] == "extra_forbidden":
         hint = did_you_mean(problem["loc"][-1], _known_keys(problem["loc"][:-1]))
-        home = next((name for name, kind in _HOMES.items() if problem["loc"][-1] in kind.model_fields), None)
+        home = next((name for name in ("mixture", "router", "output") if problem["loc"][-1] in _KINDS[name].model_fields), None)
         return [f"{place}: unknown key; {hint or (f'it belongs in {home}' if home else 'remove it')}"]
     if problem["type"] == "missing":
         return [f"{place}: missing"]
@@ -146,16 +134,7 @@ def _message(problem: RecipeData) -> str:
 
 def _known_keys(place: tuple[object, ...]) -> list[str]:
     """The keys that may stand at a place of the recipe."""
-    inner: dict[object, type[BaseModel]] = {
-        "experts": Expert,
-        "mixture": Mixture,
-        "router": Router,
-        "output": Output,
-        "always_on": AlwaysOn,
-        "BackboneMerge": BackboneMerge,
-        "BackboneExpert": BackboneExpert,
-    }
-    model = next((inner[part] for part in reversed(place) if part in inner), Recipe)
+    model = next((_KINDS[part] for part in reversed(place) if part in _KINDS), Recipe)
     return [field.alias or key for key, field in model.model_fields.items()]
 
 

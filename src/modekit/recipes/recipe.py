@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from modekit.recipes.fits import fits_with
-from modekit.recipes.layers import Layers, layer_problems
+from modekit.recipes.layers import Layers
 from modekit.recipes.mixture import BackboneExpert, Mixture
 from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
@@ -75,19 +75,18 @@ class Expert(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Expert:
         problems = []
+        is_full = self.adapter is None and not self.is_base
         if (self.model is None) == (self.adapter is None):
             problems.append("give either 'model' or 'adapter'")
-        if self.as_ == "lora" and (self.adapter is not None or self.model == BASE):
-            kind = "already an adapter" if self.adapter is not None else "the base model itself"
-            problems.append(f"'as: lora' keeps a low-rank part of a full model, and this is {kind}: remove 'as'")
+        if self.as_ == "lora" and not is_full:
+            problems.append("'as: lora' keeps a low-rank part of a full model, and this is none: remove 'as'")
         if self.rank is not None and self.as_ != "lora":
             problems.append("'rank' has no effect without 'as: lora'; remove it (an adapter has the rank it was trained with)")
-        if self.bits is not None and (self.adapter is not None or self.model == BASE or self.as_ == "lora"):
+        if self.bits is not None and (not is_full or self.as_ == "lora"):
             problems.append("'bits' keeps the difference of a full model from the base, without 'as: lora'; remove it")
-        problems += layer_problems(self.layers)
         if self.layers is not None and self.is_base:
             problems.append("'layers' has no effect with model: base; remove it")
-        if self.text is not None and SELF in self.text[1:] + self.text[:-1]:
+        if SELF in (self.text or ()) and not self.writes_text:
             problems.append("'text: self' cannot be combined with other text: leave one of them out")
         return checked(self, problems)
 
@@ -202,7 +201,6 @@ class Recipe(Strict):
     def _consistent(self) -> Recipe:
         problems = [
             *self._problems_of_names(),
-            *self._problems_of_labels(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
             *(() if self.mixture.is_open else self._problems_of_channels()),
             *self._problems_of_low_rank(),
@@ -212,35 +210,27 @@ class Recipe(Strict):
         return checked(self, problems)
 
     def _problems_of_names(self) -> Iterator[str]:
-        names, mixture = self.names, self.mixture
-        for key in ("top_k", "groups"):
-            if (getattr(mixture, key) or 0) > len(names):
-                yield f"mixture.{key} is {getattr(mixture, key)} but there are only {len(names)} experts"
-        if isinstance(mixture.threshold, dict) and set(mixture.threshold) != set(names):
-            yield f"mixture.threshold must name every expert once: {', '.join(names)}; or write one number"
-        if mixture.router.dimensions is not None and mixture.router.dimensions > len(names):
-            yield f"mixture.router.dimensions is {mixture.router.dimensions}, and {len(names)} experts have no use for more"
-        if mixture.weights is not None and set(mixture.weights) != set(names):
-            yield f"mixture.weights must name every expert once: {', '.join(names)}"
+        names, mixture, always_on = self.names, self.mixture, self.mixture.always_on
+        dimensions = mixture.router.dimensions
+        for key, most in (("top_k", mixture.top_k), ("groups", mixture.groups), ("router.dimensions", dimensions)):
+            if (most or 0) > len(names):
+                yield f"mixture.{key} is {most} but there are only {len(names)} experts"
+        for key, by_name in (("threshold", mixture.threshold), ("weights", mixture.weights)):
+            if isinstance(by_name, dict) and set(by_name) != set(names):
+                yield f"mixture.{key} must name every expert once: {', '.join(names)}"
         if isinstance(mixture.backbone, BackboneExpert) and mixture.backbone.expert not in names:
             yield f"mixture.backbone.expert '{mixture.backbone.expert}' is not an expert: {', '.join(names)}"
-        always_on = mixture.always_on
-        if always_on is not None and always_on.expert not in names and always_on.expert != BASE:
-            yield f"mixture.always_on.expert '{always_on.expert}' is not an expert: {', '.join([*names, BASE])}"
-        if always_on is not None and always_on.weight is None and always_on.expert not in names:
-            yield "mixture.always_on: the base is not in the list of experts, so it needs a weight"
-
-    def _problems_of_labels(self) -> Iterator[str]:
-        known = {name: f"the name of expert '{name}'" for name in self.names}
+        if always_on is not None and always_on.expert not in names:
+            if always_on.expert != BASE:
+                yield f"mixture.always_on.expert '{always_on.expert}' is not an expert: {', '.join([*names, BASE])}"
+            elif always_on.weight is None:
+                yield "mixture.always_on: the base is not in the list of experts, so it needs a weight"
+        known = {*names, *TAKEN}
         for expert in self.experts:
             for label in expert.labels or ():
-                if label == expert.name:
-                    yield f"experts '{label}': the expert's own name is a label of it in any case; remove it from 'labels'"
-                elif label in TAKEN:
-                    yield f"experts '{expert.name}': '{label}' cannot be a label, as it names a model; remove it"
-                elif label in known:
-                    yield f"experts '{expert.name}': the label '{label}' is {known[label]} already; a label leads to one expert"
-                known.setdefault(label, f"a label of expert '{expert.name}'")
+                if label in known:
+                    yield f"experts '{expert.name}': the label '{label}' is known already; a label leads to one expert"
+                known.add(label)
 
     def _problems_of_native(self) -> Iterator[str]:
         for name in (expert.name for expert in self.experts if expert.is_low_rank):
@@ -262,7 +252,7 @@ class Recipe(Strict):
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole, fit = [each.name for each in self.experts if each.is_whole or each.bits is not None], self.mixture.fit
-        if whole and fit is not None and fit.reads_changes:
+        if whole and fit is not None and fit.reads == "changes":
             yield (
                 f"router fit '{fit.name}' scores low-rank changes, and these experts are full models: "
                 f"{', '.join(whole)} (add as: lora with a rank, or choose another fit)"
@@ -328,14 +318,9 @@ class Recipe(Strict):
 
 
 def _parse_size(value: object) -> object:
-    if isinstance(value, str):
-        text = value.strip().upper().replace(" ", "")
-        for unit in sorted(_UNITS, key=len, reverse=True):
-            number = text.removesuffix(unit)
-            if number != text:
-                try:
-                    return int(float(number) * _UNITS[unit])
-                except (ValueError, OverflowError):
-                    break
-        raise ValueError(f"'{value}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
-    return value
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([\d.]+)([KMG]?I?B)", value.upper().replace(" ", ""), re.ASCII)
+    if found is None or found[2] not in _UNITS or found[1].count(".") > 1:
+        raise ValueError(f"'{value[:64]}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
+    return int(float(found[1]) * _UNITS[found[2]])

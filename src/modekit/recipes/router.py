@@ -15,8 +15,6 @@ CONTEXT_DECAYS = (0.9,)
 CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/chat.md)
 PREFIX = 64
 """Tokens after which a decision stays, unless a recipe says another number."""
-READ_AT = {"decay": "context", "prefix": "sequence"}
-"""Settings of a router -> the granularity that reads them; evidence fades, and has a decay, too."""
 
 
 class Router(Strict):
@@ -36,7 +34,7 @@ class Router(Strict):
         "token",
         description="What the gate reads: the token, a causal average of the text so far, or the first tokens.",
     )
-    decay: list[float] | None = Field(
+    decay: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
         None,
         min_length=1,
         max_length=256,
@@ -67,13 +65,7 @@ class Router(Strict):
     def _no_dead_setting(self) -> Router:
         fields = type(self).model_fields.items()
         given = {key: getattr(self, key) for key, field in fields if getattr(self, key) != field.default}
-        return checked(self, [*dict.fromkeys(why for _, why in without_effect(given, self.row)), *self._other_problems()])
-
-    def _other_problems(self) -> Iterator[str]:
-        if self.decay is not None and not all(0 <= decay <= 1 for decay in self.decay):
-            yield "'decay' must lie between 0 and 1"
-        if self.orders is not None and len(set(self.orders)) < len(self.orders):
-            yield "'orders' names an order twice"
+        return checked(self, [*dict.fromkeys(why for _, why in without_effect(given, self.row))])
 
     @property
     def row(self) -> Fit:
@@ -126,7 +118,7 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     if row.reads_ids and "granularity" in router:
         yield "granularity", f"fit '{row.name}' reads token ids by itself: 'granularity' has no effect; remove it"
         granularity = "token"
-    for key, reads_it in READ_AT.items():
+    for key, reads_it in (("decay", "context"), ("prefix", "sequence")):
         if key in router and granularity != reads_it and not (key == "decay" and row.fading is not None):
             yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
     if row.score != "linear" and not row.for_model and router.get("per") == "feature":

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
+from pydantic import BaseModel, SerializerFunctionWrapHandler, StringConstraints, model_serializer
 
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
@@ -27,7 +27,6 @@ RecipeData = dict[str, Any]
 RecipePart = Mapping[str, Any]
 """The same, to be read alone."""
 _Model = TypeVar("_Model", bound=BaseModel)
-_LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
 
 
 def is_name(found: str) -> bool:
@@ -48,7 +47,7 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
 
 
 class Strict(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
-    """Part of a recipe: an unknown key, another type, or a number that is none, or past all use, is an error."""
+    """Part of a recipe: an unknown key, another type, or a number that is none is an error."""
 
     later: ClassVar[tuple[str, ...]] = ()
     """Keys that older versions did not know: unset, they are not written, so that digests of what said nothing stay."""
@@ -57,14 +56,6 @@ class Strict(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=
     def _without_later(self, write: SerializerFunctionWrapHandler) -> RecipeData:
         said: RecipeData = write(self)
         return {key: value for key, value in said.items() if value is not None or key not in self.later}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_endless_number(cls, values: object) -> object:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
-                raise ValueError(f"'{str(key)[:64]}' is a number of more than 100 digits")
-        return values
 
 
 def checked(model: _Model, problems: list[str]) -> _Model:

@@ -52,7 +52,7 @@ class Decision:
 def reads_tokens(checkpoint: Checkpoint) -> bool:
     """Whether the router decides on token ids alone, and is set."""
     settings = checkpoint.record.router.settings
-    return settings is not None and settings.row.tells_texts and checkpoint.record.router.status != "unfitted"
+    return settings is not None and settings.row.reads == "tokens" and checkpoint.record.router.status != "unfitted"
 
 
 class TextRouter:
