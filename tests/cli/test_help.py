@@ -48,12 +48,6 @@ def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) ->
     assert "…" not in shown and all(len(line) <= 80 for line in shown.splitlines())
 
 
-def test_options_of_a_large_command_are_in_groups() -> None:
-    shown = modekit("add", "--help")
-    for panel in ("The model or adapter that comes", "Where the new mixture goes"):
-        assert f"─ {panel} ─" in shown
-
-
 def test_wrong_usage_is_answered_with_the_example() -> None:
     code, _, said = ended("mix")
     assert code == 2 and "Missing argument 'BASE'" in said

@@ -53,11 +53,10 @@ def test_a_field_without_a_default_is_an_option_that_must_be_given(tmp_path: Pat
     assert "MISSING" not in modekit("mix", "--help") and "[required]" in modekit("mix", "--help")
 
 
-def test_a_misspelt_choice_is_answered_with_the_nearest(tmp_path: Path) -> None:
+def test_a_misspelt_choice_is_answered_with_those_that_are(tmp_path: Path) -> None:
     message = " ".join(refuse_usage("eval", tmp_path, "--by", "tags").split())
-    assert "'--by': 'tags' is not one of 'gate', 'tag'" in message and "did you mean 'tag'?" in message
+    assert "'--by': 'tags' is not one of 'gate', 'tag'" in message
     assert "Value error" not in message
-    assert "did you mean" not in refuse_usage("eval", tmp_path, "--by", "zzz")
 
 
 def refuse_usage(*args: object) -> str:

@@ -431,8 +431,7 @@ LAW = ("--text", "law=text/law.jsonl", "--tags")
     ("arguments", "words"),
     [
         (("--text", "text/law.jsonl", "--tags"), "a text without its domain"),
-        ((*LAW, "--text", "law=text/code.jsonl"), "a label is given twice"),
-        (("--text", "a label=text/law.jsonl", "--tags"), "a label that no expert could have"),
+        (("--text", "a label=text/law.jsonl", "--tags"), "this is no label"),
         ((*LAW, "randomise_to=others"), "no effect"),
         ((*LAW, "--teacher", "untied"), "no effect"),
     ],

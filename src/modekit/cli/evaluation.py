@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,14 +13,10 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing import out, print_json, print_next, print_result
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
-from modekit.errors import ModekitError
-from modekit.run import Run
 from modekit.text.amounts import TABLE_TOKENS
 from modekit.text.documents import check_present
 
 if TYPE_CHECKING:
-    from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.evaluation.labels import Labels
     from modekit.evaluation.results_folder import Result
 
 
@@ -39,12 +33,6 @@ class LabelRowOptions:
         typer.Option(help="How a label acts: gate (default; all weight on its expert) or tag (its token before the text)."),
     ] = None
 
-    def asked(self) -> Labels | None:
-        """All labels where only the way is given; None without either. Raises ModekitError."""
-        from modekit.evaluation.labels import labels_asked
-
-        return labels_asked(self.labels, self.by)
-
 
 @dataclass(frozen=True)
 class ScoredOptions:
@@ -56,13 +44,6 @@ class ScoredOptions:
     ] = None
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = TABLE_TOKENS
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
-
-    def given(self) -> dict[str, list[str]]:
-        """Files by domain. Raises ModekitError where one is not there."""
-        given = texts_by_domain(self.text)
-        for name, specs in given.items():
-            check_present(specs, root=Path.cwd(), where=f"--text {name}")
-        return given
 
 
 @dataclass(frozen=True)
@@ -89,22 +70,20 @@ class DecodingOptions:
 
 @app.command(name="eval")
 @grouped
-def evaluate(
-    checkpoint: OutFolder,
-    labels: LabelRowOptions,
-    scored: ScoredOptions,
-) -> None:
+def evaluate(checkpoint: OutFolder, labels: LabelRowOptions, scored: ScoredOptions) -> None:
     """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
-    given = scored.given()
-    with _scoring(checkpoint) as (opened, run):
+    given = texts_by_domain(scored.text)
+    for name, specs in given.items():
+        check_present(specs, root=Path.cwd(), where=f"--text {name}")
+    with running() as run:
         from modekit.evaluation.evaluate import evaluate
+        from modekit.evaluation.labels import labels_asked
 
-        opened = opened.scored_on(given, Path.cwd())
         results = evaluate(
-            opened,
+            checkpoint_in(checkpoint).scored_on(given, Path.cwd()),
             tokens_per_domain=scored.tokens,
             sequence_length=scored.sequence_length,
-            labels=labels.asked(),
+            labels=labels_asked(labels.labels, labels.by),
             run=run,
         )
     _show(results, checkpoint)
@@ -127,46 +106,36 @@ def eval_tasks(
     options: TaskOptions,
 ) -> None:
     """Score base, experts and mixture on tasks, or on questions made from the held-out text."""
-    with _scoring(checkpoint) as (opened, run):
+    with running() as run:
         from modekit.evaluation.tasks.evaluate import TaskSettings, evaluate_tasks
 
         settings = TaskSettings(
-            models=() if options.models is None else _listed(options.models, "--models"),
+            models=() if options.models is None else _listed(options.models),
             folders=[resolved(folder) for folder in options.include_path or ()],
             trusted=options.trust_tasks,
             limit=options.limit,
         )
-        results = evaluate_tasks(opened, _listed(tasks, "TASKS"), settings, run)
+        results = evaluate_tasks(checkpoint_in(checkpoint), _listed(tasks), settings, run)
     _show(results, checkpoint)
 
 
 @app.command()
 @grouped
-def eval_translation(
-    checkpoint: OutFolder,
-    options: DecodingOptions,
-    labels: LabelRowOptions,
-) -> None:
+def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: LabelRowOptions) -> None:
     """Translate held-out sources with base, experts and mixture, and score them with sacrebleu."""
-    with _scoring(checkpoint) as (opened, run):
+    with running() as run:
+        from modekit.evaluation.labels import labels_asked
         from modekit.evaluation.translation.decoding import Decoding
         from modekit.evaluation.translation.evaluate import evaluate_translation
 
         results = evaluate_translation(
-            opened,
+            checkpoint_in(checkpoint),
             pairs=options.pairs,
             decoding=Decoding(options.beams, options.batch, options.max_new_tokens),
-            labels=labels.asked(),
+            labels=labels_asked(labels.labels, labels.by),
             run=run,
         )
     _show(results, checkpoint)
-
-
-@contextmanager
-def _scoring(checkpoint: Path) -> Iterator[tuple[Checkpoint, Run]]:
-    """The checkpoint, and how to run; progress is drawn while it is open."""
-    with running() as run:
-        yield checkpoint_in(checkpoint), run
 
 
 def _show(results: Result, checkpoint: Path) -> None:
@@ -181,8 +150,5 @@ def _show(results: Result, checkpoint: Path) -> None:
     out.print(Text(f"{checkpoint / RESULTS_FOLDER}: {results.file}, {page}", style="dim"))
 
 
-def _listed(names: str, where: str) -> list[str]:
-    listed = [name.strip() for name in names.split(",") if name.strip()]
-    if not listed:
-        raise ModekitError("no name is given", where=where, found=repr(names), remedy="write names with commas between them")
-    return listed
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,7 +21,6 @@ from modekit.files.figures import bytes_of, three_digits
 
 if TYPE_CHECKING:
     from modekit.experts.distill.settings import DistillSettings
-    from modekit.experts.labelled import Generic, Labelled
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 
 
@@ -92,22 +90,6 @@ class SpecializeOptions(Writing):
         typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/training.md)."),
     ] = None
 
-    def texts(self, text: list[str], settings: SpecialistSettings) -> Sequence[str] | Labelled:
-        """What --text says, by label where it has labels. Raises ModekitError for a label that is none, or twice."""
-        if not self.tags:
-            return text
-        from modekit.experts.labelled import Labelled
-
-        return Labelled(_by_label(text), settings.randomise or 0.0, settings.randomise_to or "all")
-
-    def of_no_domain(self, settings: SpecialistSettings) -> Generic | None:
-        """What --generic says."""
-        if not self.generic:
-            return None
-        from modekit.experts.labelled import SHARE, Generic
-
-        return Generic(self.generic, SHARE if settings.generic_share is None else settings.generic_share)
-
 
 @app.command()
 @grouped
@@ -131,6 +113,7 @@ def specialize(
             refuse_without_effect("several texts (--text A --text B)", {"mix": settings.mix})
     target = writable(output, options.overwrite, trains=True)
     with running() as run:
+        from modekit.experts.labelled import SHARE, Generic, Labelled
         from modekit.experts.specialize import checked_choice, specialize
         from modekit.loaded.text_training import Training
 
@@ -144,15 +127,19 @@ def specialize(
 
             teacher = model_folder(options.teacher, None, root=Path.cwd(), label="--teacher", run=run)
             teaching = Teaching(teacher, settings.distillation(), settings.mix)
+        generic = Generic(options.generic, settings.generic_share or SHARE) if options.generic else None
+        labelled = (
+            Labelled(_by_label(text), settings.randomise or 0.0, settings.randomise_to or "all") if options.tags else None
+        )
         record = specialize(
             folder,
             target,
-            options.texts(text, settings),
+            labelled or text,
             root=Path.cwd(),
             train=train,
             rank=rank,
             training=training,
-            generic=options.of_no_domain(settings),
+            generic=generic,
             teaching=teaching,
             overwrite=options.overwrite,
             run=run,
@@ -184,22 +171,8 @@ def _by_label(text: list[str]) -> dict[str, list[str]]:
     from modekit.recipes.strict import NAME_RULE, is_name
 
     found = texts_by_domain(text)
-    for label, specs in found.items():
-        if not is_name(label):
-            raise ModekitError(
-                "a label that no expert could have as its name",
-                where="--text",
-                found=label[:80],
-                expected=NAME_RULE,
-                remedy="write --text law=FILE",
-            )
-        if len(specs) > 1:
-            raise ModekitError(
-                "a label is given twice",
-                where=f"--text {label}=...",
-                found=", ".join(specs),
-                remedy="put its texts into one folder, or leave one out",
-            )
+    if wrong := [label for label in found if not is_name(label)]:
+        raise ModekitError("this is no label", where="--text", found=wrong[0], expected=NAME_RULE, remedy="write law=FILE")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,23 +42,19 @@ def export(
     options: ExportOptions,
 ) -> None:
     """Write the adapters of a mixture as ordinary PEFT folders, bit for bit; or a mixture for llama.cpp (--gguf)."""
-    if options.gguf:
-        write_gguf(checkpoint_in(checkpoint), output, options)
+    opened = checkpoint_in(checkpoint)
+    if not options.gguf:
+        refuse_without_effect("only --gguf reads it", {"--outtype": options.outtype})
+        _export_adapters(opened, output, options)
         return
-    refuse_without_effect("only --gguf reads it", {"--outtype": options.outtype})
-    _export_adapters(checkpoint_in(checkpoint), output, options)
-
-
-def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
-    """Write a mixture for llama.cpp, with its progress drawn, and say what that has become."""
     from modekit.engines.gguf import export_gguf
 
     refuse_without_effect("with --gguf the mixture is written as a whole", {"--expert": options.expert})
     with running() as run:
         target, replaced = resolved(output), replaced_by(options.overwrite)
-        written = export_gguf(checkpoint, target, options.outtype, replace=replaced, run=run)
-    said = f"{bytes_of(written.file.stat().st_size)}; in llama.cpp {written.proof}"
-    _print_written(output / written.file.name, said, written.notes)
+        written = export_gguf(opened, target, options.outtype, replace=replaced, run=run)
+    print_done(output / written.file.name, f"{bytes_of(written.file.stat().st_size)}; in llama.cpp {written.proof}")
+    print_notes(written.notes)
 
 
 def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
@@ -70,16 +65,10 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
         if expert in experts:
             written = resolved(output) / name
             record = write_export(checkpoint, expert, written, overwrite=options.overwrite, run=common().run())
-            _print_written(output / name, f"LoRA, rank {record.rank}, {record.modules} modules", record.notes)
+            print_done(output / name, f"LoRA, rank {record.rank}, {record.modules} modules")
+            print_notes(record.notes)
         elif not options.expert:
             out.print(Text(f"{name}: not exported: {why_not(checkpoint, expert)}", style="dim"))
-
-
-def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
-    """What was written, and what to know of it."""
-    print_done(path, said)
-    for note in notes:
-        out.print(Text(f"  {note}", style="dim"))
 
 
 @app.command()

@@ -86,7 +86,6 @@ def inspect(
 
 
 _MOST_WORDS = 200
-_UNSURE = 0.8  # of the largest entropy
 _GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
 
 
@@ -107,7 +106,7 @@ def print_trace(trace: TextTrace) -> None:
     for word in words:
         leader = "" if coloured else f"{letters[word.leader]}{100 * word.weights_E.max():.0f} "
         style = tint(word.leader, float(word.weights_E.max())) if coloured else ""
-        shown.append(Text.assemble((printable(word.text), style), "\n", (f"{leader}{_loss(word)}", "dim")))
+        shown.append(Text.assemble((visible(word.text).replace("\n", "\\n"), style), "\n", (f"{leader}{_loss(word)}", "dim")))
     out.print(Columns(shown, padding=(0, 1)))
     legend = [
         Text(f" {name} ", style=tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
@@ -133,10 +132,6 @@ def _print_worth(trace: TextTrace) -> None:
     base = "" if trace.base_loss is None else f", of the base model {trace.base_loss:.3f}"
     entropy = f"; entropy {trace.entropy:.2f} of at most {largest:.2f} nats" if largest else ""
     out.print(f"loss {trace.loss:.3f} nats per token{base}{entropy}")
-    if largest and trace.entropy > _UNSURE * largest:
-        out.print(Text("The routers are unsure: this text is like that of no domain, or of several.", style="yellow"))
-    if trace.base_loss is not None and trace.loss >= trace.base_loss:
-        out.print(Text("The base model is as good without any expert: this text is like that of no domain.", style="yellow"))
 
 
 def _loss(word: Word) -> str:
@@ -147,10 +142,3 @@ def tint(expert: int, strength: float) -> Style:
     """Black on a colour of the expert's own, paler the weaker."""
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert * _GOLDEN % 1, 0.7 * strength, 1.0))
     return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey: control and format characters are written out, a space at an end is shown."""
-    shown = visible(text).replace("\n", "\\n")
-    stripped = shown.strip(" ")
-    return "␣" * (len(shown) - len(shown.lstrip(" "))) + stripped if stripped else "␣" * len(shown)

@@ -44,10 +44,6 @@ class ModelOptions:
         """As the change takes it, with what the words say of the expert. Raises ModekitError."""
         from modekit.members.edits import NewExpert
 
-        if (self.model is None) == (self.adapter is None):
-            raise ModekitError(
-                "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
-            )
         said = said_in(words, command, besides=["weight"] if command == "add" else [])
         weight = said.pop("weight", None)
         given = {key: value for key, value in vars(self).items() if value is not None}

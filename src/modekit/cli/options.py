@@ -8,19 +8,16 @@
     @grouped
     def score(checkpoint: OutFolder, options: Scored) -> None: ...
 
-gives `score CHECKPOINT --tokens 8192`. Typer reads a function's signature, so that is what is made here. `--help` lists the
-options of each class under the beginning of its docstring, where a command has several.
+gives `score CHECKPOINT --tokens 8192`. Typer reads a function's signature, so that is what is made here.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
-from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from modekit.errors import ModekitError
 
@@ -32,7 +29,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     unfolded: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
-            unfolded += _fields(groups[name], titled=len(groups) > 1)
+            unfolded += _fields(groups[name])
         else:
             unfolded.append(_option(name, hints[name], parameter.default))
 
@@ -46,14 +43,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fields(kind: Any, *, titled: bool) -> list[inspect.Parameter]:
+def _fields(kind: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
-    if titled:
-        title = re.split(r"[;:.,(]", kind.__doc__)[0]
-        for name, hint in hints.items():
-            option = copy(hint.__metadata__[0])
-            option.rich_help_panel = option.rich_help_panel or title
-            hints[name] = Annotated[hint.__origin__, option]
     return [
         _option(each.name, hints[each.name], inspect.Parameter.empty if each.default is MISSING else each.default)
         for each in sorted(fields(kind), key=lambda each: each.kw_only is True)  # what commands have in common comes last

@@ -6,26 +6,16 @@ import signal
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing import out, print_done, print_json
+from modekit.cli.printing import print_done, print_json
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
 from modekit.errors import ModekitError
-
-if TYPE_CHECKING:
-    from modekit.checkpoint.checkpoint import Checkpoint
-
-_Host = Annotated[str, typer.Option(help="Address to listen on (default: this machine only).")]
-_Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes a free one.")]
-_NoKey = Annotated[
-    bool, typer.Option("--no-key", help="Serve other machines without a key (--host), if MODEKIT_API_KEY is not set.")
-]
 
 
 def _read_by(option: str) -> str:
@@ -38,9 +28,11 @@ class ServeOptions:
     """By which engine, and where."""
 
     engine: Annotated[EngineName, typer.Option(help="Engine; auto takes the first that can serve the mixture.")] = "auto"
-    host: _Host = "127.0.0.1"
-    port: _Port = 8000
-    no_key: _NoKey = False
+    host: Annotated[str, typer.Option(help="Address to listen on (default: this machine only).")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes a free one.")] = 8000
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Serve other machines without a key (--host), if MODEKIT_API_KEY is not set.")
+    ] = False
     context: Annotated[
         int | None, typer.Option(min=64, help="Longest conversation in tokens (default: the model's maximum, at most 8192).")
     ] = None
@@ -61,7 +53,7 @@ class ServeOptions:
 @grouped
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
-    from modekit.engines.serve import choose_engine
+    from modekit.engines.serve import choose_engine, serving
 
     opened = checkpoint_in(checkpoint)
     engine, _ = choose_engine(opened.shape, options.engine, opened.folder)
@@ -70,21 +62,14 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         f"an engine that reads it; {engine} serves this mixture",
         {f"--{name.replace('_', '-')}": getattr(options, name) or None for name in unread},
     )
-    serve_until_stopped(opened, ServeSettings(**vars(options)))
-
-
-def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings) -> None:
-    """Start the engine, with its progress drawn, say where it listens, and serve until Ctrl-C."""
-    from modekit.engines.serve import serving
-
     with ExitStack() as stack:
         with running() as run:
-            served = stack.enter_context(serving(checkpoint, settings, run=run))
+            served = stack.enter_context(serving(opened, ServeSettings(**vars(options)), run=run))
         threads = "" if served.threads is None else f", {served.threads} thread{'s' if served.threads > 1 else ''}"
-        said = f": {served.engine} ({served.why}){threads}, model {checkpoint.folder.name}; Ctrl-C ends it"
+        said = f"{served.engine} ({served.why}){threads}, model {opened.folder.name}; Ctrl-C ends it"
         with suppress(KeyboardInterrupt):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the engine ends well, too
-            out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
+            print_done(f"{served.address}/v1", said)
             served.wait()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from typer.exceptions import TyperException
 from modekit.cli.arrangement import example_of
 from modekit.cli.printing import err
 from modekit.cli.words import list_settings
-from modekit.errors import InterruptError, ModekitError, some_of
-from modekit.files.marker import changed_files
+from modekit.errors import InterruptError, ModekitError
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
@@ -72,7 +70,6 @@ class Writing:
     overwrite: Overwrite = False
 
 
-_CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 _INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
 
 
@@ -133,18 +130,10 @@ def resolved(path: Path) -> Path:
 
 
 def checkpoint_in(folder: Path) -> Checkpoint:
-    """The checkpoint of a folder, with a note where its files were changed by hand. Raises CheckpointError."""
+    """The checkpoint of a folder. Raises CheckpointError."""
     from modekit.checkpoint.checkpoint import open_checkpoint
 
-    if folder.suffix in (".yaml", ".yml") and folder.is_file():
-        raise ModekitError(
-            "this is a recipe, not a mixture", where=str(folder), remedy=f"modekit build {folder} OUT, then give OUT"
-        )
-    opened = open_checkpoint(resolved(folder))
-    if changed := changed_files(opened.folder):
-        said = f"note: changed since modekit wrote them: {some_of(changed)}; `modekit verify {folder}` compares them"
-        err.print(Text(said), soft_wrap=True)
-    return opened
+    return open_checkpoint(resolved(folder))
 
 
 def writable(path: Path, overwrite: bool, *, trains: bool = False) -> Path:
@@ -205,12 +194,8 @@ def _fail(error: ModekitError) -> NoReturn:
 
 
 def _wrong_usage(said: str) -> ModekitError:
-    """What Typer says of options, without a library's own words, and with the nearest of the choices."""
-    from modekit.recipes.strict import did_you_mean
-
+    """What Typer says of options, without a library's own words."""
     said = said.replace(": Value error, ", ": ").replace("Input should be", "must be")
-    choice = _CHOICE.search(said)
-    hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     example = example_of(_command().rpartition(" ")[2])
     usage = f"type for example `{example}`; modekit {_command()} --help shows all options" if example else "modekit --help"
-    return ModekitError(said, remedy=" ".join(filter(None, [hint, usage])))
+    return ModekitError(said, remedy=usage)
