@@ -1,17 +1,4 @@
-"""The error tree. Every message says what failed, where, what was found, what was expected and what to do.
-
-ModekitError            exit code 2 at the command line
-├── RecipeError         the recipe itself: unknown key, wrong value, a setting without effect
-├── SourceError         a model that cannot be read: missing, truncated, pickle, remote code, NaN
-├── MismatchError       an expert that does not fit the base model: shape, family, rope, tokenizer
-├── UnsupportedError    a mixture that no native architecture can say exactly
-├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
-├── TrainingError       a training that cannot start or go on: settings, memory, a loss that is not finite
-├── EngineError         another engine that cannot be started, or that says something else than transformers
-├── OutputError         the result folder: exists, disk full, not writable
-├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
-└── InterruptError      the user pressed Ctrl-C
-"""
+"""Errors that a user can mend: exit code 2 at the command line. Each says what failed, where, what was found, what to do."""
 
 from __future__ import annotations
 
@@ -46,16 +33,9 @@ class ModekitError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        lines = [_shown(self.what)]
-        for label, value in (
-            ("where", self.where),
-            ("found", self.found),
-            ("expected", self.expected),
-            ("to do", self.remedy),
-        ):
-            if value is not None:
-                lines.append(f"  {label + ':':<10}{_shown(value)}")
-        return "\n".join(lines)
+        parts = {"where": self.where, "found": self.found, "expected": self.expected, "to do": self.remedy}
+        lines = [f"  {label + ':':<10}{_shown(value)}" for label, value in parts.items() if value is not None]
+        return "\n".join([_shown(self.what), *lines])
 
 
 def _shown(value: object) -> str:
@@ -70,15 +50,15 @@ def _shown(value: object) -> str:
 
 
 class RecipeError(ModekitError):
-    """The recipe is wrong; all problems are reported together with their place."""
+    """The recipe is wrong: an unknown key, a wrong value, a setting without effect; all problems, each with its place."""
 
 
 class SourceError(ModekitError):
-    """A base model or expert cannot be read or must not be used."""
+    """A model cannot be read, or must not be: missing, truncated, pickle, remote code, NaN."""
 
 
 class MismatchError(ModekitError):
-    """An expert cannot be mixed with this base model."""
+    """An expert does not fit the base model: shape, family, rope, tokenizer."""
 
 
 class UnsupportedError(ModekitError):
@@ -86,11 +66,11 @@ class UnsupportedError(ModekitError):
 
 
 class TextError(ModekitError):
-    """Text of a domain cannot be used."""
+    """Text cannot be used: empty, binary, a domain without held-out documents."""
 
 
 class TrainingError(ModekitError):
-    """A training cannot start, or had to stop."""
+    """A training cannot start, or had to stop: settings, memory, a loss that is not finite."""
 
 
 class EngineError(ModekitError):
@@ -98,7 +78,7 @@ class EngineError(ModekitError):
 
 
 class OutputError(ModekitError):
-    """The result folder cannot be written."""
+    """The result folder cannot be written: it exists, the disk is full."""
 
 
 class CheckpointError(ModekitError):
@@ -117,18 +97,16 @@ def some_of(names: Sequence[object], most: int = 3) -> str:
 
 def missing_packages(names: Sequence[str]) -> list[str]:
     """Those that are not installed, or do not import what they stand in."""
-    return [name for name in names if not _is_there(name)]
-
-
-def _is_there(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ImportError:
-        return False
+    missing = []
+    for name in names:
+        try:
+            missing += [name] if find_spec(name) is None else []
+        except ImportError:
+            missing.append(name)
+    return missing
 
 
 def check_packages(names: Sequence[str], remedy: str) -> None:
     """Raise ModekitError where a package is not installed; `remedy`: how to install it."""
-    missing = missing_packages(names)
-    if missing:
+    if missing := missing_packages(names):
         raise ModekitError("a package is not installed", where=", ".join(missing), remedy=remedy)

@@ -35,15 +35,16 @@ if TYPE_CHECKING:
     """A checkpoint's folder, or the checkpoint itself."""
 
 
-def recipe(source: str | Path | Mapping[str, object]) -> Recipe:
-    """Read and check a recipe: a YAML file, or the same as a mapping, whose paths are relative to the current folder.
+def recipe(source: str | Path | Mapping[str, object], *, root: str | Path | None = None) -> Recipe:
+    """Read and check a recipe: a YAML file, or a mapping, whose paths are relative to `root`, by default the current folder.
 
     Raises RecipeError, which lists every problem with its key.
     """
     from modekit.recipes.read import load_recipe, parse_recipe
     from modekit.recipes.short import spelled_out
 
-    return parse_recipe(spelled_out(dict(source), Path.cwd())) if isinstance(source, Mapping) else load_recipe(Path(source))
+    folder = Path.cwd() if root is None else _real(root)
+    return parse_recipe(spelled_out(dict(source), folder)) if isinstance(source, Mapping) else load_recipe(Path(source))
 
 
 def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path | None = None, run: Run = QUIET) -> Plan:
@@ -54,13 +55,10 @@ def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path
     """
     from modekit.planning.make import make_plan
     from modekit.recipes.recipe import Recipe
-    from modekit.recipes.short import spelled_out
 
     if root is None:
         root = _real(source).parent if isinstance(source, (str, Path)) else Path.cwd()
-    if isinstance(source, Mapping):
-        source = spelled_out(dict(source), _real(root))
-    return make_plan(source if isinstance(source, Recipe) else recipe(source), _real(root), run=run)
+    return make_plan(source if isinstance(source, Recipe) else recipe(source, root=root), _real(root), run=run)
 
 
 def build(
