@@ -40,8 +40,8 @@ def recipe(source: str | Path | Mapping[str, object], *, root: str | Path | None
 
     Raises RecipeError, which lists every problem with its key.
     """
+    from modekit.recipes.paths import spelled_out
     from modekit.recipes.read import load_recipe, parse_recipe
-    from modekit.recipes.short import spelled_out
 
     folder = Path.cwd() if root is None else _real(root)
     return parse_recipe(spelled_out(dict(source), folder)) if isinstance(source, Mapping) else load_recipe(Path(source))

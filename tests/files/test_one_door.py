@@ -59,7 +59,7 @@ DOORS = {"library_writes", "appearing"}
 ALLOWED = {
     ("experts/moving.py", "save_pretrained"): "into the folder that specialist.py gets from `library_writes`",
     ("sources/hub.py", "snapshot_download"): "the hub's cache, which is the user's own",
-    ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",
+    ("recipes/paths.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("demo/models.py", "save_model"): "its own function, which writes into what it gets from `library_writes`",
     ("demo/translation.py", "save_model"): "the same function",
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import modekit
+from modekit.recipes.paths import new_name, spelled_out
 from modekit.recipes.read import load_recipe
-from modekit.recipes.short import ExpertNames, spelled_out
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_name_may_be_given_and_no_two_are_alike(root: Path) -> None:
     ],
 )
 def test_a_name_is_the_part_of_the_path_that_says_something(spec: str, name: str) -> None:
-    assert ExpertNames().of(spec) == name
+    assert new_name(spec, {"base", "oracle", "mixture"}) == name
 
 
 def test_the_hub_is_asked_what_an_id_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,9 @@ from modekit.files.output import check_room, refuse_entangled, work_of
 from modekit.planning.make import plan_first
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
-from modekit.recipes.paths import from_folder
+from modekit.recipes.paths import from_folder, spelled_out
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -38,7 +37,7 @@ _ONE_EXPERT = {"method": "routing", "top_k": 1}
 
 
 class Models(NamedTuple):
-    """What to mix, as the command line says it: folders or hub ids, experts in short form (recipes/short.py); name of an expert
+    """What to mix, as the command line says it: folders or hub ids, experts in short form (recipes/paths.py); name of an expert
     -> its text; the folder that all paths are relative to.
     """
 

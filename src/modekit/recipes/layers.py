@@ -51,28 +51,19 @@ def named_layers(said: Sequence[int | str] | None, sizes: Mapping[str, int], whe
 
 def _meant(entry: int | str, sizes: Mapping[str, int], where: str) -> Iterator[Layer]:
     stack, first, last = _parsed(entry)
-    if stack not in sizes:
+    size = sizes.get(stack, 0)
+    last = size - 1 if last is None else last
+    if last >= size:
         raise RecipeError(
-            "there is no such layer" if stack else "the model has an encoder and a decoder, and this names neither",
+            "there is no such layer" if stack or "" in sizes else "this names neither the encoder nor the decoder",
             where=where,
             found=entry,
-            expected=", ".join(_said(name, count) for name, count in sizes.items()),
-            remedy="correct the layers",
-        )
-    last = sizes[stack] - 1 if last is None else last
-    if last >= sizes[stack]:
-        raise RecipeError(
-            "there is no such layer",
-            where=where,
-            found=layer_at(stack, last),
-            expected=_said(stack, sizes[stack]),
+            expected=", ".join(
+                f"{name}.0 to {name}.{count - 1}" if name else f"0 to {count - 1}" for name, count in sizes.items()
+            ),
             remedy="correct the layers",
         )
     yield from (layer_at(stack, number) for number in range(first, last + 1))
-
-
-def _said(stack: str, count: int) -> str:
-    return f"{stack}.0 to {stack}.{count - 1}" if stack else f"0 to {count - 1}"
 
 
 def _parsed(entry: int | str) -> tuple[str, int, int | None]:

@@ -15,24 +15,14 @@ from modekit.errors import RecipeError
 from modekit.files.typed import problem_said
 from modekit.recipes.auto import choices
 from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture
+from modekit.recipes.paths import spelled_out
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
-from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import NAME_RULE, RecipeData, breaks_name_rule, did_you_mean
 from modekit.recipes.strict_yaml import read_yaml
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 _MOST_PROBLEMS = 20  # shown at once; the others are counted
-_EXAMPLES: dict[object, str] = {
-    "weights": "weights: {law: 1, code: 3}",
-    "eval": "eval: {law: held-out.jsonl}",
-    "router": "router: {fit: lexical}",
-    "experts": "experts: [./law-lora, tax=./tax, {name: code, model: ./code, text: ./code.jsonl}]",
-    "mixture": "mixture: {method: routing, top_k: 1}",
-    "always_on": "always_on: {expert: law, weight: 0.2}",
-    "output": "output: {format: native}",
-}
-"""Keys that hold keys -> how one is written."""
 _LONGEST_KEY, _LONGEST_LINE = 64, 400  # characters of a key in a problem, and of all of it
 
 
@@ -120,9 +110,6 @@ def _message(problem: RecipeData) -> str:
     context, found = problem.get("ctx") or {}, problem.get("input")
     if breaks_name_rule(problem["type"], context):
         return f"not a name; write {NAME_RULE}"
-    if problem["type"] in {"dict_type", "model_type", "list_type"} and problem["loc"] and problem["loc"][-1] in _EXAMPLES:
-        kind = "list" if problem["type"] == "list_type" else "mapping of keys"
-        return f"not a {kind}; write for example {_EXAMPLES[problem['loc'][-1]]}"
     if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:
         return "neither a path nor a mapping of keys; write ./law, or {name: law, model: ./law, text: ./law.jsonl}"
     message = problem_said(str(problem["msg"]))

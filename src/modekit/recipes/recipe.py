@@ -175,7 +175,7 @@ class Recipe(Strict):
     base_model: str = Field(min_length=1, description="Folder or hub id of the model that all experts descend from.")
     revision: str | None = Field(None, description="Hub revision of the base model.")
     experts: list[Annotated[Expert, BeforeValidator(lambda said: said, json_schema_input_type=Expert | str)]] = Field(
-        min_length=1, description="In full, or in short (recipes/short.py): a path, a hub id, or base; NAME= before it."
+        min_length=1, description="In full, or in short (recipes/paths.py): a path, a hub id, or base; NAME= before it."
     )
     mixture: Mixture = Field(default_factory=Mixture)
     output: Output = Field(default_factory=Output)
