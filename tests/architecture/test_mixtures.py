@@ -33,9 +33,8 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.loaded.shapes import expert_view, mixture_of
 from modekit.planning.make import make_plan
-from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.router import Router
+from modekit.recipes.router import FITS, Router
 from modekit.routing.inputs import DomainStatistics, GateInput, capture_domain
 from modekit.routing.linear import fit_gates
 from modekit.sources.families import FAMILIES

@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.data as data
-import modekit.cli.demo as demo
 import modekit.cli.mixtures as mixtures
 import modekit.cli.printing as printing
 import modekit.cli.training as training
@@ -144,15 +143,10 @@ def test_forced(shown: Callable[..., str]) -> None:
     assert table.split() == ["medicine", "its", "own", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
 
 
-def test_training_and_demo(shown: Callable[..., str]) -> None:
+def test_training(shown: Callable[..., str]) -> None:
     losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
     done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
     check_whole(shown, [*NAMES, "3.1234", "2.9876"], training.print_training, "OUT", done)
-    figures = {"mean_loss": 3.0, "mean_loss_spread": 0.1, "gap_closed": 0.9, "gap_closed_spread": 0.1}
-    figures |= {"unseen_against_base": None, "unseen_against_base_spread": None}
-    check_whole(shown, [*NAMES, "3.000 ± 0.100"], demo.print_summary, dict.fromkeys(NAMES, figures))
-    figures |= {"bleu": 23.456, "bleu_spread": 0.2, "unseen_bleu": 12.04, "unseen_bleu_spread": 1.0}
-    check_whole(shown, [*NAMES, "23.5 ± 0.2", "12.0 ± 1.0"], demo.print_summary, dict.fromkeys(NAMES, figures))
 
 
 def test_tasks(shown: Callable[..., str]) -> None:

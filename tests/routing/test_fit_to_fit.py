@@ -17,7 +17,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import RecipeError
-from modekit.recipes.fits import FITS
+from modekit.recipes.router import FITS
 from modekit.routing.refit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")

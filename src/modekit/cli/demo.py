@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
-from modekit.cli.printing import out, print_result, print_table
+from modekit.cli.printing import out, print_result
 from modekit.cli.progress import running
 from modekit.cli.shell import app, refuse_without_effect, resolved
-from modekit.evaluation.tables import ResultTable
 
 
 @app.command()
@@ -45,23 +44,5 @@ def demo(
         print_result(results.merged(seed))
         if seed in results.translated:
             print_result(results.translated[seed])
-    if seeds > 1:
-        print_summary(results.summary())
-    said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {output}"
+    said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results/demo.md are in {output}"
     out.print(Text(said, style="dim"))
-
-
-def print_summary(summary: dict[str, dict[str, float | None]]) -> None:
-    """Draw the means over the seeds."""
-    titles = {"mean_loss": "mean loss", "gap_closed": "gap closed", "unseen_against_base": "unseen / base"}
-    if any("bleu" in figures for figures in summary.values()):
-        titles |= {"bleu": "BLEU", "unseen_bleu": "BLEU, unseen"}
-    rows = []
-    for name, figures in summary.items():
-        cells = []
-        for key in titles:
-            digits = 1 if "bleu" in key else 3
-            value, deviation = figures.get(key), figures.get(f"{key}_spread")
-            cells.append("-" if value is None else f"{value:.{digits}f} ± {deviation:.{digits}f}")
-        rows.append([name, *cells])
-    print_table(ResultTable("Over the seeds: mean and largest deviation.", ["model", *titles.values()], rows))

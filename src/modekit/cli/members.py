@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing import out, print_done, print_notes, print_table
+from modekit.cli.printing import out, print_done, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
 from modekit.cli.words import Words, said_in
@@ -152,9 +152,6 @@ def _change(
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
     print_done(write.output or folder, f"{said}; {bytes_of(written)} of weights written")
-    old = [name for name in ("results", "README.md", "LICENSE.md") if target == opened.folder and (target / name).exists()]
-    if old:
-        print_notes([f"{', '.join(old)}: of the mixture before; modekit eval and report make them again"])
 
 
 def print_admission(admission: Admission) -> None:

@@ -28,8 +28,8 @@ from modekit.files.output import is_there
 from modekit.files.write import write_file
 from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan
-from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
+from modekit.recipes.router import FITS
 from modekit.run import QUIET, Run
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from modekit.planning.shape import RouterPosition, RouterSlot
-from modekit.recipes.fits import ScoreKind
 from modekit.recipes.layers import Layer
+from modekit.recipes.router import ScoreKind
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer

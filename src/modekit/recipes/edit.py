@@ -7,11 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from modekit.recipes.fits import AUTO, Fit, row_of
 from modekit.recipes.mixture import CHOICES, READ_BY
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import CHAT_DECAY, without_effect
+from modekit.recipes.router import AUTO, CHAT_DECAY, Fit, row_of, without_effect
 from modekit.recipes.strict import RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"

@@ -8,9 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from modekit.recipes.fits import Fit
 from modekit.recipes.layers import Layers
-from modekit.recipes.router import Router
+from modekit.recipes.router import Fit, Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
 
 
