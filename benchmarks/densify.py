@@ -1,7 +1,7 @@
 """One dense model of a mixture of four FFN specialists: densify.md.
 
     python benchmarks/whole.py train FOLDER --kind ffn --seeds 0 1 2      base and four experts, as `modekit demo` has
-    python benchmarks/densify.py FOLDER --seeds 0 1 2 --only merges       weights alone: average, sums, svd, best expert
+    python benchmarks/densify.py FOLDER --seeds 0 1 2 --only merges       weights alone: average, sums, best expert
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only distil       the best of them, distilled from the mixture
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only teacher      the same with none, a quarter or all of the teacher
 
@@ -39,7 +39,6 @@ WHOLE = {"modules": "all", "output": {"format": "modekit"}}
 MERGES = {
     "average": Merge(by="average"),
     **{f"sum, scale {scale:g}": Merge(by="sum", scale=scale) for scale in (0.375, 0.5, 0.75)},
-    "svd, scale 0.5": Merge(by="svd", scale=0.5),
     **{f"best: {name} alone": Merge(by="best", expert=name) for name in DOMAINS},
 }
 

@@ -69,15 +69,6 @@ def test_a_sum_takes_the_best_scale_and_is_base_and_scaled_differences(tmp_path:
     assert made(shop, "OUT", "sum", "OTHER", scale=0.25).merge.scale == 0.25
 
 
-def test_of_one_expert_svd_of_full_rank_is_that_expert(tmp_path: Path) -> None:
-    shop = make_workshop(tmp_path)
-    shop.build(experts=[{"name": "still", "model": "base"}, shop.recipe["experts"][1]])
-    made(shop, "OUT", "svd", scale=1.0)
-    law = dict(opened(tmp_path / "law").named_parameters())
-    for name, parameter in opened(tmp_path / "DENSE").named_parameters():
-        assert torch.allclose(parameter, law[name], atol=1e-4), name
-
-
 def test_the_best_expert_is_that_of_the_lowest_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "CHUNK", 1_000)  # so that tensors are read in several
     shop = make_workshop(tmp_path)
@@ -143,7 +134,7 @@ def test_where_no_state_was_better_the_merge_itself_is_written(tmp_path: Path) -
     assert any("no state" in note for note in record.notes)
 
 
-@pytest.mark.parametrize("by", ["average", "sum", "svd"])
+@pytest.mark.parametrize("by", ["average", "sum"])
 def test_a_mixture_whose_experts_are_all_the_base_is_the_base(tmp_path: Path, by: By) -> None:
     shop = make_workshop(tmp_path)
     upcycle("./base", Upcycling(copies=2, top_k=1), tmp_path / "OUT", root=tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from io import StringIO
+from io import BufferedReader, BytesIO, StringIO
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modekit.text.documents import read_documents
-from modekit.text.plain import passages
+from modekit.text.plain import lines_of, passages
 from modekit.text.splits import digest_of
 
 PARAGRAPH = "one paragraph per line, as many exports have it; "
@@ -31,7 +31,8 @@ def at_blank_lines(text: str) -> list[str]:
 @given(st.lists(st.text("ab \n\r", max_size=900), min_size=2, max_size=12))
 def test_text_with_blank_lines_is_cut_as_ever(paragraphs: list[str]) -> None:
     text = "a" + "\n\n".join(paragraphs) + "b"
-    assert list(passages(lambda: StringIO(text, newline="\n"))) == at_blank_lines(text)
+    stream = BufferedReader(BytesIO(text.encode()))  # type: ignore[arg-type]
+    assert list(passages(lambda: lines_of(stream, where="text"))) == at_blank_lines(text)
 
 
 def test_a_long_paragraph_between_blank_lines_stays_whole() -> None:

@@ -75,7 +75,7 @@ def test_a_merge_is_its_equation(
     experts[0][0, :5] = base[0, :5]
     merge = BackboneMerge(**settings)
     arrays = [tensor.flatten().numpy() for tensor in (base, *experts)]
-    array = merge_of(merge, arrays[0], arrays[1:], (len(arrays[0]),))
+    array = merge_of(merge, arrays[0], arrays[1:])
     merged = [array[part] for part in blocks_of(len(array))]
     assert all(part.dtype == np.float64 for part in merged)
     wanted = reference(merge, base.double(), [expert.double() for expert in experts])
@@ -135,7 +135,7 @@ def test_ties_ignores_experts_that_did_not_move() -> None:
     moved = base.copy()
     moved[3], moved[4] = 2.0, -1e-30
     settings = BackboneMerge(method="ties", density=0.1)
-    merged = merge_of(settings, base, [base, moved], (len(base),))[:]
+    merged = merge_of(settings, base, [base, moved])[:]
     assert merged[3] == 2.0
     assert np.count_nonzero(merged) == 2
 
@@ -143,7 +143,7 @@ def test_ties_ignores_experts_that_did_not_move() -> None:
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
 def test_sources_of_any_dtype_are_read_exactly(dtype: str) -> None:
     base, one, two = (np.linspace(low, 3, 33).astype(NUMPY_DTYPES[dtype]) for low in (-3, -2, 1))
-    merged = merge_of(BackboneMerge(method="average"), base, [one, two], (len(base),))[:]
+    merged = merge_of(BackboneMerge(method="average"), base, [one, two])[:]
     np.testing.assert_array_equal(merged, (one.astype(np.float64) + two.astype(np.float64)) / 2)
 
 

@@ -61,10 +61,10 @@ def densify(
     options: DensifyOptions,
     words: Words = None,
     by: Annotated[
-        Literal["distil", "average", "sum", "best", "svd"],
+        Literal["distil", "average", "sum", "best"],
         typer.Option(
             help="distil: the best merge, then distilled from the mixture; average: the mean of the experts; sum: of their "
-            "differences; svd: of low-rank parts of these; best: one expert."
+            "differences; best: one expert."
         ),
     ] = "distil",
 ) -> None:
@@ -73,7 +73,7 @@ def densify(
     if by != "distil":
         refuse_without_effect("--by distil", {key: course[key] for key in [*course] if key not in _OF_ANY})
     if by in ("average", "best"):
-        refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
+        refuse_without_effect("--by sum or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite, trains=True)
     with running() as run:
         from modekit.conversion.densify import Densify, course_of, densify

@@ -2,7 +2,6 @@
 
     average   the mean of the experts' own models (branch-train-merge's weight average)
     sum       base + scale * the sum of their differences (task arithmetic, arXiv 2212.04089)
-    svd       base + scale * the sum of their differences' best low-rank parts (OneS, arXiv 2201.10890)
     best      the one expert with the lowest loss on the text of all domains
     distil    the best of these, then distilled from the mixture on its own text (Switch Transformers, arXiv 2101.03961)
 
@@ -124,7 +123,7 @@ class DenseFolder(SpecialistFolder):
 
 @dataclass(frozen=True)
 class Densify:
-    """What is asked for: `texts` by domain, relative to `root`, instead of the recipe's; `scale` of a sum and of svd (None: the
+    """What is asked for: `texts` by domain, relative to `root`, instead of the recipe's; `scale` of a sum (None: the
     best of some on the select split); `tokens` of held-out text per domain for the figures in densify.json.
     """
 
@@ -177,7 +176,7 @@ def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingTex
     """
     check_given(checkpoint, asked.texts, asked.root)
     known = asked.texts or any(expert.text for expert in checkpoint.record.recipe.experts)
-    chooses = asked.by in ("sum", "svd") and asked.scale is None and known
+    chooses = asked.by == "sum" and asked.scale is None and known
     needs_text = chooses or asked.by in ("distil", "best")
     return read_texts(checkpoint, asked.course.settings, asked.texts, asked.root, run=run) if needs_text else []
 

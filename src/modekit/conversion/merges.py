@@ -24,7 +24,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.names import natural_key
 from modekit.weights.reading import WeightReader
 
-By = Literal["distil", "average", "sum", "best", "svd"]
+By = Literal["distil", "average", "sum", "best"]
 SCALES = (1.0, 1.5, 2.0, 3.0)
 """Of a sum, in parts of the average's, which is 1 / experts."""
 UNMEASURED = 2.0
@@ -32,7 +32,7 @@ UNMEASURED = 2.0
 
 
 class Merge(BaseModel, frozen=True):
-    """A rule and its setting: the scale of a sum or of svd, or the one expert."""
+    """A rule and its setting: the scale of a sum, or the one expert."""
 
     by: By
     scale: float | None = None
@@ -50,7 +50,7 @@ class Merge(BaseModel, frozen=True):
         if self.expert is not None:
             return BackboneExpert(expert=self.expert)
         if self.scale is not None:
-            return BackboneMerge(method="svd" if self.by == "svd" else "task_arithmetic", scale=self.scale)
+            return BackboneMerge(method="task_arithmetic", scale=self.scale)
         return "average"
 
 
@@ -103,8 +103,8 @@ class Merger:
     def _possible(self, by: By, scale: float | None) -> Iterator[Merge]:
         if by == "average":
             yield Merge(by="average")
-        if by in ("sum", "svd", "distil"):
+        if by in ("sum", "distil"):
             for each in map(self._scale, SCALES) if scale is None else [scale]:
-                yield Merge(by="svd" if by == "svd" else "sum", scale=each)
+                yield Merge(by="sum", scale=each)
         if by in ("best", "distil"):
             yield from (Merge(by="best", expert=name) for name in self.plan.recipe.names)

@@ -16,8 +16,8 @@ from modekit.recipes.strict import BASE, Name, Strict, checked
 class BackboneMerge(Strict):
     """A backbone merged from the experts, with its settings."""
 
-    method: Literal["average", "task_arithmetic", "ties", "svd"]
-    scale: float = Field(1.0, description="Strength of task_arithmetic, ties and svd (lambda).")
+    method: Literal["average", "task_arithmetic", "ties"]
+    scale: float = Field(1.0, description="Strength of task_arithmetic and ties (lambda).")
     density: float = Field(0.2, gt=0, le=1, description="Share of each difference that ties keeps.")
 
     @model_validator(mode="after")
@@ -42,7 +42,7 @@ def _backbone_form(value: object) -> str:
 
 
 Backbone = Annotated[
-    Annotated[Literal["base", "average", "task_arithmetic", "ties", "svd"], Tag("literal[]")]
+    Annotated[Literal["base", "average", "task_arithmetic", "ties"], Tag("literal[]")]
     | Annotated[BackboneExpert, Tag("BackboneExpert")]
     | Annotated[BackboneMerge, Tag("BackboneMerge")],
     Discriminator(_backbone_form),

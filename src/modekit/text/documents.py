@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from sys import getsizeof
 
@@ -86,19 +85,17 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
 
     Raises TextError as `read_documents`, but for a text that holds nothing.
     """
-    for spec in specs:
-        for record in chain.from_iterable(_by_file(spec, root=root, where=where)):
-            text = text_of(record.document).strip()
-            if text:
-                yield TextRecord(text, record.id) if isinstance(record.document, str) else record
+    for record in (record for spec in specs for record in _records_of(spec, root=root, where=where)):
+        text = text_of(record.document).strip()
+        if text:
+            yield TextRecord(text, record.id) if isinstance(record.document, str) else record
 
 
-def _by_file(spec: str, *, root: Path, where: str) -> Iterator[Iterator[TextRecord]]:
-    """The records of each file of a text."""
+def _records_of(spec: str, *, root: Path, where: str) -> Iterator[TextRecord]:
     path = locate(spec, root)
     if path is None:
         check_present([spec], root=root, where=where)
-        yield read_hub(spec, where=where)
+        yield from read_hub(spec, where=where)
         return
     files = _files_in(path)
     if not files:
@@ -111,8 +108,8 @@ def _by_file(spec: str, *, root: Path, where: str) -> Iterator[Iterator[TextReco
         )
     for file in files:
         relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
-        records = read_file(file, where=where)
-        yield records if file.suffix in RECORDS else (TextRecord(each.document, relative) for each in records)
+        for record in read_file(file, where=where):
+            yield record if file.suffix in RECORDS else TextRecord(record.document, relative)
 
 
 def is_local(spec: str, root: Path) -> bool:

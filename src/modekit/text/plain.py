@@ -39,7 +39,7 @@ def decode(data: bytes, *, where: str, start: int = 0) -> str:
 
 
 def lines_of(stream: io.BufferedReader, *, where: str) -> Iterator[str]:
-    r"""The lines of an open file from its beginning, with their ends; one is in memory. Cut at \n alone, not at U+2028.
+    r"""The lines of an open file from its beginning, each with a \n at its end; one is in memory. Cut there, not at U+2028.
 
     Raises OSError, and TextError for what is no UTF-8 text, and for a line that is larger than any document.
     """
@@ -60,7 +60,8 @@ def lines_of(stream: io.BufferedReader, *, where: str) -> Iterator[str]:
                 expected=f"at most {LARGEST:,} bytes",
                 remedy="cut it into several documents, or lines (`fold -s`)",
             )
-        yield decode(line, where=place, start=read)
+        text = decode(line, where=place, start=read)
+        yield f"{text[:-2]}\n" if text.endswith("\r\n") else text
         read += len(line)
 
 
@@ -70,18 +71,14 @@ def passages(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
     A passage of lines has less than 4,000 characters, whatever the text. `lines` gives the lines of the text with their ends,
     from its beginning; it is called twice.
     """
-    cut = _paragraphs if _has_blank_line(_with_unix_ends(lines())) else _short_lines
+    cut = _paragraphs if _has_blank_line(lines()) else _short_lines
     passage = ""
-    for piece in cut(_with_unix_ends(lines())):
+    for piece in cut(lines()):
         passage += piece
         if len(passage) >= _PASSAGE:
             yield passage
             passage = ""
     yield passage
-
-
-def _with_unix_ends(lines: Iterable[str]) -> Iterator[str]:
-    return (f"{line[:-2]}\n" if line.endswith("\r\n") else line for line in lines)
 
 
 def _has_blank_line(lines: Iterable[str]) -> bool:

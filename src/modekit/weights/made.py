@@ -26,7 +26,7 @@ from modekit.sources.adapter import LowRank
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of, stored_refs
 from modekit.weights.few_bits import bytes_of_codes, codes_of, steps_of
-from modekit.weights.folding import folded
+from modekit.weights.folding import folded, reader
 from modekit.weights.merge import merged
 from modekit.weights.numeric import DTYPES, Array, FlatArray, Rows, Singles, below, stored, to_float32
 from modekit.weights.reading import WeightReader
@@ -190,7 +190,7 @@ class Fold(_Stored):
         return replace(self, ref=rows_of(self.ref, *rows), change=replace(self.change, rows=rows))
 
     def numbers(self, reading: WeightReader) -> FlatArray:
-        return folded(self.change, stored(reading.opened, self.ref), self.ref.shape, reading.small)
+        return folded(self.change, stored(reading.opened, self.ref), self.ref.shape, reader(reading.opened))
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class Merged(_Making):
         return replace(self, base=self.base.cut(rows), experts=tuple(each.cut(rows) for each in self.experts))
 
     def numbers(self, reading: WeightReader) -> FlatArray:
-        return merged(self.rule, self.base.numbers(reading), [each.numbers(reading) for each in self.experts], self.shape)
+        return merged(self.rule, self.base.numbers(reading), [each.numbers(reading) for each in self.experts])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SVD (of a whole tensor).
+"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES.
 
 Sources are read as float32; sums are kept in float64 and rounded once, so that merging copies of one model gives that
 model back bit for bit. Memory is a few blocks, whatever the tensor's size and however many models there are.
@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
-from modekit.weights.factorise import factorise
 from modekit.weights.numeric import FlatArray, Rows, blocks, moved
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
@@ -21,13 +20,11 @@ Block = npt.NDArray[np.float64]
 _Rule = Callable[[Block, list[Block]], Block]
 
 
-def merged(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]) -> FlatArray:
-    """The merged tensor of a shape as a flat array in float64, computed where it is read.
+def merged(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Rows:
+    """The merged tensor as a flat array in float64, computed where it is read.
 
     `base` and `experts` are flat arrays of equal length in any float format.
     """
-    if settings.method == "svd" and len(shape) == 2:
-        return _gathered(settings, base, experts, shape)
     rule = _elementwise(settings, base, experts)
 
     def rows(first: int, last: int) -> Block:
@@ -44,7 +41,7 @@ def _read(array: FlatArray, part: slice) -> Block:
 def _elementwise(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> _Rule:
     if settings.method == "average":
         return lambda _, values: _sum(values) / len(values)
-    if settings.method in ("task_arithmetic", "svd"):  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
+    if settings.method == "task_arithmetic":  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
         return lambda origin, values: moved(origin, settings.scale * _sum([value - origin for value in values]))
     thresholds = [_magnitude_threshold(base, expert, settings.density) for expert in experts]
     return lambda origin, values: _ties(origin, values, thresholds, settings.scale)
@@ -69,17 +66,6 @@ def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale:
     count = agrees.sum(axis=0)
     mean: Block = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
     return moved(base, scale * mean)
-
-
-def _gathered(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]) -> Block:
-    """Base + scale * the sum of each task vector's best rank-R part (the SVD gathering of OneS, arXiv:2201.10890)."""
-    origin = _read(base, slice(0, len(base)))
-    rank = max(1, min(shape) // len(experts))
-    shift = np.zeros(shape)
-    for expert in experts:
-        factors = factorise((_read(expert, slice(0, len(base))) - origin).astype(np.float32).reshape(shape), rank=rank)
-        shift += factors.b.astype(np.float64) @ factors.a
-    return moved(origin, settings.scale * shift.ravel())
 
 
 def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> np.float32:

@@ -12,7 +12,6 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.sources.source import ModelSource
 from modekit.weights.factorise import Factors, factorise
-from modekit.weights.folding import reader
 from modekit.weights.numeric import Singles, blocks, is_finite, stored, to_float32
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ class WeightReader:
 
     def __init__(self, opened: OpenFiles, models: Sequence[ModelSource]) -> None:
         self.opened, self.models = opened, models
-        self.small = reader(opened)
         self.fills: Fills | None = None
         # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
         self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
