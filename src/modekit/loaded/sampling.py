@@ -81,6 +81,7 @@ class Writer:
     """A model that writes, and the base that it writes against with a weight, if there is one.
 
     Ids of the `vocabulary` and above are never written; those in `ends` end a part, and where it is `endless` are not written.
+    `where`: of errors.
     """
 
     model: PreTrainedModel
@@ -89,6 +90,7 @@ class Writer:
     ends: Collection[int]
     vocabulary: int
     endless: bool = False
+    where: str = ""
 
     @torch.inference_mode()
     def write(self, script: Script, rows: int, seed: int, begun: Sequence[Sequence[int]] = ()) -> list[list[list[int]]]:
@@ -111,7 +113,9 @@ class Writer:
     def _probabilities(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         own_BV, *others = (each[:, : self.vocabulary].log_softmax(-1) for each in logits)
         if any(each.isnan().any() for each in (own_BV, *others)):
-            raise SourceError("a model computes NaN or Inf", remedy="it is damaged: save or download it again")
+            raise SourceError(
+                "a model computes NaN or Inf", where=self.where, remedy="it is damaged: save or download it again"
+            )
         own_BV[:, sorted(self.ends) if self.endless else []] = -math.inf
         log_p_BV = own_BV
         for base_BV in others:

@@ -5,12 +5,14 @@ Shape legend: B batch, S sequence, N tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modekit.errors import SourceError, TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
@@ -39,48 +41,62 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     assert channels is not None
     model = load_model(base.folder, run=run)
     sequences = _sequences(plan, kept, model.get_input_embeddings().weight.shape[0], run)
-    total, layers = sum(each.size for each in sequences), len(decoder_layers(model))
-    width = 4 * layers * (channels.hidden + channels.heads * channels.head_dim)
-    every = max(1, -(-total // max(128, min(_SAMPLE, _BYTES // width))))
-    widening = channels.widening
+    widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
-        [in_layer(layer, str(part)) for layer in range(layers)]
+        [in_layer(layer, str(part)) for layer in layers]
         for part in (widening.before_attention, widening.after_attention, plan.family.parts["o"])
     )
-    sizes: dict[str, list[torch.Tensor]] = {module: [] for module in (*before, *after, _LAST)}
-    samples: dict[str, list[torch.Tensor]] = {module: [] for module in (*before, *output, _LAST)}
-    masks: list[torch.Tensor] = []
-
-    def tap(name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x_ND = args[0][masks[-1]].float()
-        if name in sizes:
-            sizes_N = (x_ND.square().mean(-1) + channels.norm_eps).sqrt()
-            sizes[name].append(sizes_N.cpu())
-            x_ND = x_ND / sizes_N[:, None]
-        if name in samples:
-            samples[name].append(x_ND[::every].cpu())
-
-    run.begin(_MEASURE, total)
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(tap, name)) for name in {**sizes, **samples}]
-    with removed(hooks), torch.inference_mode():
-        for batch in make_batches(sequences, tokens=1_024):
-            masks.append(batch.mask.bool())
-            model.model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.mask.long().to(model.device))
-            run.progress(_MEASURE, min(total, sum(map(len, sizes[_LAST]))), total)
-    if not torch.cat(sizes[_LAST]).isfinite().all():
+    width = 4 * len(layers) * (channels.hidden + channels.heads * channels.head_dim)
+    taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST])
+    taps.run(model, sequences, max(128, min(_SAMPLE, _BYTES // width)), run)
+    sizes, samples = ({name: torch.cat(parts) for name, parts in each.items()} for each in (taps.sizes, taps.samples))
+    if not sizes[_LAST].isfinite().all():
         raise SourceError(
             "the base model computes NaN or Inf",
             where=f"base_model ({base.spec})",
             remedy="the model is damaged: save or download it again",
         )
     ids = np.concatenate([np.asarray(each.ids, np.int64) for each in sequences])
-    found, read = ({name: torch.cat(parts).numpy() for name, parts in each.items()} for each in (sizes, samples))
-    rows = zip(before, after, output, strict=True)
     return Stream(
-        tuple(LayerStream(found[first], found[second], read[first], read[third]) for first, second, third in rows),
-        read[_LAST],
+        tuple(
+            LayerStream(sizes[first].numpy(), sizes[second].numpy(), samples[first].numpy(), samples[third].numpy())
+            for first, second, third in zip(before, after, output, strict=True)
+        ),
+        samples[_LAST].numpy(),
         np.bincount(ids, minlength=whole(plan.config, "vocab_size")),
     )
+
+
+class _Taps:
+    """What modules read: of some the size of every token, and of some a sample, at size 1 where it is known."""
+
+    def __init__(self, norm_eps: float, sized: Sequence[str], sampled: Sequence[str]) -> None:
+        self._norm_eps = norm_eps
+        self.sizes: dict[str, list[torch.Tensor]] = {name: [] for name in sized}
+        self.samples: dict[str, list[torch.Tensor]] = {name: [] for name in sampled}
+
+    def run(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], most: int, run: Run) -> None:
+        """Let a model read; the sample has about so many tokens at most."""
+        total, masks = sum(each.size for each in sequences), list[torch.Tensor]()
+        every = max(1, -(-total // most))
+
+        def tap(name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x_ND = args[0][masks[-1]].float()
+            if name in self.sizes:
+                sizes_N = (x_ND.square().mean(-1) + self._norm_eps).sqrt()
+                self.sizes[name].append(sizes_N.cpu())
+                x_ND = x_ND / sizes_N[:, None]
+            if name in self.samples:
+                self.samples[name].append(x_ND[::every].cpu())
+
+        run.begin(_MEASURE, total)
+        names = {**self.sizes, **self.samples}
+        with removed([model.get_submodule(name).register_forward_pre_hook(partial(tap, name)) for name in names]):
+            for batch in make_batches(sequences, tokens=1_024):
+                masks.append(batch.mask.bool())
+                with torch.inference_mode():
+                    model.model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.mask.long().to(model.device))
+                run.progress(_MEASURE, min(total, sum(map(len, self.sizes[_LAST]))), total)
 
 
 def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequence]:

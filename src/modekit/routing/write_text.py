@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.errors import SourceError
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.sampling import Script, Writer, read_texts, rows_at_once
-from modekit.recipes.recipe import Expert, Recipe
+from modekit.recipes.recipe import Recipe
 from modekit.run import DETAIL, ProgressCount, Run
 from modekit.sources.adapter import CONFIG_FILE, is_adapter, read_adapter_config
 from modekit.sources.config import read_config, settings_digest
@@ -57,20 +55,17 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
     What a kill left is gone on with. `but`: experts that need none. Raises SourceError for models that cannot be loaded, or
     compute no finite numbers, and OutputError.
     """
-    base, seed, authors = sources[0], recipe.mixture.router.seed, list[_Author]()
-    for place, expert in enumerate(recipe.experts):
-        if expert.writes_text and expert.name not in but:
-            source = base if expert.is_base else sources[1 + place]
-            authors.append(_author(expert, place, root, base, source, seed, run))
-    authors = [author for author in authors if author.left]
+    base, seed = sources[0], recipe.mixture.router.seed
+    writing = [place for place, expert in enumerate(recipe.experts) if expert.writes_text and expert.name not in but]
+    authors = [author for place in writing if (author := _author(recipe, place, root, sources, run)).left]
     if not authors:
         return
     run.begin("write text")
     common = documents_of(base.parameters)
     count = ProgressCount(run, common + sum(author.left for author in authors))
     model = load_model(base.folder, run=run)
-    with _named(f"base_model ({base.spec})"):
-        texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count)
+    where = f"base_model ({base.spec})"
+    texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count, where)
     for author in authors:
         is_base = author.source is base
         expert = model if is_base else load_expert(base.folder, author.source.folder, run=run)
@@ -86,12 +81,12 @@ class _CommonTexts:
 
     @classmethod
     def written_by(
-        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int, count: ProgressCount
+        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int, count: ProgressCount, where: str
     ) -> _CommonTexts:
         """So many, none of which ends."""
         begin, at_once = _beginning(tokenizer), rows_at_once(base, DOCUMENT_TOKENS)
         ends, vocabulary = set(tokenizer.all_special_ids), len(tokenizer)
-        writer = Writer(base, None, 0.0, ends=ends, vocabulary=vocabulary, endless=True)
+        writer = Writer(base, None, 0.0, ends=ends, vocabulary=vocabulary, endless=True, where=where)
         texts = list[list[int]]()
         while len(texts) < rows:
             more = min(at_once, rows - len(texts))
@@ -107,15 +102,6 @@ class _CommonTexts:
         passages = self.ids_BS[:, 1:].unfold(1, BEGUN_TOKENS, BEGUN_TOKENS).flatten(0, 1)
         best = passages[gains_BP.flatten().argsort(descending=True, stable=True)].tolist()
         return [[int(self.ids_BS[0, 0]), *passage] for passage in best]
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Let a SourceError say where."""
-    try:
-        yield
-    except SourceError as error:
-        raise SourceError(error.what, where=where, remedy=error.remedy) from None
 
 
 @dataclass(frozen=True)
@@ -144,7 +130,7 @@ class _Author:
         rows = min(rows_at_once(model, DOCUMENT_TOKENS), -(-self.documents // CHATS))  # so that there are all kinds
         special = set(self.tokenizer.all_special_ids)
         writers = [
-            Writer(model, beside, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+            Writer(model, beside, self.made.against, ends=special, vocabulary=len(self.tokenizer), where=self.where)
             for beside in (base, None, base)
         ]
         while done < self.documents:
@@ -153,8 +139,7 @@ class _Author:
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
                 begun = passages[done // rows // BEGUN * rows :][:at_once]
-            with _named(f"{self.where} ({self.source.spec})"):
-                texts = writer.write(script, at_once, self.made.seed + done, begun)
+            texts = writer.write(script, at_once, self.made.seed + done, begun)
             documents = enumerate(map(self._document, texts), done)
             written += [TextRecord(document, str(place)) for place, document in documents if document is not None]
             done += at_once
@@ -177,7 +162,9 @@ class _Author:
         return Conversation([message_of("user", question), message_of("assistant", answer[0])]) if answer else question
 
 
-def _author(expert: Expert, place: int, root: Path, base: ModelSource, source: ModelSource, seed: int, run: Run) -> _Author:
+def _author(recipe: Recipe, place: int, root: Path, sources: Sequence[ModelSource], run: Run) -> _Author:
+    expert, base = recipe.experts[place], sources[0]
+    source = base if expert.is_base else sources[1 + place]
     brings = source is not base and any((source.folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(source.folder if brings else base.folder, run=run)
     template = chat_template_of(tokenizer)
@@ -188,13 +175,13 @@ def _author(expert: Expert, place: int, root: Path, base: ModelSource, source: M
         tokens=DOCUMENT_TOKENS,
         way=WAY,
         against=0.0 if source is base else AGAINST,
-        seed=seed,
+        seed=recipe.mixture.router.seed,
         models=models,
         template="" if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     )
     return _Author(
         name=expert.name,
-        where=f"experts[{place}] '{expert.name}': text",
+        where=f"experts[{place}] '{expert.name}': text ({source.spec})",
         file=written_file(expert, root),
         source=source,
         made=made,
