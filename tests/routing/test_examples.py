@@ -64,7 +64,7 @@ def test_they_are_the_same_every_time_and_do_not_exceed_what_is_asked() -> None:
 
 
 def test_the_base_takes_small_talk() -> None:
-    own, base = (read_chats(TOKENIZER, DOCUMENTS, expert, LEXICAL, 40, most=100_000) for expert in (LAW, BASE))
+    own, base = (read_chats(TEMPLATE, DOCUMENTS, 40, 100_000, is_base=is_base) for is_base in (False, True))
     assert base[:80] == own and len(base) == 160
     encoded = {TOKENIZER.decode(TEMPLATE.ids(each)) for each in SMALL_TALK}
     assert all(said(chat.ids, chat.start) in encoded for chat in base[80:])
@@ -129,6 +129,7 @@ def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
 
 def test_a_template_that_hides_what_is_said_is_none() -> None:
     shouting = word_tokenizer("{% for message in messages %}{{ message['content'] | upper }}{% endfor %}")
-    assert read_chats(shouting, DOCUMENTS, LAW, LEXICAL, 5, most=100_000) == [] and chats_of(shouting, LAW, LEXICAL) == {}
+    plain = encode(shouting, DOCUMENTS, max_tokens=1_000, sequence_length=512)
+    assert read_examples(shouting, DOCUMENTS, LAW, LEXICAL, most=1_000) == plain and chats_of(shouting, LAW, LEXICAL) == {}
     with pytest.raises(TextError, match="no chat template that shows what is said"):
-        read_chats(shouting, DOCUMENTS, LAW, Router(fit="lexical", chat=True), 5, most=100_000)
+        read_examples(shouting, DOCUMENTS, LAW, Router(fit="lexical", chat=True), most=1_000)

@@ -48,7 +48,7 @@ class Flow:
         ids_BS: token ids of this pass; None when embeddings were given in their place.
         mask_BS: real tokens of this pass; None when all are.
         shape_BS: rows and tokens of this pass.
-        told_padding: what generate says of pads, on its way past a family's own classes.
+        padding: what generate says of pads (of a target), on its way past a family's own classes.
         kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
@@ -64,7 +64,6 @@ class Flow:
             that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all), and
             where one router serves all places, `source_weights` (B, 1, E) is what it decided in the encoder.
             `target_weights` (B, 1, E) stand in the decoder for all that was decided, with `forced`, whatever read the source.
-            `padding` holds which tokens of the target are pads, where generate says so besides its arguments.
         mixed: place -> its module.
     """
 
@@ -75,13 +74,12 @@ class Flow:
         self.source_mask_BS: torch.Tensor | None = None
         self.source_weights: torch.Tensor | None = None
         self.target_weights: torch.Tensor | None = None
-        self.padding: dict[str, Any] = {}
         self.mixed: dict[str, Any] = {}
         self.averages = False
         self.ids_BS: torch.Tensor | None = None
         self.mask_BS: torch.Tensor | None = None
         self.shape_BS: tuple[int, int] | None = None
-        self.told_padding: dict[str, Any] = {}
+        self.padding: dict[str, Any] = {}
         self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}

@@ -183,7 +183,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
         def run() -> Any:
-            given = {**dict(zip(arguments, args, strict=False)), **flow.told_padding, **kwargs}
+            given = {**dict(zip(arguments, args, strict=False)), **flow.padding, **kwargs}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)
             if flow.streams == 2:
@@ -248,7 +248,7 @@ def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:
         with flow.one_pass():
             kept = {**dict(zip(arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
             flow.kept = kept if isinstance(kept, torch.Tensor) else None
-            flow.told_padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
+            flow.padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
             return dense_causal.forward(self, *args, **kwargs)
 
     return causal_forward

@@ -41,40 +41,33 @@ _WINDOW = 2_048  # characters from which words are cut
 def read_examples(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], expert: Expert, settings: Router, *, most: int
 ) -> list[TokenSequence]:
-    """Sequences of at most `most` tokens together: documents and, where the router knows chats, chats.
+    """Sequences of at most `most` tokens together: documents and, where the router knows chats and there are no pairs, chats.
 
     Raises TextError when chats are asked for and the tokenizer has no template.
     """
     plain = encode(tokenizer, documents, max_tokens=most, sequence_length=settings.sequence_length)
-    chats = read_chats(tokenizer, documents, expert, settings, len(plain), most=most // SHARE)
+    template = None if "pairs" in map(reads_of, documents) else template_for(tokenizer, settings)
+    count, chats = min(len(plain), _MOST_CHATS), list[TokenSequence]()
+    if template is not None:
+        chats = read_chats(template, documents, count, most // SHARE, is_base=expert.is_base)
     room = most - sum(len(chat.ids) for chat in chats)
     return [*(list(_first(plain, room)) or plain[:1]), *chats]
 
 
 def read_chats(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    expert: Expert,
-    settings: Router,
-    count: int,
-    *,
-    most: int,
+    template: ChatTemplate, documents: Sequence[Document], count: int, most: int, *, is_base: bool
 ) -> list[TokenSequence]:
     """So many short questions cut from documents, as many with words of asking around their terms and, for the base, twice as
     much small talk, of at most `most` tokens together.
-
-    None where the router does not know chats, and of pairs. Raises TextError as `read_examples`.
     """
-    if "pairs" in map(reads_of, documents):
-        return []
-    template, count = template_for(tokenizer, settings), min(count, _MOST_CHATS)
-    if template is None:
-        return []
-    room = most // 2 if expert.is_base else most
+    room = most // 2 if is_base else most
     chats = [*_first(cut_chats(template, documents, count), room // 2)]
-    chats += _first(framed_chats(template, documents, count), room // 2)
-    left = most - sum(len(chat.ids) for chat in chats)
-    return [*chats, *(_first(small_talk(template, _SMALL_TALK * count), left) if expert.is_base else [])]
+    chats += _first(_framed_chats(template, documents, count), room // 2)
+    if is_base:
+        talk = ((SMALL_TALK[number % len(SMALL_TALK)], "") for number in range(_SMALL_TALK * count))
+        left = most - sum(len(chat.ids) for chat in chats)
+        chats += _first(_chats(template, talk, random.Random(_SMALL_TALK * count)), left)
+    return chats
 
 
 def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTemplate | None:
@@ -106,36 +99,22 @@ def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Route
 def cut_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
     """So many chats of a few words of the documents, which their number decides."""
     cut = [document for document in documents if isinstance(document, str)]
-    draw = random.Random(str(count))
-    for number in range(count if cut else 0):
-        # Every document once before any of them twice, and then at random.
-        document = cut[number] if number < len(cut) <= count else draw.choice(cut)
-        question, answer = _words(document, draw)
-        chat = _chat(template, question, answer, draw)
-        if chat is not None:
-            yield chat
+    draw, numbers = random.Random(str(count)), range(count if cut else 0)
+    # Every document once before any of them twice, and then at random.
+    taken = (cut[number] if number < len(cut) <= count else draw.choice(cut) for number in numbers)
+    return _chats(template, (_words(document, draw) for document in taken), draw)
 
 
-def framed_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
+def _framed_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
     """So many chats that ask for terms of the documents, in English or their own language; every other has an answer."""
     texts = [document for document in documents if isinstance(document, str)]
     draw, languages = random.Random(f"framed {count}"), (ENGLISH, language_of(texts))
-    for number in range(count if texts else 0):
-        document = texts[number % len(texts)]
+
+    def asked(document: str) -> tuple[str, str]:
         question = framed_question(document, QUESTION_FRAMES[draw.choice(languages)], draw)
-        _, answer = _words(document, draw) if draw.random() < _WITH_ANSWER else ("", "")
-        chat = _chat(template, question or "", answer, draw)
-        if chat is not None:
-            yield chat
+        return question or "", _words(document, draw)[1] if draw.random() < _WITH_ANSWER else ""
 
-
-def small_talk(template: ChatTemplate, count: int) -> Iterator[TokenSequence]:
-    """So many short chats of no domain, without an answer."""
-    draw = random.Random(count)
-    for number in range(count):
-        chat = _chat(template, SMALL_TALK[number % len(SMALL_TALK)], "", draw)
-        if chat is not None:
-            yield chat
+    return _chats(template, (asked(texts[number % len(texts)]) for number in range(count if texts else 0)), draw)
 
 
 def changes_of_domain(template: ChatTemplate, domains: Sequence[Sequence[Tokens]], longest: int) -> list[list[Tokens]]:
@@ -169,15 +148,17 @@ def _words(document: str, draw: random.Random) -> tuple[str, str]:
     return "".join(words[:count]).strip(), "".join(words[count : count + _ANSWER]).strip()
 
 
-def _chat(template: ChatTemplate, question: str, answer: str, draw: random.Random) -> TokenSequence | None:
-    system = None if draw.random() < _OWN_SYSTEM else draw.choice(SYSTEM_PROMPTS)
-    around = template.around(system) or template.around(None)
-    if around is None or not question:
-        return None
-    before, between = around
-    ids = template.ids(before + question + between + answer)
-    start = min(len(template.ids(before)), len(ids) - 1)
-    return TokenSequence(tuple(ids), len((question + answer).encode()), start) if len(ids) > 1 else None
+def _chats(template: ChatTemplate, said: Iterable[tuple[str, str]], draw: random.Random) -> Iterator[TokenSequence]:
+    """Of questions and answers, under the template's own system prompt or another."""
+    for question, answer in said:
+        system = None if draw.random() < _OWN_SYSTEM else draw.choice(SYSTEM_PROMPTS)
+        around = template.around(system) or template.around(None)
+        if around is not None and question:
+            before, between = around
+            ids = template.ids(before + question + between + answer)
+            start = min(len(template.ids(before)), len(ids) - 1)
+            if len(ids) > 1:
+                yield TokenSequence(tuple(ids), len((question + answer).encode()), start)
 
 
 def _first(sequences: Iterable[TokenSequence], most: int) -> Iterator[TokenSequence]:
