@@ -24,7 +24,7 @@ import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.models import ARCHITECTURE, BASE_TRAINING, new_model
+from modekit.demo.models import ARCHITECTURE, TRAINING, new_model
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
@@ -100,7 +100,7 @@ class Languages:
             fewest = min(len(sequences) for sequences in of_each)
             sequences = [sequence for each in of_each for sequence in each[:fewest]]
             with staging(teacher, f"demo teacher {self.seed}", "model") as stage:
-                training = BASE_TRAINING.with_(steps=self.budget.teacher_steps, seed=self.seed)
+                training = TRAINING.with_(steps=self.budget.teacher_steps, seed=self.seed)
                 train_on_text(model, sequences, training, run=self.run.about("teacher"))
                 with without_bars(), library_writes(stage.folder) as folder:
                     model.save_pretrained(folder)

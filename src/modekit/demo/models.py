@@ -35,7 +35,7 @@ from modekit.text.splits import documents_of_split
 
 VOCABULARY = 3_072
 SEQUENCE_LENGTH = 512  # a whole document of the demo's text
-BATCH_TOKENS = 3_072
+BATCH_TOKENS = 1_536
 _DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
 TRAINING = Training(
     batch_tokens=BATCH_TOKENS,
@@ -45,7 +45,6 @@ TRAINING = Training(
     by_length=True,
     autocast=True,
 )
-BASE_TRAINING = TRAINING.with_(learning_rate=4e-3)
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -69,12 +68,12 @@ def make_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, ru
         for name in (*DOMAINS, GENERAL)
     }
     tokenizer = byte_level_bpe((text_of(document) for documents in fit.values() for document in documents), VOCABULARY)
-    sequences = {name: training_sequences(tokenizer, documents, BASE_TRAINING) for name, documents in fit.items()}
+    sequences = {name: training_sequences(tokenizer, documents, TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
     mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]
     model = new_model(ARCHITECTURE, seed)
     with staging(out, f"demo base {seed} {steps}", "model") as stage:
-        train_on_text(model, mixed, BASE_TRAINING.with_(steps=steps, seed=seed), run=run.about("base"))
+        train_on_text(model, mixed, TRAINING.with_(steps=steps, seed=seed), run=run.about("base"))
         save_model(model, tokenizer, stage)
 
 
