@@ -73,7 +73,7 @@ class Budget:
     eval_tokens: int
 
 
-WHOLE = Budget(200, 768, 8_192)
+WHOLE = Budget(400, 768, 8_192)
 
 
 class Languages:
