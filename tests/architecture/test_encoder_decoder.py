@@ -418,7 +418,6 @@ def test_a_pair_that_is_longer_than_the_model(tmp_path: Path) -> None:
     [
         ("config.json", "forced_bos_token_id", (5, 7)),
         ("config.json", "decoder_start_token_id", (2, 7)),
-        ("tokenizer_config.json", "tgt_lang", ("fr_XX", "de_DE")),
     ],
 )
 def test_models_that_write_other_languages_are_refused(
@@ -432,7 +431,7 @@ def test_models_that_write_other_languages_are_refused(
         said = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**said, key: value}))
     mixture = {"router": {"fit": "random"}}
-    with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*{file}: {key}") as caught:
+    with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*{key}") as caught:
         planned(tmp_path, mixture, "one", "two")
     assert str(values[0]) in str(caught.value.expected) or str(values[1]) in str(caught.value.expected)
     path = tmp_path / "two" / file

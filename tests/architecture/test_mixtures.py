@@ -67,8 +67,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, **WINDOWS},
     "gemma3_text": {"head_dim": 8, **WINDOWS},
-    "olmo3": WINDOWS,
-    "glm4": {"head_dim": 8},
     "starcoder2": {"use_bias": True},
 }
 NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses
@@ -738,7 +736,7 @@ TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
         },
         "auto",
     ),
-    "arrow": ("glm4", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
+    "arrow": ("gemma2", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
 }
 
 

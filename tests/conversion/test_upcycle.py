@@ -19,7 +19,7 @@ from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 
-FAMILIES = ("llama", "qwen3", "phi3")
+FAMILIES = ("llama", "qwen3", "granite")
 
 
 def made(root: Path, model_type: str = "llama", **said: int) -> Checkpoint:

@@ -57,7 +57,6 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
-    ("phi3", "granitemoe", {}),
 ]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),

@@ -46,7 +46,6 @@ FLEXIBLE = {
     "gemma",
     "gemma2",
     "gemma3_text",
-    "glm4",
 }
 NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these
 ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA if dense not in NOT_RUN]

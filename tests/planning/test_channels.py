@@ -25,10 +25,10 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.natives import NATIVES
-from sources.test_families import CASES, TWINS
+from sources.test_families import CASES
 
 ROWS = {(row.family.model_type, row.native_type): row for row in NATIVES}
-WIDE = [case for case in CASES if not isinstance(ROWS[case[:2]].widening, str) and TWINS.get(case[0]) != "llama"]
+WIDE = [case for case in CASES if not isinstance(ROWS[case[:2]].widening, str)]
 WIDE += [
     ("llama", "mixtral", {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1}),
     ("llama", "mixtral", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}),  # 112 is no multiple of 9

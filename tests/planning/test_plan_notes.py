@@ -81,9 +81,9 @@ def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) ->
     for name in ("law", "code"):
         write_adapter(shop.root / f"{name}-lora", lora("mlp.up_proj", 48, 32, layers=1, seed=1))
     experts = [{"name": name, "adapter": f"./{name}-lora", "text": f"./text/{name}.jsonl"} for name in ("law", "code")]
-    mixture = {"router": {"fit": "lexical"}, "tokens": "first"}
+    mixture = {"router": {"fit": "lexical"}}
     notes = said(shop, "has no effect", experts=experts, mixture=mixture, output={"rank": 32})
-    assert [note.partition(" ")[0] for note in notes] == ["output.rank", "mixture.tokens"]
+    assert [note.partition(" ")[0] for note in notes] == ["output.rank"]
 
 
 @pytest.mark.parametrize(

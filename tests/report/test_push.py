@@ -173,7 +173,7 @@ def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: 
 def test_a_name_that_no_repository_has_is_refused_before_anything_is_read(tmp_path: Path, repo: str) -> None:
     for more in ((), ("--dry-run",)):
         said = refuse("push", tmp_path, repo, *more)
-        assert "not a name of a repository" in said and repo in said and "OWNER/NAME" in said
+        assert "the hub did not take it" in said and repo in said and "OWNER/NAME" in said
 
 
 def test_only_what_modekit_wrote_goes(shared_workshop: Workshop, tmp_path: Path) -> None:

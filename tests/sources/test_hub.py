@@ -156,11 +156,11 @@ def _broken(hub: StandIn) -> None:
 @pytest.mark.parametrize(
     ("arrange", "law", "words"),
     [
-        (_gated, {"model": "acme/law"}, ["gated", "hf auth login", "HF_TOKEN"]),
+        (_gated, {"model": "acme/law"}, ["restricted", "hf auth login", "HF_TOKEN"]),
         (_token, {"model": "acme/law"}, ["Invalid credentials", "hf auth login"]),
         (_broken, {"model": "acme/law"}, ["does not send", "418"]),
-        (lambda _: None, {"model": "acme/lwa"}, ["no repository of that name", "hf auth login"]),
-        (lambda _: None, {"model": "acme/law", "revision": "v9"}, ["no such revision"]),
+        (lambda _: None, {"model": "acme/lwa"}, ["repository of that name", "hf auth login"]),
+        (lambda _: None, {"model": "acme/law", "revision": "v9"}, ["revision", "v9"]),
         (lambda _: None, {"model": "acme/law-lora"}, ["an adapter, not a full model", "adapter:"]),
     ],
 )

@@ -111,17 +111,16 @@ def test_an_expert_forced_is_its_own_model_on_the_tokens_that_it_has(tmp_path: P
 
 def test_a_plain_checkpoint_has_the_rows_of_those_who_have_the_token(tmp_path: Path) -> None:
     shop = shop_of(tmp_path, {"top_k": 1, "router": {"fit": "lexical"}}, law={"tokens": CHAT}, code={"tokens": CHAT[:1]})
-    for rule in ("mean", "first"):
-        checkpoint = built(shop, mixture={**shop.recipe["mixture"], "tokens": rule})
-        assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
-        found, base, law, code = (weights(shop.root / name) for name in ("OUT", "base", "law", "code"))
-        for name in (EMBEDDING, HEAD):
-            rows = found[name][:, :32]  # without the router's channels
-            assert torch.equal(rows[:VOCAB], base[name]) and torch.equal(rows[97], law[name][97])
-            both = (law[name][96].double() + code[name][96].double()) / 2
-            assert torch.equal(rows[96], both.float() if rule == "mean" else law[name][96])
+    checkpoint = built(shop)
+    assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
+    found, base, law, code = (weights(shop.root / name) for name in ("OUT", "base", "law", "code"))
+    for name in (EMBEDDING, HEAD):
+        rows = found[name][:, :32]  # without the router's channels
+        assert torch.equal(rows[:VOCAB], base[name]) and torch.equal(rows[97], law[name][97])
+        both = (law[name][96].double() + code[name][96].double()) / 2
+        assert torch.equal(rows[96], both.float())
     notes = " ".join(planned(shop).notes)
-    assert "2 tokens that the base model lacks ('<|im_start|>' 96, '<|im_end|>' 97)" in notes and "mean of their rows" in notes
+    assert "2 ('<|im_start|>' 96, '<|im_end|>' 97)" in notes and "mean of their rows" in notes
     assert "the tokenizer is that of experts[0] 'law'" in notes and "a text ends at '<|im_end|>' 97" in notes
 
 
@@ -374,17 +373,6 @@ def test_a_tokenizer_that_cuts_text_otherwise_is_refused(tmp_path: Path, parts: 
     with pytest.raises(MismatchError, match="cuts text otherwise") as caught:
         planned(shop)
     assert "experts[0] 'law'" in str(caught.value)
-
-
-def test_what_a_tokenizer_puts_around_a_text_is_noted(tmp_path: Path) -> None:
-    shop = shop_of(tmp_path, RANDOM)
-    around = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
-    template = {"type": "TemplateProcessing", "single": around, "pair": around, "special_tokens": special}
-    change_tokenizer(tmp_path / "law", post_processor=template)
-    assert any("other special tokens around a text (<s>" in note for note in planned(shop).notes)
-    change_tokenizer(tmp_path / "law", post_processor=None, truncation=None, padding=None)
-    assert not any("special tokens around" in note for note in planned(shop).notes)
 
 
 def test_a_base_without_a_tokenizer_is_noted(tmp_path: Path) -> None:

@@ -191,9 +191,6 @@ class DenseView:
         state = {name: self._read(name) for name in outside}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
-            for module, parts in self._native.split.items():
-                split = [state.pop(in_layer(layer, f"{part}.weight")) for part in parts]
-                state[in_layer(layer, f"{module}.weight")] = torch.cat(split)
         try:
             with without_bars():
                 self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -226,7 +223,7 @@ class DenseView:
         else:
             assert native.fused is not None
             both, down = (self._read(in_layer(layer, path), expert) for path in native.fused)
-            gate, up = (both, both) if native.is_fused else both.chunk(2, dim=0)
+            gate, up = both.chunk(2, dim=0)
             parts = {"gate": gate, "up": up, "down": down}
         return {in_layer(layer, native.family.mlp[part]): tensor.contiguous() for part, tensor in parts.items()}
 

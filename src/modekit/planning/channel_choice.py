@@ -30,10 +30,9 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )
-    if carry is not None and (native.split or not widening.in_front):
-        why = "its base has queries, keys and values in one tensor" if native.split else "it has norms behind attention"
+    if carry is not None and not widening.in_front:
         raise UnsupportedError(
-            f"{native.native_type} cannot carry more of an expert than its FFN: {why}",
+            f"{native.native_type} cannot carry more of an expert than its FFN: it has norms behind attention",
             where="output.carry",
             remedy="write output: {carry: ffn}, or output: {format: modekit}",
         )

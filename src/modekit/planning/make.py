@@ -34,7 +34,7 @@ from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
+from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merged
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
@@ -69,11 +69,11 @@ def plan_first(
     for way in ways[:-1]:
         with suppress(UnsupportedError, RecipeError):
             recipe = way()
-            settled = _settled(recipe, *models(recipe.mixture.tokens or "mean"))
+            settled = _settled(recipe, *models())
             if suits(settled.recipe):
                 return _planned(settled, root, run)
     recipe = ways[-1]()
-    return _planned(_settled(recipe, *models(recipe.mixture.tokens or "mean")), root, run)
+    return _planned(_settled(recipe, *models()), root, run)
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class _Settled:
     mixed: set[str]
 
 
-def _one_vocabulary(sources: tuple[ModelSource, ...], rule: Rule) -> tuple[Family, Vocabulary]:
+def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
     family = family_of(sources[0].config, where=f"base_model ({sources[0].spec})")
     sources = _with_sizes(sources, family)
     check_mixable(sources, family)
-    return family, one_vocabulary(sources, family, rule)
+    return family, one_vocabulary(sources, family)
 
 
 def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:

@@ -16,7 +16,7 @@ from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native import Native
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, FFNKind, Fold, Join, Made, Merged, Pad, Padded, Zeros, scaled
+from modekit.weights.made import Copy, FFNKind, Join, Made, Pad, Padded, Zeros, scaled
 
 _FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
 _Parts = Mapping[str, Sequence[Made | None]]
@@ -70,24 +70,8 @@ class NativeLayout:
 
     def widened(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
         """A tensor of the backbone as the result has it: in several, with the channels of its router."""
-        for each in self._split(tensor):
-            pad = None if self.channels is None else self.channels.pad_of(each.name, each.shape, self._native.parts)
-            yield _widened(each, pad)
-
-    def _split(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        """The tensor itself, or those that the result has in its place: some of its rows each."""
-        module, _, leaf = tensor.name.rpartition(".")
-        layer, path = split_layer(module)
-        if not isinstance(layer, int) or path not in self._native.split:
-            yield tensor
-            return
-        dense, start = self._family.dense_config(self._base.config), 0
-        for place, part in enumerate(self._native.split[path]):
-            rows = whole(dense, "num_key_value_heads" if place else "num_attention_heads") * whole(dense, "head_dim")
-            made, shape = tensor.made, (rows, *tensor.shape[1:])
-            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merged) else Zeros(shape)
-            yield PlannedTensor(f"{in_layer(layer, part)}.{leaf}", tensor.dtype, shape, "backbone", made)
-            start += rows
+        pad = None if self.channels is None else self.channels.pad_of(tensor.name, tensor.shape, self._family.parts)
+        yield _widened(tensor, pad)
 
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which every expert has its own."""
@@ -199,22 +183,12 @@ class NativeLayout:
 
     def _as_in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN in a layer of the base."""
-        ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
-        rows = self._rows(part, ref)
-        return ref if rows is None else Copy(ref).cut(rows).ref
-
-    def _rows(self, part: str, ref: TensorRef) -> tuple[int, int] | None:
-        """Which rows of its tensor a part of the FFN is; None for all."""
-        if not self._native.is_fused or part == "down":
-            return None
-        half = ref.shape[0] // 2
-        return (0, half) if part == "gate" else (half, 2 * half)
+        return self._base.tensor(in_layer(layer, self._family.mlp[part]))
 
     def _part(self, expert: int, part: str, ref: TensorRef) -> Made:
         """What an expert has of a part of the FFN."""
         source = self._sources[1 + expert]
-        made, rows = as_in(source, ref), self._rows(part, ref)
-        return self._segments.cut(made if rows is None else made.cut(rows), expert, part)
+        return self._segments.cut(as_in(source, ref), expert, part)
 
     def _factors(self) -> list[float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""

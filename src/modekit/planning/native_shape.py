@@ -184,8 +184,6 @@ class NativeShape(AnyShape):
         front, spare, units = (0, 0, 0) if self.channels is None else self._more(self.channels)
         for layer in range(front, self._layers):
             for part, path in native.family.mlp.items():
-                if native.is_fused and part == "up":
-                    continue
                 if native.fused is None:
                     names = [
                         in_layer(layer, (native.experts or {})[part].format(expert=expert)) for expert in range(self.experts)
@@ -195,7 +193,7 @@ class NativeShape(AnyShape):
                 else:
                     ref = tensors[in_layer(layer, native.fused[part == "down"])]
                     own = dict.fromkeys(range(self.experts), ref)
-                    rows, columns = ref.shape[1] // (1 if part == "down" or native.is_fused else 2), ref.shape[2]
+                    rows, columns = ref.shape[1] // (1 if part == "down" else 2), ref.shape[2]
                 if weights is not None and part == "down":
                     own = {expert: ref for expert, ref in own.items() if weights[self.recipe.names[expert]] > 0}
                 shape = (rows - spare, columns - units) if part == "down" else (rows - units, columns - spare)

@@ -20,7 +20,6 @@ from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatible import forced_by_one_side
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
@@ -52,10 +51,9 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, layout: _La
     yield from _of_routing(recipe, sources)
     yield from _lost_of_adapters(recipe, sources, layout.mixes_more, mixed)
     yield from _of_chats(recipe, vocabulary)
-    yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, layout.mixes_more, mixed)
     yield from _beside(sources)
-    yield from _without_effect(recipe, vocabulary, layout)
+    yield from _without_effect(recipe, layout)
     yield from layout.notes()
     yield from _of_one_folder(recipe, sources)
 
@@ -130,13 +128,6 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         )
 
 
-def _of_targets(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterable[str]:
-    """Where an expert with an encoder or the base alone says with which token a target begins."""
-    named = zip(recipe.names, sources[1:], strict=True)
-    own = {name: each for name, each in named if each is not sources[0] and not isinstance(each, AdapterSource)}
-    return forced_by_one_side(sources[0], own) if family.pair else ()
-
-
 def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
     """A note that names the full models of a recipe that may lose something; none on another backbone, or when all is mixed."""
     outside = [name for name in sources[0].tensors if name not in mixed and not is_ignored(name)]
@@ -197,13 +188,11 @@ def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
     yield from (f"{', '.join(labels)}: only the language model is mixed; {said} stay behind" for said, labels in of.items())
 
 
-def _without_effect(recipe: Recipe, vocabulary: Vocabulary, layout: _Layout) -> Iterator[str]:
+def _without_effect(recipe: Recipe, layout: _Layout) -> Iterator[str]:
     """Settings that the models, or the form of the result that was chosen, give nothing to do."""
     for key in ("channels", "carry", "rank") if not layout.is_native else ():
         if getattr(recipe.output, key) is not None:
             yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
-    if recipe.mixture.tokens == "first" and not vocabulary.is_grown:
-        yield "mixture.tokens has no effect: no expert adds tokens"
 
 
 def _parts_of(beside: Mapping[str, TensorRef]) -> str:

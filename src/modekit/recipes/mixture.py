@@ -118,9 +118,6 @@ class Mixture(Strict):
     weights: dict[Name, _Weight] | None = Field(None, description="Relative weight per expert (linear only).")
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
-    tokens: Literal["mean", "first"] | None = Field(
-        None, description="Rows of a token that the base lacks and several experts have: their mean (default), or the first's."
-    )
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Mixture:

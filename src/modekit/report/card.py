@@ -39,7 +39,6 @@ class Card:
     """The card's files by name, and what it could not say."""
 
     contents: Mapping[str, bytes]
-    licence: str
     notes: Sequence[str]
 
 
@@ -62,7 +61,7 @@ def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> 
     contents = {CARD_FILE: f"{card.content}\n"}
     if data.license_link == LICENCE_FILE:
         contents[LICENCE_FILE] = _licence_page(table, known)
-    return Card({name: text.encode() for name, text in contents.items()}, str(data.license), notes)
+    return Card({name: text.encode() for name, text in contents.items()}, notes)
 
 
 def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
@@ -80,7 +79,7 @@ def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardDat
         license_name=name,
         license_link=link,
         library_name="transformers",
-        pipeline_tag=_task_of(checkpoint),
+        pipeline_tag="translation" if checkpoint.shape.family.pair else "text-generation",
         tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
     )
 
@@ -113,11 +112,6 @@ def _decides(checkpoint: Checkpoint) -> str:
     if not checkpoint.shape.routing.runs_common or mixture.always_on is None:
         return said
     return f"{said}, and the base model reads every text beside them (weight {mixture.always_on.weight:g})"
-
-
-def _task_of(checkpoint: Checkpoint) -> str:
-    """What the hub calls what it does."""
-    return "translation" if checkpoint.shape.family.pair else "text-generation"
 
 
 def facts_of(checkpoint: Checkpoint) -> dict[str, object]:

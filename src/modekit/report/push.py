@@ -6,7 +6,6 @@ made unless somebody wrote one. Statistics and written text, which show text, re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from modekit.recipes.edit import RECIPE_FILE
 from modekit.recipes.paths import name_of, with_names
 from modekit.recipes.recipe import Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, make_card
-from modekit.sources.tokenizer import COPIED_FILES
+from modekit.sources.tokenizer import COPIED_FILES, is_own_file
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 _WRITTEN = (
@@ -71,28 +70,18 @@ def pack(checkpoint: Checkpoint) -> Parcel:
         if name in made or name.partition("/")[0] in INTERNAL:
             continue
         if "/" not in name and any(fnmatch(name, pattern) for pattern in _WRITTEN):
-            _check_link(path, checkpoint.folder)
+            if not is_own_file(path, checkpoint.folder):
+                raise OutputError(
+                    "a link leads out of the folder, and what it names would go to the hub",
+                    where=str(path),
+                    found=path.readlink() if path.is_symlink() else "no regular file",
+                    remedy="put the file itself there, or remove the link",
+                )
             files[name] = path
         else:
             place = f"{name.partition('/')[0]}/" if "/" in name else name
             left[place] = left.get(place, 0) + path.stat().st_size
     return Parcel(dict(sorted({**files, **made}.items())), left, notes)
-
-
-def _check_link(path: Path, folder: Path) -> None:
-    """Raise OutputError where a link leads out of the folder: what it names is not the mixture's.
-
-    But for a snapshot of the hub's cache, whose files are links to blobs beside it.
-    """
-    real, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    inside = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
-    if not any(target.is_relative_to(each) for each in inside):
-        raise OutputError(
-            "a link leads out of the folder, and what it names would go to the hub",
-            where=str(path),
-            found=str(target),
-            remedy="put the file itself there, or remove the link",
-        )
 
 
 def check_repo(repo: str) -> None:
@@ -126,20 +115,12 @@ def _explained(repo: str) -> Iterator[None]:
 
     try:
         yield
-    except HFValidationError:
-        raise OutputError(
-            "not a name of a repository",
-            where="REPO",
-            found=repo,
-            expected="NAME or OWNER/NAME of letters, digits and -_. (96 at most, no -- and .., none of -. first or last)",
-            remedy="correct it",
-        ) from None
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise OutputError(
             "the hub did not take it",
             where=repo,
             found=(str(error).strip().splitlines() or [type(error).__name__])[0],
-            remedy="log in with `hf auth login`, as somebody who may write there, and push again",
+            remedy="name it NAME or OWNER/NAME, log in with `hf auth login` as somebody who may write there, and push again",
         ) from None
 
 

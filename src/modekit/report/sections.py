@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,21 +15,19 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.forced import ForcedExperts
 from modekit.evaluation.inspection.result import DomainTrace, Inspection
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import Result, read_or_say, results_path
+from modekit.evaluation.results_folder import Result, read_or_say
 from modekit.evaluation.tables import ResultTable
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import bytes_of, count_of, or_dash
-from modekit.files.read import LARGE, read_text
 from modekit.members.licences import facts, sources_of
 from modekit.recipes.layers import order_of
-from modekit.report.drawing import Line, gap_chart, line_chart
+from modekit.report.drawing import gap_chart
 
 Block = ResultTable | Markup | str
 """A table, a chart, or a paragraph."""
 SAMPLE_BYTES = 900_000
 """Room for the sample texts' weights in a page of 2 MB."""
-_POINTS = 400  # of a curve; more are thinned
 _GAPS = (
     "How much of the way from the base model (0, solid line) to each domain's own expert (1, dashed line) is closed on "
     "held-out text. The oracle gives every text to its domain's own expert; a mixture can pass it."
@@ -84,7 +79,7 @@ def make_content(checkpoint: Checkpoint) -> Content:
         sections.append(Section("Losses", [*([_GAPS, chart] if chart else []), *results.tables()], results.notes))
     if inspection is not None:
         sections.append(Section("Routing", inspection.tables(), inspection.notes))
-    sections += _training(checkpoint, missing)
+    sections += _training(checkpoint)
     for title, kind in _OTHERS:
         if (found := kind.find(checkpoint, missing)) is not None:
             sections.append(Section(title, found.tables(), found.notes))
@@ -93,30 +88,9 @@ def make_content(checkpoint: Checkpoint) -> Content:
     return Content(results, sections, samples or {}, missing)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LastTraining(Result):
-    """train.json: the record of a training, and losses before and after it, where there was text."""
-
-    training: Mapping[str, object]
-    results: Results | None
-
-    file = "train.json"
-    command = "modekit train"
-
-    def belongs_to(self, checkpoint: Checkpoint) -> bool:
-        """Whether it is the mixture's last one."""
-        records = checkpoint.record.training
-        return bool(records) and self.training == records[-1].model_dump(mode="json")
-
-    def tables(self) -> list[ResultTable]:
-        """Losses before and after."""
-        return [] if self.results is None else self.results.tables()
-
-
-def _training(checkpoint: Checkpoint, missing: list[str]) -> list[Section]:
-    """What each training changed; of the last one the curve, and losses before and after it."""
-    last = LastTraining.find(checkpoint, missing)
-    blocks: list[Block] = [] if last is None else [*_curves(checkpoint), *last.tables()]
+def _training(checkpoint: Checkpoint) -> list[Section]:
+    """What each training changed."""
+    blocks: list[Block] = []
     for place, record in enumerate(checkpoint.record.training, 1):
         losses = record.select_loss.items()
         rows = [[name, *(or_dash(loss.get(when), ".4f") for when in ("before", "after"))] for name, loss in losses]
@@ -126,28 +100,6 @@ def _training(checkpoint: Checkpoint, missing: list[str]) -> list[Section]:
         blocks.append(ResultTable(f"Training {place}", ["domain", "before", "after"], rows, said))
     notes = [note for record in checkpoint.record.training for note in record.notes]
     return [Section("Training", blocks, notes)] if blocks else []
-
-
-def _curves(checkpoint: Checkpoint) -> list[Block]:
-    """train.csv as a chart: the loss of the training text, and held-out losses."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(results_path(checkpoint, "train.csv"), LARGE))))
-        columns = {name: _column(rows, name) for name in rows[0]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
-        return []
-    lines = [Line("training text", "raw", columns.get("loss", [])), Line("held-out mean", "mean", columns.get("eval_loss", []))]
-    for place, name in enumerate(checkpoint.names):
-        points = columns.get(f"eval_{name}_loss", columns.get(f"eval_{name}", []))
-        lines.append(Line(f"held-out {name}", f"e{place % 8}", points))
-    chart = line_chart([line for line in lines if line.points], "Loss by step", "step", "loss, nats per token")
-    return [chart] if chart else []
-
-
-def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[tuple[float, float]]:
-    """(step, figure) of a column, thinned; the last one stays."""
-    found = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
-    found = [point for point in found if all(map(math.isfinite, point))]
-    return [*found[: -1 : math.ceil(len(found) / _POINTS) or 1], *found[-1:]]
 
 
 def _size(checkpoint: Checkpoint) -> Section:

@@ -102,7 +102,7 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
 def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     """Keys of the mixture by which it has other tensors than the checkpoint's, gates aside."""
     before, after = checkpoint.record.recipe.mixture, recipe.mixture
-    for key in ("backbone", "modules", "layers", "tokens"):
+    for key in ("backbone", "modules", "layers"):
         if getattr(before, key) != getattr(after, key):
             yield key
     if checkpoint.shape.plain and before.weights != after.weights:

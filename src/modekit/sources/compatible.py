@@ -6,7 +6,7 @@ changes what a tensor means.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.recipes.layers import Layer, layer_at, stack_of
@@ -18,12 +18,6 @@ from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import read_beside
-
-_FORCED = "forced_bos_token_id"
-_OF_THE_TARGET = {
-    ("generation_config.json", "config.json"): ("decoder_start_token_id", _FORCED),
-    ("tokenizer_config.json",): ("tgt_lang", "target_lang"),
-}
 
 
 def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
@@ -171,12 +165,10 @@ def _check_no_more(base: ModelSource, source: ModelSource, family: Family) -> No
 
 
 def _plain(value: object) -> object:
-    """Equal settings compare equal: 10000 and 10000.0, false and null."""
+    """Equal settings compare equal, such as false and null."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, bool) or value is None:
-        return bool(value)
-    return float(value) if isinstance(value, int) else value
+    return value or False
 
 
 def check_same_target(sources: Sequence[ModelSource]) -> None:
@@ -184,48 +176,17 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
 
     What a model's files leave unsaid is taken to be as the others have it.
     """
-    said: dict[tuple[str, str], tuple[ModelSource, object]] = {}
+    said: dict[str, tuple[ModelSource, object]] = {}
     for source in dict.fromkeys(sources):
-        for (file, key), value in _target_of(source).items():
-            first, expected = said.setdefault((file, key), (source, value))
+        files = [read_beside(source.folder, file) for file in ("generation_config.json", "config.json")]
+        for key in ("decoder_start_token_id", "forced_bos_token_id"):
+            value = next((file[key] for file in files if file.get(key) is not None), None)
+            first, expected = said.setdefault(key, (source, value)) if value is not None else (source, None)
             if value != expected:
                 raise MismatchError(
                     "two models begin what they write with another token: they were made for other languages",
-                    where=f"{source.where}: {file}: {key}",
+                    where=f"{source.where}: {key}",
                     found=value,
                     expected=f"{expected}, as {first.where} has it",
-                    remedy="use experts that write the same language, or correct the file if only it differs",
+                    remedy="use experts that write the same language, or correct generation_config.json if only it differs",
                 )
-
-
-def forced_by_one_side(base: ModelSource, experts: Mapping[str, ModelSource]) -> Iterator[str]:
-    """Notes of experts, by name, whose files force the first token of a target where the base model's do not, or the reverse.
-
-    Files may leave unsaid what whoever calls the model says, so that this is no error.
-    """
-    of_base = _forced_first(base)
-    named = {name: _forced_first(source) for name, source in experts.items()}
-    odd = [f"{name} {token}" for name, token in named.items() if (token is None) != (of_base is None)]
-    if odd:
-        yield (
-            f"the token with which a model begins what it writes (forced_bos_token_id) is {of_base} in the base model's files, "
-            f"and in those of {', '.join(odd)}: the mixture begins as the base does; see that all write the same language"
-        )
-
-
-def _forced_first(source: ModelSource) -> object:
-    said = _target_of(source)
-    return next((value for (_, key), value in said.items() if key == _FORCED), None)
-
-
-def _target_of(source: ModelSource) -> dict[tuple[str, str], object]:
-    """File and key -> what it says of how a target begins, or where it says nothing what another file does: older models have
-    one file, and newer ones say it in another.
-    """
-    found: dict[tuple[str, str], object] = {}
-    for files, keys in _OF_THE_TARGET.items():
-        configs = {file: read_beside(source.folder, file) for file in files}
-        for key in keys:
-            values = {file: config[key] for file, config in configs.items() if config.get(key) is not None}
-            found |= {(file, key): values.get(file, next(iter(values.values()))) for file in files if values}
-    return found

@@ -26,7 +26,6 @@ FROM_GGUF = (
     "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
     "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
 )
-_DEEPEST = 32  # containers within each other
 _CODE = frozenset(
     {
         *("auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels"),
@@ -148,13 +147,9 @@ def settings_digest(config: Config) -> str:
 
 
 def read_config(folder: Path, *, where: str) -> dict[str, object]:
-    """A model's config.json as data, by its folder or the file. Raises SourceError when it is missing, no JSON, or nested past
-    all use.
-    """
+    """A model's config.json as data, by its folder or the file. Raises SourceError when it is missing or no JSON."""
     try:
         config = read_json(folder if folder.is_file() else folder / "config.json")
-        if _is_deep(config):
-            raise ValueError("nested too deeply")
     except FileNotFoundError:
         refuse_other_kinds([path.name for path in folder.glob("*")], where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
@@ -218,8 +213,9 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
         name = str(first["loc"][0]) if first["loc"] else ""
         raise no_usable(name, config.get(name, first["input"]), first["msg"], where) from None
     for key in ("rope_parameters", "rope_scaling"):
-        if not all(_may_be_rope(name, each) for name, each in entries(config.get(key))):
-            raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
+        for name, each in entries(config.get(key)):  # a kind is a word, and a number one that fits a float
+            if (name in ("rope_type", "type") and not isinstance(each, str)) or (isinstance(each, int) and abs(each) > 2**60):
+                raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
     if not pair:
         return
     sizes = min(map(str.split, _SIZES_OF_A_PAIR), key=lambda keys: sum(config.get(key) is None for key in keys))
@@ -233,12 +229,6 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
             found="share_encoder_decoder_embeddings: false",
             remedy="choose a base model that shares its embedding",
         )
-
-
-def _may_be_rope(key: str, value: object) -> bool:
-    """Whether a kind of rotary embedding is a word, and a number is one that fits a float."""
-    is_kind = key not in ("rope_type", "type") or isinstance(value, str)
-    return is_kind and not (isinstance(value, int) and abs(value) > 2**60)
 
 
 def _is_plain(value: object) -> bool:
@@ -256,12 +246,3 @@ def entries(data: object) -> Iterator[tuple[str, object]]:
         if isinstance(each, Mapping):
             yield from each.items()
         waiting += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
-
-
-def _is_deep(data: object) -> bool:
-    """Whether containers lie within each other so deeply that no config means it, and that code which follows them fails."""
-    level = [data]
-    for _ in range(_DEEPEST):
-        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
-        level = [each for within in inner for each in within]
-    return bool(level)

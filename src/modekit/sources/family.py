@@ -117,7 +117,6 @@ class Family:
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default; None for families without rotary embeddings.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
-        norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
         without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
         width: key of config.json for the width of the residual stream.
@@ -141,7 +140,6 @@ class Family:
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
     layer_types: Callable[[Config], list[str]] | None = None
-    norms_have_weights: bool = True
     defaults: Config = field(default_factory=dict)
     without_vllm: str = ""
     width: str = "hidden_size"
@@ -163,7 +161,7 @@ class Family:
     @property
     def ties(self) -> Mapping[str, str]:
         """Tensors of a model that ties its head to the embedding -> what they are a second name of."""
-        return {weight_of(self.head): weight_of(self.embedding)}
+        return {weight_of(self.head): weight_of(self.embedding)} if self.derived is None else self.derived.tied
 
     def is_tied(self, source: ModelSource) -> bool:
         """Whether a model's head is its embedding. A T5 that has a head of its own says so by its weights alone."""
@@ -196,19 +194,21 @@ class Family:
 
     def looks_up(self, module: str) -> bool:
         """Whether a module is an embedding, of tokens or positions."""
-        return is_looked_up(module)
+        return is_looked_up(module) if self.derived is None else module in self.derived.lookups
 
     def keeps_columns(self, module: str) -> bool:
         """Whether a linear module keeps its weight as (I, O)."""
-        return False
+        return self.derived is not None and module in self.derived.columns
 
     def may_be_low_rank(self, module: str) -> bool:
-        """Whether a part of a difference can stand at a module with a weight: a linear one, or the embedding."""
-        return True
+        """Whether a part of a difference can stand at a module with a weight: a linear one, or the first embedding."""
+        found = self.derived
+        return found is None or module not in {*found.lookups, *found.columns, *found.blocks}
 
     def place_of(self, tensor: str) -> str:
         """The module that a tensor belongs to: the smallest that can be another expert's."""
-        return module_of(tensor)
+        blocks = () if self.derived is None else self.derived.blocks
+        return next((block for block in blocks if tensor.startswith(f"{block}.")), module_of(tensor))
 
     def with_sizes(self, config: Config) -> Config:
         """A config with its sizes under the names that other families use."""
@@ -216,7 +216,7 @@ class Family:
 
     def outside(self, source: ModelSource) -> list[str]:
         """Tensors outside of the layers that must be there."""
-        norm = [weight_of(FINAL_NORM)] if self.norms_have_weights and not self.pair else []
+        norm = [weight_of(FINAL_NORM)] if not self.pair else []
         head = [] if self.is_tied(source) else [weight_of(self.head)]
         return [weight_of(self.embedding), *(name for stack in self.stacks for name in stack.outside), *norm, *head]
 

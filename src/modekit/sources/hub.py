@@ -11,16 +11,8 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils.tqdm import tqdm
 
 from modekit.errors import SourceError
@@ -33,7 +25,6 @@ from modekit.sources.tokenizer import COPIED_FILES
 
 _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, "README.md")
 """Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""
-_LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 
 def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET, as_adapter: bool = False) -> Path:
@@ -79,37 +70,9 @@ def _drawn_by(run: Run) -> type[tqdm]:
     return Bar
 
 
-_REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
-    (
-        GatedRepoError,
-        "the repository is gated: its owner lets those read it who accept the terms",
-        f"accept them on its page on the hub, then log in ({_LOG_IN})",
-    ),
-    (
-        RepositoryNotFoundError,
-        "no such folder, and the hub knows no repository of that name, or it is private",
-        f"correct the name; for a private repository log in as somebody who may read it ({_LOG_IN})",
-    ),
-    (RevisionNotFoundError, "the repository has no such revision", "give a branch, tag or commit of it, or remove revision"),
-    (HFValidationError, "neither a folder nor a name on the hub", "correct the path or the hub id (OWNER/NAME)"),
-    (HfHubHTTPError, "the hub does not send the repository", f"read what it says; log in if it asks you to ({_LOG_IN})"),
-    (
-        LocalEntryNotFoundError,
-        "no such folder, and the hub cannot be reached for a model of that name",
-        "correct the path; or connect to the hub and run the command again, which continues; or give the folder of a copy",
-    ),
-    (
-        OSError,
-        "the hub does not send what it has, or its cache cannot be written",
-        "run the command again, which continues; or set HF_HOME to a folder of yours with space",
-    ),
-)
-"""What may go wrong between here and the hub, what it means, and what to do; the library's own sentence is what was found."""
-
-
 @contextmanager
 def _explained(spec: str, where: str) -> Iterator[None]:
-    """Turns whatever goes wrong between here and the hub into SourceError."""
+    """Turns whatever goes wrong between here and the hub into SourceError, with the library's own sentence."""
     try:
         yield
     except SourceError:
@@ -119,9 +82,11 @@ def _explained(spec: str, where: str) -> Iterator[None]:
         if not known:
             raise
         first = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        what, remedy = next((says for kind, *says in _REFUSALS if isinstance(first, kind)), _REFUSALS[-1][1:])
-        if is_offline_mode() and not isinstance(first, HFValidationError):
-            what = "no such folder, and not all of that name is in the hub's cache (HF_HUB_OFFLINE)"
-            remedy = f"correct the path; or unset HF_HUB_OFFLINE; or `hf download {spec}` where there is a network"
-        found = shortened(getattr(first, "server_message", None) or str(first).strip() or type(first).__name__)
-        raise SourceError(what, where=where, found=found, remedy=remedy) from None
+        raise SourceError(
+            "no such folder, and the hub does not send a repository of that name",
+            where=where,
+            found=shortened(getattr(first, "server_message", None) or str(first).strip() or type(first).__name__),
+            remedy="correct the path, hub id or revision; for a private or gated repository accept its terms there and log "
+            "in (`hf auth login`, or set HF_TOKEN); else run the command again, which continues, or unset HF_HUB_OFFLINE, or "
+            f"`hf download {spec}` where there is a network",
+        ) from None

@@ -83,7 +83,6 @@ class Native:
         rules: what must hold.
         serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
         without_gguf: why llama.cpp does not run it; empty where it does.
-        split: module of the base's layers that the result has in several -> those, each of whole heads of its part.
         vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
         widening: how it takes channels of a router's own, or the reason why it cannot.
     """
@@ -108,7 +107,6 @@ class Native:
     serves: str = "vLLM"
     serves_with_biases: str = ""
     without_gguf: str = ""
-    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     vllm_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
 
@@ -116,17 +114,6 @@ class Native:
     def label(self) -> str:
         """Row name for messages and tests."""
         return f"{self.family.model_type}->{self.native_type}"
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the base has gate and up in one tensor, and so has the result."""
-        return self.family.mlp["gate"] == self.family.mlp["up"]
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Linear part of a layer of the result -> its module; the FFN's are the base's."""
-        apart = dict(zip("qkv", next(iter(self.split.values()), ()), strict=False))
-        return {**self.family.parts, **apart}
 
     @property
     def written_constants(self) -> tuple[Constant, ...]:

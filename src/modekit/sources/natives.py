@@ -11,7 +11,6 @@ between the two configs must be written out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from modekit.sources.config import Config, whole, words
@@ -24,12 +23,6 @@ _ROWS = {family.model_type: family for family in DECODERS}
 
 def _score_scale(config: Config) -> float:
     return float((whole(config, "hidden_size") // whole(config, "num_attention_heads")) ** -0.5)
-
-
-def _plain_rope(config: Config) -> bool:
-    rope, factor = config["rope_parameters"], config.get("partial_rotary_factor")
-    assert isinstance(rope, Mapping)
-    return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
 
 
 def _row(model_type: str, native_type: str, native_class: str, **says: Any) -> Native:
@@ -122,19 +115,6 @@ NATIVES: tuple[Native, ...] = (
         widening=Widening(interleaved=True),
         rules=(_SILU, (lambda c: not c.get("use_bias"), "layers have biases (use_bias), the experts' are not copied")),
     ),
-    Native(
-        _ROWS["phi3"],
-        **_GRANITE_MOE,
-        split={"self_attn.qkv_proj": tuple(f"self_attn.{part}_proj" for part in "qkv")},
-        fixed=_NO_FACTORS,
-        computed={"attention_multiplier": _score_scale},
-        rules=(
-            _SILU,
-            heads_fill("GraniteMoE"),
-            (lambda c: not c["sliding_window"], "it has a sliding window, GraniteMoE has none"),
-            (_plain_rope, "its rotary embedding is partial or longrope, GraniteMoE's is neither"),
-        ),
-    ),
     _row(
         *("qwen2", "qwen2_moe", "Qwen2MoeForCausalLM"),
         expert_hidden_key="moe_intermediate_size",
@@ -197,15 +177,6 @@ NATIVES: tuple[Native, ...] = (
         rules=(_SILU,),
     ),
 )
-_WITHOUT_PARTNER = {
-    "m2m_100": "NLLB-MoE in transformers runs no more than its first two experts",
-    "t5": "Switch Transformers multiply what an expert says by its router's probability, which is never 1",
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma4_text"), "GeGLU experts"),
-    "olmo3": "a window that differs between layers",
-    "exaone4": "norms after the block",
-    "glm4": "four norms per layer and interleaved partial rotary embedding",
-    "starcoder2": "an FFN without a gate",
-}
 
 
 def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
@@ -217,8 +188,7 @@ def choose_native(family: Family, config: Config) -> tuple[Native | None, list[s
             if not refusals:
                 return row, []
             tried.append(f"{row.native_type}: {'; '.join(refusals)}")
-    reason = _WITHOUT_PARTNER.get(family.model_type, "none exists")
-    return None, tried or [f"no native architecture holds a mixture of '{family.model_type}': {reason}"]
+    return None, tried or [f"no native architecture holds a mixture of '{family.model_type}' (benchmarks/partners.md)"]
 
 
 def leaves_out(config: Config) -> bool:

@@ -52,9 +52,8 @@ def model_folder(
 def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET) -> tuple[ModelSource, ...]:
     """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
 
-    Models on the hub are downloaded. Raises SourceError; for folders that do not exist before anything is opened.
+    Models on the hub are downloaded. Raises SourceError.
     """
-    check_folders(recipe, root)
     opener = Opener(root, run)
     base = opener.base(recipe)
     return (base, *(opener.expert(place, expert, base) for place, expert in enumerate(recipe.experts)))
@@ -94,10 +93,3 @@ class Opener:
 def label_of(place: int, expert: Expert) -> str:
     """What messages call an expert's model."""
     return f"experts[{place}] '{expert.name}'"
-
-
-def check_folders(recipe: Recipe, root: Path) -> None:
-    """Raise SourceError for the first model that is a path to nothing."""
-    experts = [(label_of(place, each), each.source) for place, each in enumerate(recipe.experts) if not each.is_base]
-    for label, spec in [("base_model", recipe.base_model), *experts]:
-        local_folder(spec, root=root, label=label)

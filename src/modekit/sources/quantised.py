@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -41,13 +41,6 @@ _FLOATS = ("F32", "F16", "BF16")
 _STATE = ".weight.quant_state.bitsandbytes__"
 _UNUSED = (".input_scale", ".output_scale", ".activation_scale", ".input_scale_ub", ".k_scale", ".v_scale")
 """What quantised layers do to their inputs, which is of no weight."""
-_UNPACKED_BY = {
-    "gptq": "gptqmodel",
-    "awq": "autoawq",
-    "compressed-tensors": "compressed-tensors",
-    "gguf": "transformers (GgufConfig(dequantize=True))",
-}
-"""Forms that are not read -> the package that unpacks them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +120,7 @@ class Scaled:
         return np.asarray(_numbers(read, self.weight, first, last) * scales).ravel()
 
 
-@dataclass(frozen=True)
-class DoubleQuantised:
+class DoubleQuantised(NamedTuple):
     """The scales of `Coded` in bytes: absmax = code[byte] * scale of its block + offset."""
 
     scale: TensorRef
@@ -203,13 +195,12 @@ def unpack(
     said = settings if isinstance(settings, Mapping) else {}
     method, parts = str(said.get("quant_method")), _Parts(tensors, where)
     if not (method == "fp8" or (method == "bitsandbytes" and not said.get("load_in_8bit"))):
-        package = _UNPACKED_BY.get(method, "its own library")
         raise SourceError(
             "the model is quantised in a form that modekit does not read",
             where=f"{where}: config.json",
             found=f"quant_method {method}",
             expected="fp8, or bitsandbytes with 4 bits",
-            remedy=f"give the unquantised model, or unpack it with {package} and save it again",
+            remedy="give the unquantised model, or unpack it with the library that quantised it and save it again",
         )
     try:
         named: Iterator[tuple[str, Scaled | Coded]] = parts.of_bitsandbytes()

@@ -128,13 +128,6 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
         from modekit.sources.quantised import unpack  # few models need it
 
         tensors, packed = unpack(packing, config, tensors, where=where)
-    if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
-        raise SourceError(
-            "the folder holds both a model and an adapter",
-            where=where,
-            found="adapter_config.json",
-            remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
-        )
     return replace(source_of(label, spec, folder, revision, config, tensors), packed=packed)
 
 

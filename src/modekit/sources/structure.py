@@ -85,20 +85,9 @@ class ClassFamily(Family):
 
     known: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def found(self) -> Derived:
-        """What was found."""
-        assert self.derived is not None
-        return self.derived
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        """Tensors that are others under a second name -> those others."""
-        return self.found.tied
-
     def is_tied(self, source: ModelSource) -> bool:
         """Whether the head is the embedding."""
-        return bool(self.found.tied)
+        return bool(self.ties)
 
     def own_names(self, source: ModelSource) -> list[str]:
         """Names of a model's tensors that its class has."""
@@ -108,23 +97,6 @@ class ClassFamily(Family):
         """Every setting that the class has."""
         said = structure(config, where=where).family.defaults
         return {key: value for key, value in said.items() if key != "vocab_size"}
-
-    def looks_up(self, module: str) -> bool:
-        """Whether a module is an embedding."""
-        return module in self.found.lookups
-
-    def keeps_columns(self, module: str) -> bool:
-        """Whether a linear module keeps its weight as (I, O)."""
-        return module in self.found.columns
-
-    def may_be_low_rank(self, module: str) -> bool:
-        """Whether a part of a difference can stand at a module: a linear one that keeps rows."""
-        return module not in {*self.found.lookups, *self.found.columns, *self.found.blocks}
-
-    def place_of(self, tensor: str) -> str:
-        """The module that a tensor belongs to, or a block that only works as a whole."""
-        blocks = (block for block in self.found.blocks if tensor.startswith(f"{block}."))
-        return next(blocks, super().place_of(tensor))
 
     def with_sizes(self, config: Config) -> Config:
         """A config with its sizes under the names that rows use."""

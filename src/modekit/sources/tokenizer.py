@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,32 +26,34 @@ COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def copied_files(folder: Path, *, where: str, names: Iterable[str] = COPIED_FILES) -> tuple[Path, ...]:
-    """Those of the files to copy that a model's folder has: its own, not what links in a stranger's folder point at.
-
-    Raises SourceError for what is no regular file, and for a link that leads out of the folder: what it points at would be
-    copied into the result, and published with it. The hub's cache, whose files are links to blobs beside them, is fine.
+def copied_files(folder: Path, *, where: str) -> tuple[Path, ...]:
+    """Those of the files to copy that a model's folder has. Raises SourceError for one that is not its own: what a link in a
+    stranger's folder points at would be copied into the result, and published with it.
     """
-    found = [folder / name for name in names if (folder / name).is_symlink() or (folder / name).exists()]
+    found = [folder / name for name in COPIED_FILES if (folder / name).is_symlink() or (folder / name).exists()]
     for path in found:
-        try:
-            target = path.resolve(strict=True)
-            problem = None if target.is_file() else "it is no regular file"
-        except (OSError, RuntimeError):
-            problem = "it is a link to nothing"
-        else:
-            if not (target.is_relative_to(folder.resolve()) or _is_blob(target, folder)):
-                problem = f"it is a link to {target}"
-        if problem is not None:
-            instead = " in place of the link" if path.is_symlink() else ", or remove what is there"
+        if not is_own_file(path, folder):
             raise SourceError(
                 "a file that would be copied into the result is not the model's own",
                 where=f"{where}: {path.name}",
-                found=problem,
+                found=f"a link to {path.readlink()}" if path.is_symlink() else "no regular file",
                 expected="a file in the model's folder",
-                remedy=f"put the file itself there{instead}",
+                remedy="put the file itself there, or remove what is there",
             )
     return tuple(found)
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Whether a file lies in its folder, or where the hub's cache keeps those of a snapshot: snapshots/x links to blobs/hash
+    beside it.
+    """
+    try:
+        target, snapshot = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):  # a link to nothing, or to itself
+        return False
+    blobs = snapshot.parents[1] / "blobs" if snapshot.parent.name == "snapshots" else None
+    is_blob = target.parent == blobs and _BLOB.fullmatch(target.name) is not None
+    return target.is_file() and (target.is_relative_to(snapshot) or is_blob)
 
 
 def copied_content(file: Path) -> bytes:
@@ -70,13 +72,6 @@ def _without_code(said: object) -> object:
     if isinstance(said, dict):
         return {key: _without_code(value) for key, value in said.items() if key != "auto_map"}
     return [_without_code(each) for each in said] if isinstance(said, list) else said
-
-
-def _is_blob(target: Path, folder: Path) -> bool:
-    """Whether a file lies where the hub's cache keeps those of a snapshot: snapshots/x links to blobs/hash beside it."""
-    snapshot = folder.resolve()
-    blobs = snapshot.parents[1] / "blobs" if snapshot.parent.name == "snapshots" else None
-    return target.parent == blobs and _BLOB.fullmatch(target.name) is not None
 
 
 def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
@@ -117,7 +112,7 @@ class ReadTokens:
     """The tokens of a tokenizer; of a tokenizer.json also the merges of BPE, and what else decides how text is cut (`rest`)."""
 
     tokens: Tokens
-    merges: list[tuple[str, ...]] | None = None
+    merges: list[str] | None = None
     rest: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
@@ -140,38 +135,26 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         if path.name != "tokenizer.json":
             added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
             first = beside if path.name == "added_tokens.json" else None
-            return ReadTokens({**(first or {}), **{token: _id(index) for token, index in {**raw, **added}.items()}})
+            return ReadTokens(_checked({**(first or {}), **raw, **added}))
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
-        tokens = {_text(token): _id(index) for token, index in pairs}
-        tokens.update({_text(added["content"]): _id(added["id"]) for added in raw.get("added_tokens") or []})
+        tokens = _checked({**dict(pairs), **{added["content"]: added["id"] for added in raw.get("added_tokens") or []}})
         merges = raw["model"].get("merges")
         settings = {key: each for key, each in raw["model"].items() if key != "merges" and not isinstance(each, dict)}
         rest = {**{key: raw.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")}, "model": settings}
-        return ReadTokens(tokens, None if merges is None else [_pair(each) for each in merges], rest)
+        joined = None if merges is None else [each if isinstance(each, str) else " ".join(each) for each in merges]
+        return ReadTokens(tokens, joined, rest)
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
         found = f"nothing called {error}" if isinstance(error, KeyError) else error
         raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
 
 
-def _text(token: object) -> str:
-    if not isinstance(token, str):
-        raise ValueError(f"a token that is no text: {str(token)[:60]}")
-    return token
-
-
-def _id(index: object) -> int:
-    if type(index) is not int or not 0 <= index < 2**40:
-        raise ValueError(f"an id that is none: {str(index)[:60]}")
-    return index
-
-
-def _pair(merge: object) -> tuple[str, ...]:
-    """A merge, which old files write as 'left right'."""
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if not isinstance(parts, list):
-        raise ValueError(f"a merge that is none: {str(merge)[:60]}")
-    return tuple(map(_text, parts))
+def _checked(tokens: Mapping[Any, Any]) -> Tokens:
+    """Raises ValueError for a token that is no text, and an id that is none."""
+    for token, index in tokens.items():
+        if not isinstance(token, str) or type(index) is not int or not 0 <= index < 2**40:
+            raise ValueError(f"no token and id: {str(token)[:60]}, {str(index)[:60]}")
+    return dict(tokens)
 
 
 @dataclass(frozen=True)
@@ -226,11 +209,9 @@ _PAGE = (
 """Text of many kinds: two tokenizers that cut it alike are taken to cut all text alike."""
 
 
-def other_cuts(base: Path, expert: Path, *, where: str) -> str | None:
-    """Compare how two tokenizer.json with the same tokens cut a page of text; for those that say other things beside them.
-
-    Gives a note where only the special tokens that they put around a text differ. Raises MismatchError where text is cut
-    otherwise, SourceError for a file that the tokenizers library does not open.
+def check_same_cuts(base: Path, expert: Path, *, where: str) -> None:
+    """Raise MismatchError where two tokenizer.json with the same tokens cut a page of text otherwise; SourceError for a file
+    that the tokenizers library does not open.
     """
     from tokenizers import Tokenizer
 
@@ -247,17 +228,10 @@ def other_cuts(base: Path, expert: Path, *, where: str) -> str | None:
                     expected=f"... {' '.join(cuts[0][first : first + 6])}",
                     remedy=Readers().remedy,
                 )
-        around = [each.encode(_PAGE[0]).tokens for each in (ours, theirs)]
     except MismatchError:
         raise
     except Exception as error:  # the library raises Exception itself
         raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer.json", error) from None
-    if around[0] == around[1]:
-        return None
-    return (
-        f"{where}: its tokenizer puts other special tokens around a text ({' '.join(around[1][:2])} ...) than the base model's "
-        f"({' '.join(around[0][:2])} ...), which the mixture has"
-    )
 
 
 def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
@@ -267,15 +241,13 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
     """
     both_json = all((folder / "tokenizer.json").exists() for folder in (base, expert))
     for name in () if both_json else (name for name in PAIR_FILES if (base / name).exists() and (expert / name).exists()):
-        read: Callable[[Path, int], Any] = read_json if name.endswith(".json") else read_bytes
         try:
-            same = read(base / name, LARGE) == read(expert / name, LARGE)
+            same = read_bytes(base / name, LARGE) == read_bytes(expert / name, LARGE)
         except UNREADABLE as error:
             raise damaged_model("the tokenizer cannot be read", f"{where}: {name}", error) from None
         if not same:
             what = f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s"
-            found = "other content; saving again with another version can change a sentencepiece file, too"
-            raise MismatchError(what, where=where, found=found, remedy=readers.remedy)
+            raise MismatchError(what, where=where, remedy=readers.remedy)
 
 
 def check_ids_fit(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:

@@ -7,7 +7,7 @@
     rows of the base    its own        law's               code's
 
 A model keeps the rows of the tokens that it has. Other rows are the base's; those that the base lacks too are those of the
-experts that have the token (their mean, or the first one's), and padding where nobody has it. A model has the tokens of its
+experts that have the token (their mean), and padding where nobody has it. A model has the tokens of its
 tokenizer, or of the base's without one, as far as it has rows for them. The mixture's tokenizer is the largest, if it has all
 tokens of the others: up to the size of the smaller one two tokenizers have the same tokens with the same ids.
 
@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from modekit.errors import MismatchError, UnsupportedError, some_of
 from modekit.files.write import json_bytes
@@ -39,18 +38,16 @@ from modekit.sources.tokenizer import (
     chat_template,
     check_alike,
     check_ids_fit,
+    check_same_cuts,
     check_same_pieces,
     check_same_tokenizer,
     copied_files,
-    other_cuts,
     read_beside,
     read_tokens,
 )
 
 _GENERATION, _TEMPLATE = "generation_config.json", "chat_template.jinja"
 _ONE_TOKENIZER = "train both with one tokenizer that has the tokens of both, or leave one of the experts out"
-Rule = Literal["mean", "first"]
-"""What several experts give to a token that the base lacks."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
 
-def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule) -> Vocabulary:
+def one_vocabulary(sources: tuple[ModelSource, ...], family: Family) -> Vocabulary:
     """The models, base first, with the tokens of all of them.
 
     Raises MismatchError for tokenizers that disagree, or have tokens without a row; SourceError for one that cannot be read;
@@ -95,12 +92,12 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
         return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
     for model in models:
         model.check_rows()
-    grown = _Grown(models, rows, rule)
+    grown = _Grown(models, rows)
     choice = choose_tokenizer(unique, shared)
     made = {model.source: grown.model(model) for model in models}
     config = {**base.config, "vocab_size": rows, **choice.settings}
     made[base] = replace(made[base], config=config, on_disk=base.on_disk or base.config)
-    notes = (*shared.notes, *_notes(models, shared, rows, rule), *choice.notes)
+    notes = (*shared.notes, *_notes(models, shared, rows), *choice.notes)
     return Vocabulary(tuple(made[source] for source in sources), sources, choice, True, notes)
 
 
@@ -162,8 +159,8 @@ class _Model:
 class _Grown:
     """Models with rows for all tokens."""
 
-    def __init__(self, models: Sequence[_Model], rows: int, rule: Rule) -> None:
-        self._models, self._rows, self._rule = models, rows, rule
+    def __init__(self, models: Sequence[_Model], rows: int) -> None:
+        self._models, self._rows = models, rows
         self._base = models[0]
 
     def model(self, model: _Model) -> ModelSource:
@@ -192,7 +189,7 @@ class _Grown:
 
         def giver(row: int) -> Giver:
             given = [(each, ref) for each, ref, ids in owners if row in ids]
-            if given and (given[0][0] is self._base or self._rule == "first"):
+            if given and given[0][0] is self._base:
                 given = given[:1]
             return tuple((ref, row) for _, ref in given) or next(((ref, row),) for _, ref, _ in owners if row < ref.shape[0])
 
@@ -217,17 +214,15 @@ class _Grown:
         return replace(change, b=joined_rows(change.b, [RowRange(count, (change.b,)), RowRange(self._rows - count)]))
 
 
-def _notes(models: Sequence[_Model], shared: SharedTokens, rows: int, rule: Rule) -> Iterator[str]:
+def _notes(models: Sequence[_Model], shared: SharedTokens, rows: int) -> Iterator[str]:
     """Which tokens the base lacks, who has them, and how many rows there are."""
     added = [model.ids - models[0].ids for model in models]
     tokens = sorted(set().union(*added))
     if tokens:
         names = [model.source.label for model, ids in zip(models, added, strict=True) if ids]
         several = any(sum(token in ids for ids in added) > 1 for token in tokens)
-        which = {"mean": ", the mean of their rows", "first": ", the rows of the first"}[rule] if several else ""
-        count = f"{len(tokens)} tokens" if tokens[1:] else "1 token"
-        verb = "come" if tokens[1:] else "comes"
-        yield f"{count} that the base model lacks ({shared.shown(tokens)}) {verb} from {', '.join(names)}{which}"
+        which = ", the mean of their rows" if several else ""
+        yield f"tokens that the base model lacks, from {', '.join(names)}{which}: {len(tokens)} ({shared.shown(tokens)})"
     sizes = ", ".join(f"{model.source.label} {model.rows:,}" for model in models if model.rows)
     yield f"embedding and head have {rows:,} rows, as many as the largest model's ({sizes})"
 
@@ -283,7 +278,7 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
             continue
         check_alike(first, read, where=where, below=min(first.size, read.size))
         if first.rest and read.rest and first.rest != read.rest:
-            notes += filter(None, [other_cuts(base.folder, source.folder, where=where)])
+            check_same_cuts(base.folder, source.folder, where=where)
         most = found[largest]
         if largest and most is not None:
             between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER)
@@ -348,15 +343,9 @@ def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> To
     template = None if teller is None or teller is owner else chat_template(teller.folder)
     if template is not None:
         written[_TEMPLATE] = template.encode()
-    notes = tuple(_choice_notes(owner, teller, shared, eos))
-    return TokenizerChoice(owner, shared.largest, eos, settings, written, notes)
-
-
-def _choice_notes(owner: ModelSource, teller: ModelSource | None, shared: SharedTokens, eos: Sequence[int]) -> Iterator[str]:
-    template = "no model has a chat template" if teller is None else f"the chat template is that of {teller.label}"
-    yield f"the tokenizer is that of {owner.label}, and {template}"
-    if eos:
-        yield f"a text ends at {shared.shown(eos)}"
+    whose = "no model has a chat template" if teller is None else f"the chat template is that of {teller.label}"
+    notes = [f"the tokenizer is that of {owner.label}, and {whose}", *([f"a text ends at {shared.shown(eos)}"] if eos else [])]
+    return TokenizerChoice(owner, shared.largest, eos, settings, written, tuple(notes))
 
 
 def _ends(source: ModelSource, tokens: Tokens) -> Iterator[int]:
