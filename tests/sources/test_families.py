@@ -20,8 +20,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import DECODERS, family_of
 from modekit.sources.family import Family
-from modekit.sources.native import Native
-from modekit.sources.natives import NATIVES, choose_native
+from modekit.sources.natives import NATIVES, Native, choose_native
 from modekit.sources.pairs import PAIRS
 from modekit.text.sequences import Batch, TokenSequence
 from rounding import assert_close
@@ -320,7 +319,7 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     assert {**ours["rope_parameters"], "partial_rotary_factor": 0} == {**theirs["rope_parameters"], "partial_rotary_factor": 0}
 
 
-@pytest.mark.parametrize("row", NATIVES, ids=lambda row: row.label)
+@pytest.mark.parametrize("row", NATIVES, ids=lambda row: f"{row.family.model_type}->{row.native_type}")
 def test_every_default_in_which_the_two_classes_differ_is_written_out(row: Native) -> None:
     dense, native = (AutoConfig.for_model(name).to_dict() for name in (row.family.model_type, row.native_type))
     silent = {key: dense[key] for key in ("model_type", "hidden_size", "intermediate_size", "vocab_size")}

@@ -251,7 +251,6 @@ def test_a_native_mixture_of_shards(ids: torch.Tensor, tmp_path: Path) -> None:
         ({"text_config": {"model_type": "mixtral"}}, {}, "wraps a model of this family"),
         ({"text_config": {"hidden_size": "wide"}}, {}, "no usable hidden_size"),
         ({"text_config": {"auto_map": {"AutoModel": "x.Y"}}}, {}, "code of its own"),
-        ({}, {"model.layers.0.mlp.up_proj.weight": (48, 32)}, "named in two ways"),
         ({}, {"lm_head.weight": (96, 32)}, "mean the same"),
         ({}, {"language_model.model.layers.7.mlp.up_proj.weight": (48, 32)}, "that the base model lacks"),
         ({}, {"language_model.model.layers.0.mlp.up_proj.lora_A.weight": (48, 32)}, "expert has tensors|another shape|lacks"),

@@ -10,12 +10,12 @@ import numpy as np
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
-from modekit.sources.compatible import check_dtypes, check_same_architecture, check_sizes
+from modekit.sources.compatible import check_same_architecture, check_sizes
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
-from modekit.sources.header import TensorRef
-from modekit.sources.names import module_of, split_layer, weight_of
+from modekit.sources.header import TensorRef, check_floats
+from modekit.sources.names import is_ignored, module_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
 from modekit.weights.numeric import blocks, holds_only_finite, stored, to_float32
 
@@ -58,7 +58,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     # Without a row: compared with the defaults of most families.
     family = own_family(origin.config, Family(model_type=str(origin.config["model_type"])))
     for source in (tuned, origin):
-        check_dtypes(source)
+        check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
         check_sizes(source, own_family(source.config, family))
     check_same_architecture(origin, tuned, family)
     names = family.own_names(origin)

@@ -32,7 +32,7 @@ from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
 from modekit.sources.config import whole
 from modekit.sources.source import open_source
-from modekit.sources.tokenizer import beyond_rows, no_embedding_for
+from modekit.sources.tokenizer import check_ids_fit
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
 from modekit.training.request import memory_errors
 
@@ -203,8 +203,7 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
 
 def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, *, but: Collection[str] = ()) -> None:
     """Raise MismatchError for tokens, `but` those that will get them, that a model with so many rows has none for."""
-    beyond = [token for token in beyond_rows(tokenizer.get_vocab(), rows) if token not in but]
-    if beyond:
-        tags = set(map(tag_of, labels_of(tokenizer)))
-        first = "" if tags.isdisjoint(beyond) else "read text with --tags, which gives tags their rows, or "
-        raise no_embedding_for(beyond, rows, where="BASE", remedy=f"{first}give the tokenizer that belongs to the model")
+    tokens = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows and token not in but}
+    tags = tokens.keys() & set(map(tag_of, labels_of(tokenizer)))
+    first = "read text with --tags, which gives tags their rows, or " if tags else ""
+    check_ids_fit(tokens, rows, where="BASE", remedy=f"{first}give the tokenizer that belongs to the model")

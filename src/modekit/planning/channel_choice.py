@@ -10,7 +10,7 @@ from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.channels import Channels
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, number, whole
-from modekit.sources.native import Native, Widening
+from modekit.sources.natives import Native, Widening
 
 _STEP = 64  # of channels without a layer in front
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text

@@ -26,7 +26,7 @@ from modekit.planning.carry import STREAM_TOKENS, CarrySize, blocks_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
-from modekit.sources.native import Widening
+from modekit.sources.natives import Widening
 from modekit.weights.made import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 
 _EPS = 2.0**-12

@@ -14,7 +14,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.config import whole
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
-from modekit.sources.native import Native
+from modekit.sources.natives import Native
 from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, FFNKind, Join, Made, Pad, Padded, Zeros, scaled
 

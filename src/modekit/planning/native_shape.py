@@ -28,8 +28,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.names import in_layer
-from modekit.sources.native import Native
-from modekit.sources.natives import native_of
+from modekit.sources.natives import Native, native_of
 
 
 @dataclass(frozen=True)

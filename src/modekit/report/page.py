@@ -73,17 +73,13 @@ def _keys(checkpoint: Checkpoint, content: Content) -> list[tuple[str, str, str]
     size, results, found = checkpoint.parameters, content.results, list[tuple[str, str, str]]()
     mixture = results.of_kind("mixture") if results is not None else None
     if results is not None and mixture is not None:
-        gap, error, loss = (
-            mixture.mean_gap(results.domains),
-            mixture.mean_gap_error(results.domains),
-            mixture.mean_loss(results.domains),
-        )
-        base = results.of_kind("base")
+        domains, base = results.domains, results.of_kind("base")
+        gap, error, loss = mixture.mean_gap(domains), mixture.mean_gap_error(domains), mixture.mean_loss(domains)
         if gap is not None:
             spread = "" if error is None else f"±{error:.3f} standard error; "
             found.append(("Gap closed", f"{gap:.2f}", f"{spread}1 is every domain's own expert"))
         if loss is not None:
-            of_base = base.mean_loss(results.domains) if base is not None else None
+            of_base = base.mean_loss(domains) if base is not None else None
             said = "nats per token" if of_base is None else f"base model {of_base:.3f}, nats per token"
             found.append(("Mean held-out loss", f"{loss:.3f}", said))
     found.append(("Parameters", count_of(size.total), f"{size.total / size.dense:.2f} times the base model"))

@@ -121,7 +121,7 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
         raise no_weights([path.name for path in folder.iterdir()], where=where)
     tensors = read_header(folder / WEIGHTS_FILE, where=where)
     check_floats(tensors.values(), where=where)
-    naming = naming_of((name.removeprefix(_PREFIX) for name in tensors), where=where)
+    naming = naming_of([name.removeprefix(_PREFIX) for name in tensors])
     reading = _Reading(where, settings, base, naming)
     beside = reading.sort(tensors)
     changes, replaced = reading.changes(), reading.replaced()
@@ -322,12 +322,9 @@ class _Reading:
     def _check_whole(self, ref: TensorRef, module: str, leaf: str) -> None:
         """Raise unless a whole tensor can take the place of the base's."""
         is_tied = self._is_tied and module in self._ends and leaf == "weight"
-        parts = self._naming.named(module).split(".")
-        around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-        saved = any(name.endswith(tuple(self._settings.modules_to_save or ())) for name in around)
-        if is_tied and saved and not self._settings.ensure_weight_tying:
-            raise self._tied(ref)
-        if self._family.shares and not is_tied and module == self._ends[0] and saved:
+        saved = self._naming.named(module).endswith(tuple(self._settings.modules_to_save or ()))
+        is_shared = self._family.shares and module == self._ends[0]
+        if saved and (is_shared or (is_tied and not self._settings.ensure_weight_tying)):
             raise self._tied(ref)
         if not is_tied and f"{module}.{leaf}" not in self._base_names:
             raise self._unknown(ref, module)

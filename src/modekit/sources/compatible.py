@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modekit.errors import MismatchError, SourceError, some_of
-from modekit.recipes.layers import Layer, layer_at, stack_of
+from modekit.recipes.layers import Layer, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import SAVE_AGAIN, check_values, words
 from modekit.sources.families import own_family
@@ -31,17 +31,12 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
         if source.config.get("model_type") == family.model_type:  # else that is said below
             check_sizes(source, own_family(source.config, family))
     for source in models:
-        check_dtypes(source)
+        check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
         if source is not base:
             check_same_architecture(base, source, family)
         check_complete(source, family, family.layers(family.with_sizes(base.config)))
     if family.pair:
         check_same_target(sources)
-
-
-def check_dtypes(source: ModelSource) -> None:
-    """Raise SourceError for tensors that are no floats."""
-    check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
 
 
 def check_sizes(source: ModelSource, family: Family) -> None:
@@ -52,13 +47,12 @@ def check_sizes(source: ModelSource, family: Family) -> None:
     there = layers_of(source.tensors)
     for stack in family.stacks:
         count = stack.size(source.config)
-        own = {number for name, number in map(stack_of, there) if name == stack.name}
-        if count > len(own):  # before anything has an entry for each of them
-            lacking = next(number for number in range(len(own) + 1) if number not in own)
+        own = sum(name == stack.name for name, _ in map(stack_of, there))
+        if count > own:  # before anything has an entry for each of them
             raise SourceError(
                 "the weights have fewer layers than config.json says",
-                where=f"{source.label}: {family.in_layer(layer_at(stack.name, lacking))}",
-                found=f"{len(own)} layers in {source.spec}",
+                where=f"{source.where}: {stack.layers}",
+                found=f"{own} layers",
                 expected=f"{stack.count[0]} {count}",
                 remedy="check that the download is complete; correct config.json, or save the model again",
             )
@@ -113,13 +107,6 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     where = f"{source.where}: config.json"
     theirs_type = source.config.get("model_type")
     if theirs_type != family.model_type:
-        if (base.folder / "modekit.json").is_file():
-            raise MismatchError(
-                "the base model is a mixture",
-                where=base.where,
-                found=family.model_type,
-                remedy="give the model that its experts were fine-tuned from; `modekit add` adds an expert to a mixture",
-            )
         raise MismatchError(
             "the expert is of another family than the base model",
             where=where,
@@ -146,21 +133,14 @@ def _check_no_more(base: ModelSource, source: ModelSource, family: Family) -> No
     known = {*base.tensors, *family.optional, *(copies if family.derived is None else {*family.tensors})}
     extra = sorted(name for name in source.tensors if name not in known and not is_ignored(name))
     head = weight_of(family.head)
-    own_head = head in source.tensors and source.config.get("tie_word_embeddings") is False
-    if family.is_tied(base) and (extra == [head] or (family.derived is not None and own_head)):
-        raise MismatchError(
-            "the expert has a head of its own, and the base model's is its embedding",
-            where=source.where,
-            found=f"{head} in the expert's weights alone",
-            expected="the same in both",
-            remedy="save both with the same version of transformers" if family.shares else UNTIE,
-        )
+    if family.is_tied(base) and head in source.tensors and source.config.get("tie_word_embeddings") is False:
+        extra = extra or [head]
     if extra:
         raise MismatchError(
             "the expert has tensors that the base model lacks, and they would be lost",
             where=source.where,
             found=some_of(extra),
-            remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
+            remedy=UNTIE if extra == [head] else "merge adapters first, or use an expert fine-tuned from this base model",
         )
 
 

@@ -10,9 +10,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
@@ -39,63 +36,36 @@ _NO_SETTINGS = frozenset(
     {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision", "quantization_config"}
 )
 
-_Size = Annotated[int, Field(ge=1, le=2**40)]
-_Number = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
-_Word = Annotated[str, Field(max_length=200)]
-
-
-def _optional(kind: Any, names: str) -> dict[str, Any]:
-    """Fields of one kind, which a config may leave out."""
-    return dict.fromkeys(names.split(), (kind | None, None))
-
-
-def _needed(names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), (_Size, ...))
-
-
-_READ_AS = ConfigDict(strict=True, extra="ignore")
-_Values = create_model(
-    "_Values",
-    __config__=_READ_AS,
-    **_needed("hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"),
-    **_optional(_Size, "num_key_value_heads head_dim max_position_embeddings"),
-    **_optional(_Size, "full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim"),
-    **_optional(_Size, "linear_num_key_heads linear_num_value_heads"),
-    **_optional(Annotated[int, Field(ge=0, le=2**40)], "sliding_window max_window_layers"),
-    **_optional(_Size | _Word, "sliding_window_pattern"),
-    **_optional(bool, "use_sliding_window tie_word_embeddings attention_bias mlp_bias use_bias"),
-    **_optional(_Word, "hidden_act hidden_activation"),
-    **_optional(_Number, "rms_norm_eps layer_norm_eps norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor"),
-    **_optional(_Number, "embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale"),
-    **_optional(_Number, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping clip_qkv"),
-    **_optional(list[_Word], "layer_types"),
-    **_optional(dict[str, object], "rope_parameters rope_scaling"),
-)
-"""The settings of decoders' configs that anything is computed from; what is not named here is carried as it is."""
-_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "sliding_window_pattern", "full_attention_interval"}
+_KINDS: dict[type, str] = {
+    int: "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size num_key_value_heads head_dim "
+    "max_position_embeddings sliding_window max_window_layers full_attention_interval linear_conv_kernel_dim "
+    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads d_model decoder_vocab_size "
+    "encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads "
+    "num_layers num_heads d_ff d_kv num_decoder_layers relative_attention_num_buckets relative_attention_max_distance",
+    bool: "use_sliding_window tie_word_embeddings attention_bias mlp_bias use_bias scale_embedding "
+    "share_encoder_decoder_embeddings",
+    str: "hidden_act hidden_activation feed_forward_proj activation_function",
+    float: "rms_norm_eps layer_norm_eps norm_epsilon layer_norm_epsilon rope_theta rope_local_base_freq "
+    "partial_rotary_factor embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale "
+    "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping clip_qkv",
+    list: "layer_types",
+    dict: "rope_parameters rope_scaling",
+}
+"""The settings that anything is computed from; what is not named here is carried as it is."""
+_MAY_BE_0 = ("sliding_window", "max_window_layers")
+_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "full_attention_interval"}
 _SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling", "vocab_size"}
 """`Family.dense_config` has what they mean under other keys; how tokens may differ says vocabulary.py."""
-MUST_MATCH = ("model_type", *(key for key in _Values.model_fields if key not in _MAY_DIFFER | _SAID_OTHERWISE))
+_COMPARED = [key for keys in _KINDS.values() for key in keys.split() if key not in _MAY_DIFFER | _SAID_OTHERWISE]
+MUST_MATCH = ("model_type", *_COMPARED)
 """Keys in which an expert must equal the base model; compared after `Family.dense_config`."""
-
-_SIZES_OF_A_PAIR = (
-    "encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
-    "num_layers num_heads d_ff d_kv",
+_NEEDED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
+_NEEDED_OF_A_PAIR = (
+    "d_model vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads "
+    "decoder_attention_heads",
+    "d_model vocab_size num_layers num_heads d_ff d_kv",
 )
 """Of which a config gives all of one kind: Bart's or T5's."""
-_PairValues = create_model(
-    "_PairValues",
-    __config__=_READ_AS,
-    **_needed("d_model vocab_size"),
-    **_optional(_Size, " ".join(_SIZES_OF_A_PAIR)),
-    **_optional(_Size, "decoder_vocab_size num_decoder_layers"),
-    **_optional(_Size, "relative_attention_num_buckets relative_attention_max_distance"),
-    **_optional(Annotated[int, Field(ge=1, le=2**20)], "max_position_embeddings"),  # some compute as many sines and cosines
-    **_optional(_Word, "feed_forward_proj activation_function"),
-    **_optional(_Number, "layer_norm_epsilon"),
-    **_optional(bool, "scale_embedding share_encoder_decoder_embeddings tie_word_embeddings"),
-)
-"""The same of families with an encoder."""
 
 
 def whole(config: Config, key: str) -> int:
@@ -205,30 +175,35 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
     For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
     names.
     """
-    where, kind = f"{where}: config.json", _PairValues if pair else _Values
-    try:
-        kind.model_validate(dict(config))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        raise no_usable(name, config.get(name, first["input"]), first["msg"], where) from None
+    where, needed = f"{where}: config.json", (_NEEDED,) if not pair else _NEEDED_OF_A_PAIR
+    for key in min(map(str.split, needed), key=lambda keys: sum(config.get(key) is None for key in keys)):
+        if config.get(key) is None:
+            raise no_usable(key, None, "a whole number", where)
+    for kind, keys in _KINDS.items():
+        for key in keys.split():
+            value = config.get(key)
+            most = 2**20 if pair and key == "max_position_embeddings" else 2**40  # some compute as many sines and cosines
+            if value is not None and not _is_kind(value, kind, (key not in _MAY_BE_0, most)):
+                raise no_usable(key, value, f"{kind.__name__}", where)
     for key in ("rope_parameters", "rope_scaling"):
         for name, each in entries(config.get(key)):  # a kind is a word, and a number one that fits a float
             if (name in ("rope_type", "type") and not isinstance(each, str)) or (isinstance(each, int) and abs(each) > 2**60):
                 raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
-    if not pair:
-        return
-    sizes = min(map(str.split, _SIZES_OF_A_PAIR), key=lambda keys: sum(config.get(key) is None for key in keys))
-    lacking = next((key for key in sizes if config.get(key) is None), None)
-    if lacking is not None:
-        raise no_usable(lacking, None, None, where)
-    if config.get("share_encoder_decoder_embeddings") is False:
+    if pair and config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
             "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
             where=where,
             found="share_encoder_decoder_embeddings: false",
             remedy="choose a base model that shares its embedding",
         )
+
+
+def _is_kind(value: object, kind: type, span: tuple[int, int]) -> bool:
+    if kind is int:
+        return type(value) is int and span[0] <= value <= span[1]
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+    return type(value) is kind and (not isinstance(value, list) or all(isinstance(each, str) for each in value))
 
 
 def _is_plain(value: object) -> bool:

@@ -164,13 +164,13 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
     """The files that hold a model's weights. Raises SourceError where there are none that can be read."""
     files = named_weights(folder, where=where)
     missing = [file.name for file in files if not file.exists()]
-    if missing and (folder / INDEX_FILE).exists():
-        what, found = "shards named by the index are missing", ", ".join(missing)
-        raise SourceError(what, where=where, found=found, remedy="download the model again")
-    if missing:
+    if len(missing) == len(files):
         names = [path.name for path in folder.iterdir()]
         refuse_other_kinds(names, where=where)
         raise no_weights(names, where=where)
+    if missing:
+        what, found = "shards named by the index are missing", ", ".join(missing)
+        raise SourceError(what, where=where, found=found, remedy="download the model again")
     return files
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -121,21 +121,19 @@ class ReadTokens:
         return max(self.tokens.values(), default=-1) + 1
 
 
-def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> ReadTokens | None:
+def read_tokens(folder: Path, *, where: str) -> ReadTokens | None:
     """From tokenizer.json, or from vocab.json and added_tokens.json; None when the folder has none of them.
 
-    `beside`: tokens of a folder that has added_tokens.json alone. Raises SourceError.
+    Raises SourceError.
     """
-    names = ("tokenizer.json", "vocab.json", *(() if beside is None else ("added_tokens.json",)))
-    path = next((folder / name for name in names if (folder / name).exists()), None)
+    path = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()), None)
     if path is None:
         return None
     try:
         raw: Any = read_json(path, LARGE)
         if path.name != "tokenizer.json":
             added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
-            first = beside if path.name == "added_tokens.json" else None
-            return ReadTokens(_checked({**(first or {}), **raw, **added}))
+            return ReadTokens(_checked({**raw, **added}))
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
         tokens = _checked({**dict(pairs), **{added["content"]: added["id"] for added in raw.get("added_tokens") or []}})
@@ -250,28 +248,20 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
             raise MismatchError(what, where=where, remedy=readers.remedy)
 
 
-def check_ids_fit(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:
+_OTHER_TOKENIZER = "give the tokenizer that belongs to the model, or resize the model's embeddings"
+
+
+def check_ids_fit(tokens: Mapping[str, int], vocab_size: int, *, where: str, remedy: str = _OTHER_TOKENIZER) -> None:
     """Raise MismatchError when a tokenizer has ids for which the model has no embedding."""
-    beyond = beyond_rows({} if read is None else read.tokens, vocab_size)
+    beyond = sorted(token for token, index in tokens.items() if index >= vocab_size)
     if beyond:
-        remedy = "give the tokenizer that belongs to the model, or resize the model's embeddings"
-        raise no_embedding_for(beyond, vocab_size, where=where, remedy=remedy)
-
-
-def beyond_rows(vocabulary: Mapping[str, int], vocab_size: int) -> list[str]:
-    """Tokens, in the order of the alphabet, whose ids a model with so many rows has no embedding for."""
-    return sorted(token for token, index in vocabulary.items() if index >= vocab_size)
-
-
-def no_embedding_for(tokens: Sequence[str], vocab_size: int, *, where: str, remedy: str) -> MismatchError:
-    """The error of such tokens."""
-    return MismatchError(
-        f"the tokenizer has {len(tokens)} tokens that the model has no embedding for",
-        where=where,
-        found=", ".join(repr(token[:60]) for token in tokens[:5]),
-        expected=f"ids below vocab_size {vocab_size}",
-        remedy=remedy,
-    )
+        raise MismatchError(
+            f"the tokenizer has {len(beyond)} tokens that the model has no embedding for",
+            where=where,
+            found=", ".join(repr(token[:60]) for token in beyond[:5]),
+            expected=f"ids below vocab_size {vocab_size}",
+            remedy=remedy,
+        )
 
 
 def read_beside(folder: Path, name: str) -> Config:

@@ -7,14 +7,14 @@ language model stays behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from modekit.errors import UnsupportedError
 from modekit.sources.config import Config, damaged_model, no_usable
 from modekit.sources.families import own_family
-from modekit.sources.family import Family, Stack
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
+from modekit.sources.family import Family
+from modekit.sources.names import HEAD, weight_of
 
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
@@ -28,8 +28,6 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BOTH = (*_TOKENS, "dtype", "torch_dtype", "quantization_config")
 """Settings of a wrapper that are its language model's, too, where that says nothing else."""
 _STACK = "model."
-_OF_TEXT = (Stack().layers, f"{EMBEDDING}.", f"{FINAL_NORM}.", "language_model.", "model.language_model.")
-"""What names of a language model begin with, in any naming."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,9 @@ _NAMINGS = (Naming("model.language_model."), Naming("language_model.model.", "la
 """Of wrappers: as their classes name their parts now, and as they did before transformers 4.52; many still save so."""
 
 
-def naming_of(names: Iterable[str], *, where: str) -> Naming:
-    """How tensors are named. Raises SourceError where those of one language model are named in two ways."""
-    names = list(names)
-    naming = next((each for each in _NAMINGS if any(name.startswith(each.stack) for name in names)), PLAIN)
-    strange = next((name for name in names if naming.plain(name) is None and name.startswith(_OF_TEXT)), None)
-    if naming is not PLAIN and strange is not None:
-        what, expected = "the tensors of one language model are named in two ways", f"a name that begins with {naming.stack}"
-        raise damaged_model(what, f"{where}: {strange}", expected=expected)
-    return naming
+def naming_of(names: Collection[str]) -> Naming:
+    """How tensors are named."""
+    return next((each for each in _NAMINGS if any(name.startswith(each.stack) for name in names)), PLAIN)
 
 
 def may_wrap(config: Config) -> bool:
@@ -79,7 +71,7 @@ def may_wrap(config: Config) -> bool:
 def plain_names(tensors: Iterable[str], *, where: str) -> dict[str, str]:
     """Name of a tensor of the language model -> its name in the file. Raises SourceError where two mean the same."""
     tensors = list(tensors)
-    naming = naming_of(tensors, where=where)
+    naming = naming_of(tensors)
     found: dict[str, str] = {}
     for name in tensors:
         plain = naming.plain(name)

@@ -80,14 +80,14 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family) -> Vocabula
         for source in unique[1:]:
             check_same_tokenizer(base.folder, source.folder, where=source.where)
         where = f"base_model ({base.spec})"
-        check_ids_fit(read_tokens(base.folder, where=where), whole(base.config, "vocab_size"), where=where)
+        check_ids_fit(_tokens(read_tokens(base.folder, where=where)), whole(base.config, "vocab_size"), where=where)
         return Vocabulary(sources, sources, TokenizerChoice(base))
     shared = share_tokens(unique)
     pairs = zip(unique, shared.read, strict=True)
     models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
     known = [model.rows or models[0].rows for model in models if model.ids == owner.ids]  # padding of others is no token's row
-    check_ids_fit(shared.read[shared.largest], max(known), where=owner.source.where)
+    check_ids_fit(_tokens(shared.read[shared.largest]), max(known), where=owner.source.where)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
         return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
     for model in models:
@@ -99,6 +99,10 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family) -> Vocabula
     made[base] = replace(made[base], config=config, on_disk=base.on_disk or base.config)
     notes = (*shared.notes, *_notes(models, shared, rows), *choice.notes)
     return Vocabulary(tuple(made[source] for source in sources), sources, choice, True, notes)
+
+
+def _tokens(read: ReadTokens | None) -> Tokens:
+    return {} if read is None else read.tokens
 
 
 @dataclass(frozen=True)
@@ -247,15 +251,10 @@ class SharedTokens:
         tokens = [each and each.tokens for each in self.read]
         return all(each is tokens[0] or each == tokens[0] for each in tokens)
 
-    @cached_property
-    def by_id(self) -> dict[int, str]:
-        """Id -> token of the largest."""
-        read = self.read[self.largest]
-        return {} if read is None else {number: token for token, number in read.tokens.items()}
-
     def shown(self, ids: Sequence[int]) -> str:
-        """Some tokens, for a message."""
-        return some_of([f"{self.by_id.get(number, '')[:60]!r} {number}" for number in ids], 5)
+        """Some tokens of the largest, for a message."""
+        names = {number: token for token, number in _tokens(self.read[self.largest]).items()}
+        return some_of([f"{names.get(number, '')[:60]!r} {number}" for number in ids], 5)
 
 
 def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
@@ -272,7 +271,7 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
     for number, source in enumerate(sources[1:], 1):
         where = source.where
         check_same_pieces(base.folder, source.folder, where=where)
-        read = None if first is None else read_tokens(source.folder, where=where, beside=first.tokens) or first
+        read = None if first is None else read_tokens(source.folder, where=where) or first
         found.append(read)
         if first is None or read is None or read is first:
             continue
@@ -330,7 +329,7 @@ def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> To
     owner, read = sources[shared.largest], shared.read[shared.largest]
     if shared.are_same or read is None:
         return TokenizerChoice(sources[0])
-    inside = shared.by_id.keys()
+    inside = {*read.tokens.values()}
     eos = tuple(dict.fromkeys(end for each in (owner, *sources) for end in _ends(each, read.tokens) if end in inside))
     said: int | list[int] = eos[0] if len(eos) == 1 else list(eos)
     names = ("bos_token_id", "pad_token_id", "eos_token_id") if not isinstance(owner, AdapterSource) else ()

@@ -58,7 +58,8 @@ class Teaching:
             if each.config["model_type"] in {family.model_type for family in PAIRS}:
                 remedy = "leave --teacher away, and train it on text alone"
                 raise UnsupportedError("models with an encoder are not distilled yet", where=label, remedy=remedy)
-            check_ids_fit(read_tokens(each.folder, where=label), _vocab_size(each.config), where=label)
+            read = read_tokens(each.folder, where=label)
+            check_ids_fit({} if read is None else read.tokens, _vocab_size(each.config), where=label)
         return source
 
     def lesson(self, student: ModelSource, teacher: ModelSource, tokenizer: PreTrainedTokenizerBase, run: Run) -> Lesson:
