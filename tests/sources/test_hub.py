@@ -160,7 +160,7 @@ def _broken(hub: StandIn) -> None:
         (_token, {"model": "acme/law"}, ["Invalid credentials", "hf auth login"]),
         (_broken, {"model": "acme/law"}, ["does not send", "418"]),
         (lambda _: None, {"model": "acme/lwa"}, ["repository of that name", "hf auth login"]),
-        (lambda _: None, {"model": "acme/law", "revision": "v9"}, ["revision", "v9"]),
+        (lambda _: None, {"model": "acme/law", "revision": "v9"}, ["revision", "hf auth login"]),
         (lambda _: None, {"model": "acme/law-lora"}, ["an adapter, not a full model", "adapter:"]),
     ],
 )
