@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -186,8 +187,9 @@ def test_a_snapshot_of_the_hubs_cache_is_pushed(checkpoint: Checkpoint, tmp_path
     snapshot.mkdir(parents=True)
     for file in checkpoint.folder.iterdir():
         if file.is_file():
-            shutil.copy(file, blobs / file.name)
-            (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+            blob = hashlib.sha256(file.name.encode()).hexdigest()
+            shutil.copy(file, blobs / blob)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob}")
     assert "config.json" in pack(open_checkpoint(snapshot)).files
 
 

@@ -104,7 +104,7 @@ def test_settings_of_another_kind(bench: Workshop, key: str, value: object) -> N
     refused(bench, "base_model (./base): config.json", "config.json gives no usable")
 
 
-@pytest.mark.parametrize("raw", ["NaN", "-Infinity", "1e999", "9" * 5_000, "[" * 100_000, '"\\ud800"', "[" * 50 + "]" * 50])
+@pytest.mark.parametrize("raw", ["NaN", "-Infinity", "1e999", "9" * 5_000, "[" * 100_000, '"\\ud800"'])
 def test_config_that_no_json_can_say(bench: Workshop, raw: str) -> None:
     write_raw(copy_base(bench), "rope_theta", raw)
     refused(bench, "config.json cannot be read")

@@ -188,10 +188,10 @@ def state(**changes: Any) -> torch.Tensor:
 
 
 LIES: list[tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str]] = [
-    ("fp8", {"quant_method": "exl2"}, {}, "unpack it with its own library"),
+    ("fp8", {"quant_method": "exl2"}, {}, "unpack it with the library"),
     ("fp8", {"quant_method": "gptq"}, {}, "quant_method gptq"),
     ("fp8", {"quant_method": "awq"}, {}, "quant_method awq"),
-    ("fp8", {"quant_method": "compressed-tensors"}, {}, "unpack it with compressed-tensors"),
+    ("fp8", {"quant_method": "compressed-tensors"}, {}, "quant_method compressed-tensors"),
     ("nf4", {}, {STATE: state(shape=[2**30, 2**30])}, f"{GATE}.weight"),
     ("nf4", {}, {STATE: state(shape=[64])}, STATE),
     ("nf4", {}, {STATE: state(blocksize=2**40)}, STATE),
