@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(small_workshop.root, root, dirs_exist_ok=True)
     for seed, name in enumerate(("fever-lora", "court-lora"), 1):
         write_adapter(root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
-    shutil.copytree(root / "law", root / "law-copy")
     shutil.copytree(root / "base", root / "base-copy")
     shutil.copytree(root / "base", root / "mute")
     shutil.copytree(root / "base", root / "other")
@@ -184,8 +182,6 @@ def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkey
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "two names for one folder": (("law", "court=law"), "two experts are one model"),
-    "a copy under another name": (("law", "law-copy"), "two experts are one model"),
     "the base by its path": (("law", "./base"), "an expert is the base model itself"),
     "a copy of the base": (("law", "base-copy"), "an expert is the base model itself"),
     "a model of another family": (("law", "other"), "the expert is of another family than the base model"),
@@ -219,16 +215,6 @@ def test_a_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path, form: st
 def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop)
     assert "missing: code, general" in refuse("mix", "mute", "law", "code", *texts(law="law"), "-o", "NEW")
-
-
-def test_an_adapter_and_its_copy_with_another_alpha_are_two_experts(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(shop)
-    shutil.copytree("fever-lora", "strong")
-    config = json.loads(Path("strong/adapter_config.json").read_text())
-    Path("strong/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 3 * config["lora_alpha"]}))
-    plan_mix(Models("base", ["fever-lora", "strong"], {}, shop), shop / "NEW")
-    shutil.copytree("fever-lora", "copy")
-    assert "two experts are one model" in refuse("mix", "base", "fever-lora", "copy", "-o", "NEW")
 
 
 def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +64,8 @@ def ways(*, whole: bool, native: bool, text: bool) -> Iterator[RecipeData]:
 def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIET) -> tuple[Plan, list[str]]:
     """The plan of a mixture in `out`, which need not be there, and what a user should know besides. Nothing is written.
 
-    Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, two
-    names for one model, a model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
+    Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, a
+    model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
     """
     if models.base.endswith((".yaml", ".yml")):
         raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
@@ -123,32 +122,16 @@ def _can_write(base: ModelSource) -> bool:
 def _differs_whole(recipe: Recipe, sources: Sequence[ModelSource]) -> bool:
     """Whether an expert is a full model that differs from the base in more than its FFNs; `sources` begin with the base.
 
-    Raises MismatchError where two of all these are one model.
+    Raises MismatchError where one is the base under another name.
     """
-    base = sources[0]
     named = [(expert.name, each) for expert, each in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
     with OpenFiles() as opened:
-        whole = [_is_whole(opened, base, name, source) for name, source in named]
-        for (name, source), (other, second) in combinations(named, 2):
-            ours, theirs = _form(source), _form(second)
-            if ours[0] == theirs[0] or (ours[1:] == theirs[1:] and not _differ(opened, source, second)):
-                raise MismatchError(
-                    "two experts are one model",
-                    where=f"{name}, {other}",
-                    found=" and ".join(dict.fromkeys((source.spec, second.spec))),
-                    remedy="keep one of them, or correct the paths: no router can choose between them",
-                )
+        whole = [_is_whole(opened, sources[0], name, source) for name, source in named]  # all are looked at
     return any(whole)
 
 
-def _form(source: ModelSource) -> tuple[Path, set[str], dict[str, float]]:
-    """Where it lies, and what two models with the same bytes may differ by: names, and the scales of an adapter."""
-    changes = source.changes if isinstance(source, AdapterSource) else {}
-    return source.folder.resolve(), {*source.tensors}, {name: change.scale for name, change in changes.items()}
-
-
 def _is_whole(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) -> bool:
-    """The same of one. Raises MismatchError where it is the base."""
+    """The same of one."""
     if isinstance(source, AdapterSource):
         return False
     family = family_of(base.config, where=base.where)
@@ -169,7 +152,7 @@ def _is_whole(opened: OpenFiles, base: ModelSource, name: str, source: ModelSour
     )
 
 
-def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool] = lambda _: True) -> bool:
+def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool]) -> bool:
     """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
     names = [name for name in first.tensors.keys() & second.tensors.keys() if among(name)]
     for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):
