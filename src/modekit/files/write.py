@@ -97,18 +97,11 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         (temporary.rename if temporary.is_dir() else temporary.replace)(path)
     except BaseException as error:
         remove(temporary)
-        if isinstance(error, OSError):
-            _name(error, temporary, path)
+        if isinstance(error, OSError) and (error.errno in FULL or str(error.filename).startswith(str(temporary))):
+            error.filename = str(path)  # the file that a user knows
         raise
     if sync:
         sync_folder(path.parent)
-
-
-def _name(error: OSError, temporary: Path, path: Path) -> None:
-    """Let an error name the file that a user knows: one of a full disk names none, or the one in the making."""
-    said = "" if error.filename is None else os.fsdecode(error.filename)
-    if (not said and error.errno in FULL) or said.startswith(str(temporary)):
-        error.filename = str(path) + said.removeprefix(str(temporary))
 
 
 _TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
@@ -216,11 +209,8 @@ def link_file(file: Path, target: Path) -> None:
 
 def files_below(folder: Path) -> list[str]:
     """Everything in a folder and its folders that is no folder, by its path with slashes; links are named, not followed."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links)]
-    return sorted(found)
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def temporary_in(folder: Path) -> Path:
