@@ -116,9 +116,3 @@ def test_what_an_unfinished_build_has_written_needs_no_more_room(tmp_path: Path,
     check_room(tmp_path / "OUT", 1_000)
     with pytest.raises(OutputError, match="free 1 bytes"):
         check_room(tmp_path / "OUT", 1_001)
-
-
-def test_a_build_names_the_folders_that_it_made_for_out(shop: Workshop, tmp_path: Path) -> None:
-    said = modekit("build", shop.write(), tmp_path / "a" / "b" / "OUT").replace("\n", "")
-    assert f"made the folders {tmp_path / 'a'}, {tmp_path / 'a' / 'b'}" in said
-    assert "made the folder" not in modekit("build", shop.write(), tmp_path / "OUT")
