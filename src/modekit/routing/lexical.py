@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from modekit.architecture.modekit_router import ngram_rows
-from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.router_file import evidence_columns, rows_of
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
@@ -43,12 +42,6 @@ _PRIOR = 25.0  # occurrences of a token that what it borrows counts as much as, 
 _RIDGES = [10.0**power for power in range(-3, 4, 2)]  # of the mean square of an embedding's column
 _ASIDE = 8  # one token of so many chooses the ridge
 _LEAST = 1e-30  # where all rows are zeros
-
-
-def shared_embedding(checkpoint: Checkpoint) -> TensorRef | None:
-    """The embedding, in full precision, that all experts have; None where there is no such one."""
-    found = checkpoint.tensors.get(weight_of(embedding_in(checkpoint.tensors)))
-    return found if found is not None and found.shape[:1] == (checkpoint.vocabulary,) and found.dtype in DTYPE_NAMES else None
 
 
 def with_borrowed(table_VN: torch.Tensor, counts_V: torch.Tensor, embedding: TensorRef, hidden: int) -> torch.Tensor:
@@ -182,9 +175,12 @@ class LexicalTable:
 def _with_borrowed(
     fitting: Fitting, table_EJV: torch.Tensor, examples: Sequence[Sequence[TokenRows]], special: Sequence[int]
 ) -> torch.Tensor:
-    """The table with what words that the text has rarely take from others (`with_borrowed`), where one embedding tells."""
-    embedding, channels = shared_embedding(fitting.checkpoint), fitting.checkpoint.shape.channels
-    if embedding is None:
+    """The table with what words that the text has rarely take from others (`with_borrowed`), where all experts have one
+    embedding in full precision.
+    """
+    checkpoint, channels = fitting.checkpoint, fitting.checkpoint.shape.channels
+    embedding = checkpoint.tensors.get(weight_of(embedding_in(checkpoint.tensors)))
+    if embedding is None or embedding.shape[:1] != (checkpoint.vocabulary,) or embedding.dtype not in DTYPE_NAMES:
         return table_EJV
     said = torch.cat([each.rows[each.start :, 0] for own in examples for each in own])
     counts_V = torch.bincount(said, minlength=table_EJV.shape[-1]).float()

@@ -16,7 +16,6 @@ from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.auto import choices
 from modekit.recipes.edit import as_written, changed_mixture, with_following, with_mixture
-from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import CHAT_DECAY
@@ -108,18 +107,13 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     if checkpoint.shape.plain and before.weights != after.weights:
         yield "weights"
     if checkpoint.shape.other_bases(recipe):
-        yield _why_another_base(before, after)
+        yield (
+            "always_on" if before.always_on != after.always_on else "method" if before.method != after.method else "router.fit"
+        )
     if not checkpoint.shape.carries(recipe):
         yield "router"
     if _splits_ffn(checkpoint.record.recipe) != _splits_ffn(recipe):
         yield "router.per"
-
-
-def _why_another_base(before: Mixture, after: Mixture) -> str:
-    """The key by which the base's own module is needed at other places than before."""
-    if before.always_on != after.always_on:
-        return "always_on"
-    return "method" if before.method != after.method else "router.fit"
 
 
 def _splits_ffn(recipe: Recipe) -> bool:
