@@ -198,7 +198,7 @@ def test_neither_model_nor_adapter(bench: Workshop) -> None:
     message = refuse("add", bench.root / "nothing", "--name", "tax", "--model", "base")
     assert "modekit.json is missing" in message and tree(bench.root) == before
     out = bench.build()
-    assert "either --model or --adapter" in refuse_change(bench, "add", out, "--name", "tax")
+    assert "give either 'model' or 'adapter'" in refuse_change(bench, "add", out, "--name", "tax")
 
 
 def test_a_text_that_is_none(bench: Workshop) -> None:
