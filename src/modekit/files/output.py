@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -140,7 +141,9 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
 def check_room(out: Path, needed: int) -> None:
     """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
     new = work_of(out).path / NEW
-    needed -= sum((new / name).lstat().st_size for name in files_below(new))
+    for name in files_below(new):
+        with suppress(OSError):  # another command is at it, and will be refused or waited for
+            needed -= (new / name).lstat().st_size
     disk = disk_of(out)
     if disk.total and needed > disk.free:  # some file systems do not say how large they are
         raise OutputError(
