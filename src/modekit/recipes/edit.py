@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import yaml
@@ -31,15 +30,11 @@ def as_file(recipe: Recipe, root: Path, folder: Path) -> bytes:
 
 
 def with_mixture(recipe: RecipePart, mixture: RecipePart) -> RecipeData:
-    """The recipe under another mixture, without negative prompts where the new one does not read them.
-
-    Takes unchecked data as it is.
-    """
-    experts = recipe.get("experts")
-    if "negative_prompts" in _fit_of(mixture).settings or not isinstance(experts, list):
-        return {**recipe, "mixture": dict(mixture)}
-    plain = [_omit(expert, "negative_prompts") if isinstance(expert, Mapping) else expert for expert in experts]
-    return {**recipe, "experts": plain, "mixture": dict(mixture)}
+    """The recipe under another mixture, without negative prompts where the new one does not read them."""
+    experts = recipe["experts"]
+    if "negative_prompts" not in _row(mixture.get("router", {})).settings:
+        experts = [_omit(expert, "negative_prompts") for expert in experts]
+    return {**recipe, "experts": experts, "mixture": dict(mixture)}
 
 
 def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
@@ -67,17 +62,12 @@ def with_following(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"mixture": mixture})
 
 
-def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> RecipeData:
-    """A router's settings without those that its fit does not read; those that are `asked` for stay."""
-    dead = {key for key, _ in without_effect(router, _row(router))}
-    return {key: value for key, value in router.items() if key in asked or key not in dead}
-
-
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
+    """A router's settings under others, without those that its fit does not read; those that are `asked` for stay."""
     changed = {**({} if asked.get("fit") == AUTO else router), **asked}
-    if len({row.fading for row in map(_row, (router, changed))}) > 1:  # other averages
-        changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
-    return settings_with_effect(changed, asked)
+    dead = {key for key, _ in without_effect(changed, _row(changed))}
+    dead |= {"decay"} if _row(router).fading != _row(changed).fading else set()  # other averages
+    return _omit(changed, *(dead - {*asked}))
 
 
 def _dead_of_mixture(mixture: RecipePart, changes: RecipePart, method: str) -> set[str]:
@@ -88,10 +78,6 @@ def _dead_of_mixture(mixture: RecipePart, changes: RecipePart, method: str) -> s
     if method == "gating" and always_on.get("weight") is None:
         dead.add("always_on")
     return dead
-
-
-def _fit_of(mixture: RecipePart) -> Fit:
-    return _row(mixture.get("router", {}))
 
 
 def _row(router: RecipePart) -> Fit:

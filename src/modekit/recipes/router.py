@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, model_validator
 
-from modekit.recipes.strict import RecipeData, RecipePart, Strict, checked
+from modekit.recipes.strict import RecipeData, RecipePart, Strict, checked, did_you_mean
 
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
@@ -142,12 +141,11 @@ def row_of(fit: str) -> Fit:
     return FITS.get(fit, _OPEN)
 
 
-def known_fit(value: object) -> object:
-    """The value, when it names a fit or is `auto`. Raises what pydantic reports as a wrong word."""
-    if isinstance(value, str) and value in (AUTO, *FITS):
-        return value
-    *names, last = (f"'{name}'" for name in (AUTO, *FITS))
-    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"})
+def known_fit(value: str) -> str:
+    """The value, when it names a fit or is `auto`. Raises ValueError."""
+    if value not in (known := (AUTO, *FITS)):
+        raise ValueError(f"must be one of {', '.join(map(repr, known))}; {did_you_mean(value, known)}".rstrip("; "))
+    return value
 
 
 def say_fits(schema: RecipeData) -> None:
@@ -157,7 +155,7 @@ def say_fits(schema: RecipeData) -> None:
     schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in rows) + "."
 
 
-FitName = Annotated[str, BeforeValidator(known_fit)]
+FitName = Annotated[str, AfterValidator(known_fit)]
 CONTEXT_DECAYS = (0.9,)
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
 CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/chat.md)
