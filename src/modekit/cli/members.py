@@ -12,7 +12,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing import out, print_done, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, resolved, writable
 from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
@@ -57,10 +57,9 @@ class AdmissionOptions:
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure first what the expert adds, and which expert it resembles.")
     ] = True
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=64, help=f"Held-out tokens of its text to measure on (select split; default {SAMPLE_TOKENS})."),
-    ] = None
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split).")] = (
+        SAMPLE_TOKENS
+    )
     force: Annotated[bool, typer.Option("--force", help="Use the expert whatever the measurement shows.")] = False
 
 
@@ -125,8 +124,6 @@ def _change(
     from modekit.building.build import build
     from modekit.members.change import before_change
 
-    if admission is not None and not admission.measure:
-        refuse_without_effect("a measurement (--measure)", {"--tokens": admission.tokens})
     target = resolved(write.output or folder)
     opened = checkpoint_in(folder)
     if target != opened.folder:
@@ -137,7 +134,7 @@ def _change(
         if admission is not None and admission.measure:
             from modekit.members.admission import measure_admission  # torch, which a change itself may not need
 
-            found = measure_admission(before, tokens=admission.tokens or SAMPLE_TOKENS, run=run)
+            found = measure_admission(before, tokens=admission.tokens, run=run)
     if found is not None and admission is not None:
         print_admission(found)
         if found.refused and not admission.force:

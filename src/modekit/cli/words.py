@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -97,14 +97,7 @@ def _fields(command: str) -> dict[str, Any]:
 
 
 def _line_of(key: str, field: Any) -> str:
-    meaning = (field.description or _choices(field.annotation)).replace("[", "\\[")
+    meaning = (field.description or "").replace("[", "\\[")
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     said = f" (default {default})" if isinstance(default, (str, int, float)) else ""
     return f"{key}{said}{': ' if meaning else ''}{meaning}"
-
-
-def _choices(annotation: Any) -> str:
-    """The words that a setting may have, where there are such."""
-    if get_origin(annotation) is not None and all(isinstance(each, str) for each in get_args(annotation)):
-        return ", ".join(get_args(annotation))
-    return next((found for each in get_args(annotation) if (found := _choices(each))), "")
