@@ -56,11 +56,6 @@ def test_a_name_that_means_something_else(bench: Workshop, shared_workshop: Work
     assert "rename it" in refuse_change(bench, "add", bench.build(), "--name", name, *of_shop(shared_workshop, "code"))
 
 
-def test_tokens_to_measure_on_without_a_measurement(bench: Workshop, shared_workshop: Workshop) -> None:
-    options = ("--name", "code", *of_shop(shared_workshop, "code"), "--no-measure", "--tokens", 64)
-    assert "a measurement (--measure)" in refuse_change(bench, "add", bench.build(), *options)
-
-
 @pytest.mark.parametrize("command", [("remove",), ("replace", "--model", "base")])
 def test_a_name_that_is_not_there(bench: Workshop, command: tuple[str, ...]) -> None:
     verb, *rest = command
