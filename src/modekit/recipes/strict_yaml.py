@@ -10,32 +10,35 @@ from modekit.files.read import read_text
 
 LARGEST = 2**20
 """Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
-_MOST_NODES = 2**16  # once every alias is written out
+_MOST, _CHARACTERS = 2**16, 256  # values once every alias is written out, a long text counting as several
 _DEEPEST = 50  # collections within each other
-_MOST_CHARACTERS = 2**24  # likewise
 _LARGEST_NUMBER = 10**100
 
 
 class StrictLoader(yaml.SafeLoader):
     """Refuses a key given twice, of which YAML would silently drop the first; values that are none; bombs of aliases."""
 
-    _nodes = _depth = 0
+    _size = _depth = 0
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[str, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node. Raises YAMLError as soon as there are too many, or they nest too deeply."""
-        self._nodes, self._depth = self._nodes + 1, self._depth + 1
-        if self._nodes > _MOST_NODES or self._depth > _DEEPEST:
-            what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST_NODES} values"
-            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        """The next node. Raises YAMLError as soon as there are too many, each alias written out, or they nest too deeply."""
+        event, before = self.peek_event(), self._size  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            self._size += self._sizes.get(event.anchor, _MOST if event.anchor in self.anchors else 0)
+        else:
+            self._size += 1 + len(getattr(event, "value", "")) // _CHARACTERS
+        if self._size > _MOST or self._depth > _DEEPEST:
+            what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST} values, aliases written out"
+            raise yaml.composer.ComposerError(None, None, what, event.start_mark)  # type: ignore[no-untyped-call]
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
-        return node
-
-    def get_single_node(self) -> yaml.Node | None:
-        """The file's only document as nodes. Raises YAMLError also where aliases stand for too much, or for themselves."""
-        node: yaml.Node | None = super().get_single_node()
-        if node is not None:
-            _check_size(node, {})
+        if event.anchor is not None:
+            self._sizes[event.anchor] = self._size - before
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
@@ -72,25 +75,6 @@ def parse_yaml(text: str, name: str) -> object:
         return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split()).replace('"<unicode string>"', name)) from None
-
-
-def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Nodes and characters below a node with every alias written out. Raises YAMLError where they are too many, or endless."""
-    if id(node) in known:
-        nodes, characters = known[id(node)]
-        if not nodes:
-            raise _problem("an alias that contains itself", node)
-        return nodes, characters
-    known[id(node)] = (0, 0)
-    nodes, characters = 1, len(node.value) if isinstance(node, yaml.ScalarNode) else 0
-    for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
-        for child in entry if isinstance(entry, tuple) else (entry,):
-            below = _check_size(child, known)
-            nodes, characters = nodes + below[0], characters + below[1]
-    if nodes > _MOST_NODES or characters > _MOST_CHARACTERS:
-        raise _problem("aliases that expand to too much", node)
-    known[id(node)] = (nodes, characters)
-    return nodes, characters
 
 
 def _problem(what: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
