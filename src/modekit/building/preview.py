@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from modekit.files.output import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.recipes.auto import why_chosen
+from modekit.recipes.edit import why_chosen
 from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe

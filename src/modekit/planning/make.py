@@ -19,8 +19,7 @@ from modekit.planning.native import NativeLayout
 from modekit.planning.notes import check_adapters, notes_of
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
-from modekit.recipes.auto import choices
-from modekit.recipes.edit import with_following
+from modekit.recipes.edit import choices, with_following
 from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run

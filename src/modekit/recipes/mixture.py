@@ -177,7 +177,7 @@ class Mixture(Strict):
 
     @property
     def is_open(self) -> bool:
-        """Whether its router is yet to be chosen (recipes/auto.py)."""
+        """Whether its router is yet to be chosen (recipes/edit.py)."""
         return self.method != "linear" and self.router.row.is_open
 
     @property

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
 from modekit.files.typed import problem_said
-from modekit.recipes.auto import choices
+from modekit.recipes.edit import choices
 from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture
 from modekit.recipes.paths import spelled_out
 from modekit.recipes.recipe import Expert, Output, Recipe
@@ -94,7 +94,8 @@ def _explain(problem: RecipeData) -> list[str]:
         elif part not in {"BackboneExpert", "BackboneMerge", "[key]"} and not str(part).startswith(("literal[", "function-")):
             place += "." * bool(place) + str(part)[:_LONGEST_KEY]
     if problem["type"] == "extra_forbidden":
-        hint = did_you_mean(problem["loc"][-1], _known_keys(problem["loc"][:-1]))
+        kind = next((_KINDS[part] for part in reversed(problem["loc"][:-1]) if part in _KINDS), Recipe)
+        hint = did_you_mean(problem["loc"][-1], [field.alias or key for key, field in kind.model_fields.items()])
         home = next((name for name in ("mixture", "router", "output") if problem["loc"][-1] in _KINDS[name].model_fields), None)
         return [f"{place}: unknown key; {hint or (f'it belongs in {home}' if home else 'remove it')}"]
     if problem["type"] == "missing":
@@ -117,12 +118,6 @@ def _message(problem: RecipeData) -> str:
         hint = did_you_mean(found, re.findall("'([^']*)'", str(context.get("expected"))))
         return f"{message}; {hint}" if hint else message
     return message
-
-
-def _known_keys(place: tuple[object, ...]) -> list[str]:
-    """The keys that may stand at a place of the recipe."""
-    model = next((_KINDS[part] for part in reversed(place) if part in _KINDS), Recipe)
-    return [field.alias or key for key, field in model.model_fields.items()]
 
 
 def schema_text() -> str:

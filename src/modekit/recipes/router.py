@@ -22,7 +22,7 @@ ScoreKind = Literal["linear", "norm", "cosine", "attention", "lexical"]
 MOST_TOKENS = 2**20
 """Tokens of a domain that a table of evidence is made from: more hardly change it."""
 AUTO = "auto"
-"""In place of a name: recipes/auto.py chooses."""
+"""In place of a name: recipes/edit.py chooses."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.planning.make import make_plan
-from modekit.recipes.auto import choices
-from modekit.recipes.edit import as_written, changed_mixture, with_following, with_mixture
+from modekit.recipes.edit import as_written, changed_mixture, choices, with_following, with_mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import CHAT_DECAY
