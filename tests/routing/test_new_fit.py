@@ -65,7 +65,7 @@ def test_the_recipe_and_its_schema_know_it(workshop: Workshop) -> None:
             parse_recipe({**workshop.recipe, "mixture": {"router": router}})
         return str(caught.value)
 
-    assert "'arrow' or 'favour'" in refused(fit="nothing")
+    assert "'arrow', 'favour'" in refused(fit="nothing")
     assert "'l2' has no effect with fit: favour" in refused(fit="favour", l2=0.5)
 
 
