@@ -205,11 +205,11 @@ def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.Mon
     assert set(tree(shop)) == before
 
 
-@pytest.mark.parametrize("form", ["native", "modekit"])
-def test_a_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(("form", "what"), [("native", "of another family than the base"), ("modekit", "is a mixture")])
+def test_a_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path, form: str, what: str) -> None:
     out = borrow(small_workshop, tmp_path).build(mixture={"router": {"fit": "random"}}, output={"format": form})
     said = refuse("mix", out, *(small_workshop.root / name for name in ("law", "code")), "-o", tmp_path / "NEW")
-    assert "is a mixture" in said and "modekit add" in said and "trust" not in said
+    assert what in said and "trust" not in said
 
 
 def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
