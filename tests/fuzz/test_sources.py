@@ -467,11 +467,12 @@ def fuzz_vocabularies(root: Path, recipe: dict[str, Any]) -> Target:
     shutil.rmtree(root / "law")
     write_headers(root / "law", "llama", num_hidden_layers=2, vocab_size=VOCAB + 2)
     said = json.loads((root / "base" / "tokenizer.json").read_text())
-    few = {**said["model"], "vocab": {"<pad>": 0, "<s>": 1}}
+    few = {**said["model"], "vocab": {"<pad>": 0, "<s>": 1}, "unk_token": "<pad>"}
     (root / "base" / "tokenizer.json").write_text(json.dumps({**said, "model": few, "added_tokens": []}))
     more = {**few, "vocab": {**few["vocab"], "<|im_start|>": 96}}
-    added = {"model": more, "added_tokens": [{"id": 97, "content": "<|im_end|>"}]}
-    rows = np.zeros((VOCAB + 2, SMALL["hidden_size"]), np.float32)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = {**said, "model": more, "added_tokens": [{"id": 97, "content": "<|im_end|>", **flags}]}
+    rows = np.zeros((VOCAB, SMALL["hidden_size"]), np.float32)
     saved = f"{PREFIX.removesuffix('layers.')}embed_tokens.weight"
     write_adapter(root / "code", {**{name: each for name, each in UP.items() if ".2." not in name}, saved: rows})
     config = json.loads((root / "code" / "adapter_config.json").read_text())
