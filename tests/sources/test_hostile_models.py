@@ -141,6 +141,11 @@ def test_an_implementation_of_transformers_own_needs_none(bench: Workshop, value
     assert planned(bench)
 
 
+def test_a_model_with_an_adapter_in_its_folder(bench: Workshop) -> None:
+    (copy_base(bench) / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/model"}')
+    refused(bench, "both a model and an adapter")
+
+
 @pytest.mark.parametrize(
     "name", ["../base/model.safetensors", "sub/model.safetensors", "/etc/passwd", "model.bin", "x" * 300, "a\0b"]
 )
