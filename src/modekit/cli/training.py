@@ -41,7 +41,7 @@ def train(
     from modekit.processes import processes
     from modekit.training.settings import given_settings
 
-    wanted = given_settings(train_words(words), settings, held_out_tokens=tokens)
+    wanted = given_settings(train_words(words), settings)
     with running() as run:
         from modekit.training.train import train
 

@@ -15,7 +15,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef, check_floats
-from modekit.sources.names import is_ignored, module_of, split_layer, weight_of
+from modekit.sources.names import is_ignored, module_of, split_layer
 from modekit.sources.source import ModelSource
 from modekit.weights.numeric import blocks, holds_only_finite, stored, to_float32
 
@@ -62,15 +62,6 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
         check_sizes(source, own_family(source.config, family))
     check_same_architecture(origin, tuned, family)
     names = family.own_names(origin)
-    ours, theirs = (source.tensor(weight_of(family.embedding)).shape[0] for source in (origin, tuned))
-    if ours != theirs:
-        raise MismatchError(
-            "the model has another number of tokens than its base, which an adapter of its layers cannot hold",
-            where=f"{tuned.where}: vocab_size",
-            found=theirs,
-            expected=ours,
-            remedy="mix the model itself: `as: lora` keeps its layers low-rank and its tokens whole",
-        )
     for name in names:
         tuned.matching(origin.tensors[name])
         if ".experts." in name:
@@ -102,20 +93,12 @@ def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFile
 
 
 def linears_of(differences: Sequence[TensorDifference]) -> list[TensorDifference]:
-    """The linear weights of the decoder layers, by layer and name. Raises UnsupportedError when there are none."""
+    """The linear weights of the decoder layers, by layer and name."""
     found = []
     for each in differences:
         layer, path = split_layer(each.name)
         if layer is not None and path.endswith(".weight") and len(each.base.shape) == 2 and "norm" not in path:
             found.append((layer, module_of(path), each))
-    if not found:
-        raise UnsupportedError(
-            "the model keeps its layers under other names",
-            where="BASE",
-            found=differences[0].name if differences else "no tensors",
-            expected="model.layers.N.*_proj.weight",
-            remedy="save both models with a current transformers",
-        )
     return [each for _, _, each in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
 
 

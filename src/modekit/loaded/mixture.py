@@ -75,10 +75,6 @@ class LoadedMixture(ABC):
     def ffn(self, layer: nn.Module) -> nn.Module:
         """What stands where a decoder layer of the family has its FFN."""
 
-    @abstractmethod
-    def floats_per_token(self) -> int:
-        """What a traced pass keeps per token, at least 1."""
-
     def prepare_training(self) -> None:  # noqa: B027
         """Take the way to compute the experts that is fastest in training on this machine."""
 

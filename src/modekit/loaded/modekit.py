@@ -40,9 +40,6 @@ class ModekitMixture(LoadedMixture):
     def ffn(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.checkpoint.shape.mixture.family.mlp_module)
 
-    def floats_per_token(self) -> int:
-        return max(1, sum(max(slot.features, 1) * len(self.checkpoint.names) for slot in self.checkpoint.slots))
-
     def set_top_k(self, top_k: int | None) -> None:
         routing = self.checkpoint.shape.routing.as_written()
         if top_k is not None:

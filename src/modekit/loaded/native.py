@@ -69,9 +69,6 @@ class NativeMixture(LoadedMixture):
     def ffn(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.native.block_module)
 
-    def floats_per_token(self) -> int:
-        return max(1, sum(slot.width for slot in self.checkpoint.slots))
-
     def prepare_training(self) -> None:
         """A loop over experts is faster than grouped products on a processor (benchmarks/training.md)."""
         if not torch.cuda.is_available():

@@ -157,11 +157,10 @@ def _packed(draws: Sequence[Draw], lengths: Sequence[int], size: int) -> list[Ro
     rows: list[Row] = []
     room: list[int] = []
     for number in sorted(range(len(draws)), key=lambda number: -lengths[number]):
-        row = next((row for row, free in enumerate(room) if free >= lengths[number]), None)
-        if row is None:
+        row = next((row for row, free in enumerate(room) if free >= lengths[number]), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(size)
-            row = len(rows) - 1
         rows[row].append(draws[number])
         room[row] -= lengths[number]
     return rows

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
-from modekit.files.typed import problem_said, shortened
-from modekit.recipes.strict import did_you_mean
+from modekit.files.typed import as_kind, shortened
 from modekit.recipes.strict_yaml import read_yaml
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -43,7 +42,6 @@ DISTILLS = set(get_args(Divergence))
 OF_ROUTERS = {"label", "balance", "z"}
 """Losses that are taken of what routers say."""
 _READS_LABELS = "tags, regime: joint, the loss label, or distillation without a teacher"
-_FEWEST_SELECT_TOKENS = 64
 
 
 class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -78,9 +76,7 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     randomise_to: RandomiseTo = Field("half", description="Labels to draw from: half, all, others, generic.")
     tags: bool = Field(False, description="Read every text with the reserved token of its domain.")
     share: float = Field(1.0, gt=0, le=1, description="Share of the documents to train on.")
-    select_tokens: int = Field(
-        SAMPLE_TOKENS, ge=_FEWEST_SELECT_TOKENS, description="Held-out tokens per domain that states are compared on."
-    )
+    select_tokens: int = Field(SAMPLE_TOKENS, ge=64, description="Held-out tokens per domain that states are compared on.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between states that are compared (default: a tenth).")
     patience: int = Field(4, ge=1, description="Comparisons without a better state until training ends.")
     precision: Literal["float32", "bfloat16"] | None = Field(
@@ -131,23 +127,13 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         return self.regime == "joint"
 
 
-def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
-    """Checked settings. Raises TrainingError with all problems and their places."""
+def train_settings(values: Mapping[str, Any], *, where: str) -> TrainSettings:
+    """Checked settings. Raises TrainingError with the first thing wrong."""
     try:
-        return TrainSettings.model_validate(values)
-    except ValidationError as error:
-        problems = []
-        for each in error.errors():
-            key = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
-            unknown = f"unknown key; {did_you_mean(key, TrainSettings.model_fields) or 'remove it'}"
-            said = unknown if each["type"] == "extra_forbidden" else problem_said(each["msg"])
-            problems.append(f"{key}: {said}" if key else said)
-        raise TrainingError(
-            "the settings of this training are wrong",
-            where=where,
-            found="; ".join(problems),
-            remedy="correct them; docs/training.md names them all",
-        ) from None
+        return as_kind(values, TrainSettings)
+    except ValueError as error:
+        what, remedy = "the settings of this training are wrong", "correct them; docs/training.md names them all"
+        raise TrainingError(what, where=where, found=error, remedy=remedy) from None
 
 
 def losses_said(said: Sequence[str], known: Mapping[Any, float], *, where: str) -> dict[str, float]:
@@ -190,14 +176,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def given_settings(said: Mapping[str, Any], file: Path | None, *, held_out_tokens: int | None = None) -> TrainSettings:
-    """Settings of a file with what was said besides, which counts more. Raises TrainingError.
-
-    `held_out_tokens` is how much held-out text per domain the tables were asked to read, if they were: where nothing says how
-    much of it states are compared on, that is no more.
-    """
+def given_settings(said: Mapping[str, Any], file: Path | None) -> TrainSettings:
+    """Settings of a file with what was said besides, which counts more. Raises TrainingError."""
     values = {**(read_settings(file) if file is not None else {}), **said}
-    if held_out_tokens:
-        default = int(TrainSettings.model_fields["select_tokens"].default)
-        values.setdefault("select_tokens", max(_FEWEST_SELECT_TOKENS, min(default, held_out_tokens)))
     return train_settings(values, where=str(file) if file is not None else "modekit train")

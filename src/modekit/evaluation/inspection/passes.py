@@ -70,7 +70,8 @@ def traced_losses(
 ) -> list[Array32]:
     """As `token_losses`; what the routers decided goes to `consume`."""
     mixture = mixture_of(model, checkpoint)
-    tokens = min(tokens_per_pass(model.config), max(512, _TRACED // mixture.floats_per_token()))
+    floats = sum(max(slot.width, slot.features * len(checkpoint.names)) for slot in checkpoint.slots)
+    tokens = min(tokens_per_pass(model.config), max(512, _TRACED // max(1, floats)))
     with mixture.traced() as trace:
 
         def give(batch: Batch) -> None:
