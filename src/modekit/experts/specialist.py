@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
-from modekit.experts.moving import Save, What
-from modekit.files.marker import Kind
-from modekit.files.output import replaced_by
+from modekit.experts.moving import What
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
-from modekit.files.staging import staging
-from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
+from modekit.files.write import digest_of_data
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.text.document import Document
-from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.training.settings import RandomiseTo
 from modekit.training.states_folder import StatesFolder
 
@@ -94,45 +87,6 @@ class SpecialistRecord(BaseModel, frozen=True):
     def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""
         return self.model_dump(mode="json", exclude_unset=True)
-
-
-@dataclass(frozen=True)
-class NewSpecialist:
-    """Where an expert goes, and by which request (a digest of all that decides what comes out).
-
-    `sources` says of which folders it is made; `overwrite`, whether another result may go; `documents`, what it is trained on;
-    a whole model gets the `tokenizer`.
-    """
-
-    folder: SpecialistFolder
-    request: str
-    sources: tuple[Path, ...]
-    overwrite: bool
-    tokenizer: PreTrainedTokenizerBase
-    documents: Sequence[Document]
-
-    def write(self, record: SpecialistRecord, save: Save, run: Run, **beside: bytes) -> None:
-        """Put it in its place: weights by `save`, the record, and CSV files `beside`.
-
-        The record is announced first, so that a kill after it costs nothing. Raises OutputError.
-        """
-        run.begin("write")
-        is_adapter, replace = record.specialist == "lora", replaced_by(self.overwrite)
-        kind: Kind = "adapter" if is_adapter else "model"
-        with staging(
-            self.folder.out, f"specialize {self.request}", kind, sources=self.sources, replace=replace, sync=run.sync
-        ) as stage:
-            with library_writes(stage.folder) as written:
-                save(written)
-                if not is_adapter:
-                    self.tokenizer.save_pretrained(written)
-            for name, content in beside.items():
-                write_file(stage.folder / f"{name}.csv", content)
-            self.folder.announce_digest(hashlib.sha256(json_bytes(record.as_data())).hexdigest())
-            older = {digest for source in self.sources for digest in digests_in(source / TRAINED_FILE)}
-            marks = dict.fromkeys([*map(mark_of, self.documents), *sorted(older)])
-            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark}\n" for mark in marks).encode())
-            write_json(stage.folder / SPECIALIST_FILE, record.as_data())
 
 
 class SpecialistFolder(StatesFolder):

@@ -9,6 +9,7 @@ full    everything moves, as in most models one finds; what moved outside the FF
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,21 @@ from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.experts.distill.student import Lesson, kl_to_teacher
 from modekit.experts.distill.teaching import Teaching, losses_said, losses_table
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
-from modekit.experts.moving import What, make_trainable
-from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
-from modekit.files.output import refuse_existing, replaced_by
+from modekit.experts.moving import Save, What, make_trainable
+from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
+from modekit.files.marker import Kind
+from modekit.files.output import Replace, refuse_existing, replaced_by
+from modekit.files.staging import staging
 from modekit.files.typed import as_kind
-from modekit.files.write import digest_of_data
+from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
 from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
 from modekit.sources.config import whole
-from modekit.sources.source import open_source
+from modekit.sources.source import SPECIALIST_FILE, open_source
 from modekit.sources.tokenizer import check_ids_fit
+from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
 from modekit.training.request import memory_errors
 
@@ -99,7 +103,7 @@ def specialize(
     # Of all that decides what comes out, but for the weights of base and teacher.
     learned = None if teaching is None else [teaching.as_data(), teaching.mix]
     request = digest_of_data([train, rank, dataclasses.asdict(training), material.as_asked(), list(new), learned])
-    wanted = NewSpecialist(folder, request, sources, overwrite, reading.tokenizer, material.fit)
+    work = _Work(folder, request, sources, reading, material, run)
     with folder.held(request, digest_of_data(digests)), memory_errors():
         lesson = None
         if teaching is not None and teacher is not None:
@@ -107,48 +111,77 @@ def specialize(
         model = load_model(base, run=run)
         with seeded(training.seed, model.device):  # a new adapter's first weights
             save = make_trainable(model, source, train, rank, new)
-        work = _Work(model, material, training, folder, run)
-        before = folder.recall("before", lambda data: as_kind(data, Measured)) or work.measured(lesson, "before")
+        before = folder.recall("before", lambda data: as_kind(data, Measured)) or work.measured(model, lesson, "before")
         folder.keep("before", before.model_dump(mode="json"))
-        said, beside = work.alone(read) if teaching is None or lesson is None else work.taught(teaching, lesson, digests[-1])
-        after = work.measured(lesson, "after")
+        if teaching is None or lesson is None:
+            said, beside = work.alone(model, read)
+        else:
+            said, beside = work.taught(model, teaching, lesson, digests[-1])
+        after = work.measured(model, lesson, "after")
         about = {"specialist": train, "base_model": base.name, **({"rank": rank} if train == "lora" else {})}
         record = SpecialistRecord.model_validate({**about, **said, **material.record, **before.until(after)})
-        wanted.write(record, save, run, **beside)
+        work.write(record, save, beside, replaced_by(overwrite))
     return record
 
 
 @dataclass(frozen=True)
 class _Work:
-    model: PreTrainedModel
-    material: Material
-    training: Training
+    """Where an expert goes, by which request (a digest of all that decides what comes out), of which folders, and of what."""
+
     folder: SpecialistFolder
+    request: str
+    sources: tuple[Path, ...]
+    reading: Reading
+    material: Material
     run: Run
 
-    def alone(self, read: ReadInPass | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    def alone(self, model: PreTrainedModel, read: ReadInPass | None) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Train on the text; what the record says of it, and no table."""
-        sequences, training = self.material.sequences, self.training
-        losses = train_on_text(self.model, sequences, training, read=read, folder=self.folder.path, run=self.run)
+        sequences, training = self.material.sequences, self.reading.training
+        losses = train_on_text(model, sequences, training, read=read, folder=self.folder.path, run=self.run)
         said = {**dataclasses.asdict(training), "steps": len(losses)}
         return {"training": said, "training_loss": {"before": losses[0], "after": losses[-1]}}, {}
 
-    def taught(self, teaching: Teaching, lesson: Lesson, digest: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    def taught(
+        self, model: PreTrainedModel, teaching: Teaching, lesson: Lesson, digest: str
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Train with a teacher; what the record says of it, and the table of its steps."""
-        steps, tokens = teaching.teach(self.model, lesson, self.material, self.training, self.folder.path, self.run)
-        said = {**dataclasses.asdict(self.training), "steps": len(steps), "tokens_read": tokens}
+        training = self.reading.training
+        steps, tokens = teaching.teach(model, lesson, self.material, training, self.folder.path, self.run)
+        said = {**dataclasses.asdict(training), "steps": len(steps), "tokens_read": tokens}
         teacher = {"name": teaching.teacher.name, "digest": digest, **teaching.as_data()}
         return {"training": said, "teacher": teacher, **losses_said(steps)}, {"distill": losses_table(steps)}
 
-    def measured(self, lesson: Lesson | None, when: str) -> Measured:
+    def measured(self, model: PreTrainedModel, lesson: Lesson | None, when: str) -> Measured:
         """What held-out text says of the model."""
         held_out = self.material.held_out
-        losses = held_out_losses(self.model, held_out, when, self.run)
+        losses = held_out_losses(model, held_out, when, self.run)
         if lesson is None:
             return Measured(losses=losses)
         self.run.begin(f"compare {when}")
         sequences = [sequence for domain in held_out for sequence in domain.sequences]
-        return Measured(losses=losses, kl=kl_to_teacher(self.model, lesson, sequences), taught=True)
+        return Measured(losses=losses, kl=kl_to_teacher(model, lesson, sequences), taught=True)
+
+    def write(self, record: SpecialistRecord, save: Save, tables: Mapping[str, bytes], replace: Replace) -> None:
+        """Put it in its place: weights, tables, and the record, which is announced first, so that a kill after it costs nothing.
+
+        Raises OutputError.
+        """
+        self.run.begin("write")
+        is_adapter, made_by, data = record.specialist == "lora", f"specialize {self.request}", record.as_data()
+        kind: Kind = "adapter" if is_adapter else "model"
+        with staging(self.folder.out, made_by, kind, sources=self.sources, replace=replace, sync=self.run.sync) as stage:
+            with library_writes(stage.folder) as written:
+                save(written)
+                if not is_adapter:
+                    self.reading.tokenizer.save_pretrained(written)
+            for name, content in tables.items():
+                write_file(stage.folder / f"{name}.csv", content)
+            self.folder.announce_digest(hashlib.sha256(json_bytes(data)).hexdigest())
+            older = {digest for source in self.sources for digest in digests_in(source / TRAINED_FILE)}
+            marks = dict.fromkeys([*map(mark_of, self.material.fit), *sorted(older)])
+            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark}\n" for mark in marks).encode())
+            write_json(stage.folder / SPECIALIST_FILE, data)
 
 
 class Measured(BaseModel, frozen=True):

@@ -126,6 +126,6 @@ def memory_errors() -> Iterator[None]:
         raise TrainingError(
             "there is not enough memory",
             found=(str(error).splitlines() or ["MemoryError"])[0][:200],
-            remedy="raise accumulate or set checkpointing: true, which go on from the last kept state; "
-            "or lower batch_tokens or sequence_length",
+            remedy="lower batch_tokens or sequence_length; `modekit train` goes on from the last kept state with a larger "
+            "accumulate or checkpointing=true",
         ) from None
