@@ -163,7 +163,7 @@ class _Work:
         return Measured(losses=losses, kl=kl_to_teacher(model, lesson, sequences), taught=True)
 
     def write(self, record: SpecialistRecord, save: Save, tables: Mapping[str, bytes], replace: Replace) -> None:
-        """Put it in its place: weights, tables, and the record, which is announced first, so that a kill after it costs nothing.
+        """Put it in its place: weights, tables, and the record, which is announced first, so that a kill then costs nothing.
 
         Raises OutputError.
         """

@@ -9,9 +9,8 @@ batch without padding, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from modekit.errors import SourceError, TextError
 from modekit.sources.family import Reads
@@ -118,22 +116,6 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         return inputs
     before = _before(model, given.target)
     return {**inputs, "decoder_input_ids": before, "decoder_attention_mask": given.target_mask.long()}
-
-
-def with_cache(
-    model: PreTrainedModel, ids_BS: torch.Tensor, mask_BS: torch.Tensor, cache: Cache | None
-) -> dict[str, torch.Tensor | Cache]:
-    """What a causal model is given that goes on from a cache; the mask is of all tokens, those in the cache included."""
-    inputs: dict[str, torch.Tensor | Cache] = {"input_ids": ids_BS, "attention_mask": mask_BS.to(model.device)}
-    if cache is not None:  # transformers named it anew in 5.20
-        named = inspect.signature(model.forward).parameters
-        inputs["cache" if "cache" in named else "past_key_values"] = cache
-    return inputs
-
-
-def cache_of(output: Mapping[str, object]) -> Cache | None:
-    """The cache that a pass left; None of a model that keeps none, or one of another kind."""
-    return next((value for value in output.values() if isinstance(value, Cache)), None)
 
 
 def run_backbone(model: PreTrainedModel, batch: Batch) -> Any:

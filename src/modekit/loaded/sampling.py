@@ -9,6 +9,7 @@ Shape legend: B rows of a batch, S tokens that are fed at once, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from modekit.errors import SourceError
-from modekit.loaded.passes import cache_of, with_cache
 
 _LEAST = math.log(0.01)
 """Log of the smallest probability that is written, as a share of the likeliest token's."""
@@ -132,8 +132,8 @@ def read_texts(model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int) 
     """
     expected_V, found = torch.zeros(()), list[torch.Tensor]()
     for ids_BS in torch.split(texts_BS.to(model.device), _READ_ROWS):
-        inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
-        log_p_BSV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        output = model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), use_cache=False)
+        log_p_BSV = output.logits[:, :-1].float().log_softmax(-1)
         expected_V = expected_V + log_p_BSV[..., :vocabulary].exp().sum((0, 1)).cpu()
         found.append(log_p_BSV.gather(-1, ids_BS[:, 1:, None])[..., 0].cpu())
     return expected_V, torch.cat(found)
@@ -144,16 +144,17 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._cache: Cache | None = None
+        # transformers named it anew in 5.20
+        self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._cache: dict[str, Cache] = {}
         self._read_BS: torch.Tensor | None = None
 
     def logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
         """Of what follows further tokens, (B, V), float32, on the processor."""
         ids_BS = ids_BS.to(self._model.device)
         self._read_BS = ids_BS if self._read_BS is None else torch.cat([self._read_BS, ids_BS], 1)
-        fed_BS = self._read_BS if self._cache is None else ids_BS
-        inputs = with_cache(self._model, fed_BS, torch.ones_like(self._read_BS), self._cache)
-        output = self._model(**inputs, use_cache=True, logits_to_keep=1)
-        self._cache = cache_of(output)
+        fed_BS, mask_BS = ids_BS if self._cache else self._read_BS, torch.ones_like(self._read_BS)
+        output = self._model(input_ids=fed_BS, attention_mask=mask_BS, use_cache=True, logits_to_keep=1, **self._cache)
+        self._cache = {self._name: value for value in output.values() if isinstance(value, Cache)}
         logits_BV: torch.Tensor = output.logits[:, -1]
         return logits_BV.float().cpu()
