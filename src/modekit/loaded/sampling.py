@@ -155,6 +155,7 @@ class _Reader:
         self._read_BS = ids_BS if self._read_BS is None else torch.cat([self._read_BS, ids_BS], 1)
         fed_BS, mask_BS = ids_BS if self._cache else self._read_BS, torch.ones_like(self._read_BS)
         output = self._model(input_ids=fed_BS, attention_mask=mask_BS, use_cache=True, logits_to_keep=1, **self._cache)
-        self._cache = {self._name: value for value in output.values() if isinstance(value, Cache)}
+        caches = [value for value in output.values() if isinstance(value, Cache)]
+        self._cache = {self._name: caches[0]} if caches else {}
         logits_BV: torch.Tensor = output.logits[:, -1]
         return logits_BV.float().cpu()
