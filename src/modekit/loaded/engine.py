@@ -130,14 +130,8 @@ class Loop:
         run: Run,
         judge: Judge | None = None,
     ) -> None:
-        self._module, self._batches, self._loop, self._folder, self._run, self._judge = (
-            module,
-            batches,
-            loop,
-            folder,
-            run,
-            judge,
-        )
+        self._module, self._batches, self._loop = module, batches, loop
+        self._folder, self._run, self._judge = folder, run, judge
         unused = DistributedDataParallelKwargs(find_unused_parameters=module.skips_parameters)
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
         if getattr(self._accelerator.state, "fsdp_plugin", None) is not None and not self._accelerator.is_fsdp2:
