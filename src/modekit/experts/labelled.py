@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.evaluation.domains import Domain
-from modekit.experts.specialist import TagsUsed, TextUsed
 from modekit.loaded.text_training import ReadInPass, Training, training_sequences
 from modekit.text.document import Document
 from modekit.text.held_out import read_text
@@ -69,8 +68,8 @@ class Material:
     fit: list[Document]
     corpora: list[DomainSequences]
     held_out: list[Domain]
-    labels: TagsUsed | None = None
-    generic: TextUsed | None = None
+    labels: dict[str, object] | None = None
+    generic: dict[str, object] | None = None
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -81,8 +80,8 @@ class Material:
     def record(self) -> dict[str, object]:
         """What specialist.json says of the text."""
         found = {"labels": self.labels, "generic": self.generic}
-        others = {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}
-        return {"text": text_record(self.fit, sum(corpus.tokens for corpus in self.corpora)), **others}
+        of_text = text_record(self.fit, sum(corpus.tokens for corpus in self.corpora))
+        return {"text": of_text, **{name: each for name, each in found.items() if each is not None}}
 
     def as_asked(self) -> list[object]:
         """The same, and all that is held out: what was measured on it before the first step is not measured again."""
@@ -101,7 +100,7 @@ def read_material(
         for label, specs in texts.texts.items():
             _read_domain(found, specs, reading, f"--text {label}=...", label)
         drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
-        found = Material(found.fit, found.corpora, found.held_out, TagsUsed(tags=list(texts.texts), **drawn))
+        found = Material(found.fit, found.corpora, found.held_out, {"tags": list(texts.texts), **drawn})
     else:
         for specs in [[text] for text in texts] if apart else [texts]:
             _read_domain(found, specs, reading, f"--text {specs[0]}" if apart else "--text")
@@ -111,7 +110,7 @@ def read_material(
     _read_domain(beside, generic.texts, reading, "--generic")
     added = generic_share(found.sequences, beside.sequences, generic.share, reading.training.seed)
     tokens, of_domains = (sum(each.size for each in sequences) for sequences in (added, found.sequences))
-    used = TextUsed(**text_record(beside.fit, tokens), share=tokens / (tokens + of_domains))
+    used = {**text_record(beside.fit, tokens), "share": tokens / (tokens + of_domains)}
     corpora = [*found.corpora, DomainSequences("--generic", GENERIC, added)]
     return Material([*found.fit, *beside.fit], corpora, found.held_out, found.labels, used)
 

@@ -24,7 +24,6 @@ from modekit.files.write import digest_of_data
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.training.settings import RandomiseTo
 from modekit.training.states_folder import StatesFolder
 
 
@@ -33,23 +32,6 @@ class BeforeAfter(BaseModel, frozen=True):
 
     before: float | None
     after: float | None
-
-
-class TagsUsed(BaseModel, frozen=True):
-    """Labels whose tags were read; with which probability others were drawn, and which (training/settings.py)."""
-
-    tags: list[str]
-    randomise: float | None = None
-    randomise_to: RandomiseTo | None = None
-
-
-class TextUsed(BaseModel, frozen=True):
-    """How much text, and a digest of its documents; `share`: of text of no domain, its share of all tokens."""
-
-    documents: int
-    tokens: int
-    sha256: str
-    share: float | None = None
 
 
 class SpecialistRecord(BaseModel, frozen=True):
@@ -62,9 +44,10 @@ class SpecialistRecord(BaseModel, frozen=True):
         teacher: its name and digest, `losses` with their weights, `weights` of the text against it (or "adaptive").
         distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone; the weight is the mean over the steps.
         training: the settings (loaded/text_training.py), with the steps taken, and with a teacher the tokens read.
-        text: what it was trained on.
+        text: how much it was trained on, and a digest of the documents.
         held_out_kl: mean KL(teacher || student) of held-out text.
-        labels, generic: tags that were read, and text of no domain.
+        labels: `tags` that were read; `randomise`, with which probability others were drawn, and `randomise_to`, which.
+        generic: as `text`, of no domain, with its `share` of all tokens.
         training_loss: cross-entropy of the text.
         held_out_loss: mean over the domains; by label where there are several.
     """
@@ -74,9 +57,9 @@ class SpecialistRecord(BaseModel, frozen=True):
     rank: int | None = None
     teacher: dict[str, object] | None = None
     training: dict[str, int | float | bool | None]
-    text: TextUsed
-    labels: TagsUsed | None = None
-    generic: TextUsed | None = None
+    text: dict[str, object]
+    labels: dict[str, object] | None = None
+    generic: dict[str, object] | None = None
     training_loss: BeforeAfter
     distillation_loss: BeforeAfter | None = None
     cross_entropy_weight: float | None = None

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.errors import TrainingError
 from modekit.files.typed import as_kind
-from modekit.training.settings import losses_said
-
-Loss = Literal["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
-"""See training/losses.py."""
+from modekit.training.settings import Divergence, losses_said
 
 
 class DistillSettings(BaseModel):
@@ -28,7 +25,7 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    losses: dict[Loss, Annotated[float, Field(gt=0)]] = Field({"forward_kl": 1.0}, min_length=1)
+    losses: dict[Divergence, Annotated[float, Field(gt=0)]] = Field({"forward_kl": 1.0}, min_length=1)
     temperature: float = Field(2.0, gt=0, le=1e3)
     weights: float = Field(0.5, ge=0, le=1)
     adaptive: bool = False
@@ -52,4 +49,4 @@ def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSett
 
 def losses_of(said: list[str]) -> dict[str, float]:
     """NAME or NAME=WEIGHT, each once -> weight, 1 where none is said. Raises TrainingError."""
-    return losses_said(said, dict.fromkeys(get_args(Loss), 1.0), where="losses")
+    return losses_said(said, dict.fromkeys(get_args(Divergence), 1.0), where="losses")

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +28,7 @@ from modekit.loaded.passes import check_text
 from modekit.loaded.states import History
 from modekit.loaded.text_training import Training
 from modekit.run import Run
+from modekit.sources.config import whole
 from modekit.sources.pairs import PAIRS
 from modekit.sources.source import ModelSource, open_source
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
@@ -37,7 +37,6 @@ from modekit.training.end_to_end import loop_of
 from modekit.training.settings import TrainSettings, train_settings
 
 Mix = Literal["equal", "turns"]
-_MOST_ROWS = 1_000
 _READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer")
 
 
@@ -59,14 +58,14 @@ class Teaching:
                 remedy = "leave --teacher away, and train it on text alone"
                 raise UnsupportedError("models with an encoder are not distilled yet", where=label, remedy=remedy)
             read = read_tokens(each.folder, where=label)
-            check_ids_fit({} if read is None else read.tokens, _vocab_size(each.config), where=label)
+            check_ids_fit({} if read is None else read.tokens, whole(each.config, "vocab_size"), where=label)
         return source
 
     def lesson(self, student: ModelSource, teacher: ModelSource, tokenizer: PreTrainedTokenizerBase, run: Run) -> Lesson:
         """The teacher in memory. All logits are compared where both models have as many, else those of the tokenizer's ids:
         embeddings are padded to round numbers of rows, of which no text has the ids.
         """
-        ours, theirs = (_vocab_size(source.config) for source in (student, teacher))
+        ours, theirs = (whole(source.config, "vocab_size") for source in (student, teacher))
         vocabulary = ours if ours == theirs else max(tokenizer.get_vocab().values()) + 1
         return Lesson(load_model(self.teacher, run=run), vocabulary, self.settings)
 
@@ -115,19 +114,11 @@ def losses_said(steps: History) -> dict[str, object]:
 
 
 def losses_table(steps: History) -> bytes:
-    """distill.csv: losses and weight by step: of every step, or of _MOST_ROWS evenly spaced ones."""
-    every = -(-len(steps) // _MOST_ROWS)
+    """distill.csv: losses and weight by step."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "cross_entropy", "distillation", "cross_entropy_weight"])
-    for entry in steps[::every]:
+    for entry in steps:
         figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
         writer.writerow([int(entry["step"]), *figures])
     return text.getvalue().encode()
-
-
-def _vocab_size(config: Mapping[str, Any]) -> int:
-    """Rows of the embedding, by config; of a model with parts, that of its text."""
-    inner = config.get("text_config")
-    said = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
-    return said if isinstance(said, int) else 0
