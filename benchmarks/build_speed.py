@@ -209,7 +209,7 @@ def main() -> None:
                     proven = measure([sys.executable, "-m", "modekit", "verify", str(folder / "OUT"), "--no-reload"])
                     if round_:
                         results.setdefault("verify", []).append(proven)
-        print(f"{plan.bytes_written / 1e9:.2f} GB written from {plan.bytes_read / 1e9:.2f} GB, {arguments.rounds} rounds")
+        print(f"{plan.bytes_written / 1e9:.2f} GB written, {arguments.rounds} rounds")
         for name, rows in results.items():
             resident, anonymous = max(row.resident for row in rows), max(row.anonymous for row in rows)
             print(

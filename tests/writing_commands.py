@@ -98,7 +98,7 @@ COMMANDS = {
         23,
         work="NEW.training",
     ),
-    "upcycle": Command(("upcycle", "base", "NEW", "--experts", "2", "--segments", "2", "--top-k", "1"), 20, 11),
+    "upcycle": Command(("upcycle", "base", "NEW", "--experts", "2", "--top-k", "1"), 20, 11),
     "densify": Command(("densify", "OUT", "NEW", "--by", "sum", *FEW), 15),
     "densify by distillation": Command(("densify", "OUT", "NEW", *SHORT, *FEW), 40, 47, 3, "NEW.training"),
     "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "max_diff_percent=20", *TWO), 20),

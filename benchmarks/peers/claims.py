@@ -16,26 +16,20 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.cli.shell import app
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.run import QUIET
 from modekit.training.losses import load_balance
-from modekit.training.settings import train_settings
-from modekit.training.train import train
 from peers.bounds import mean_of, models_of, save
 from peers.ours import built
 from peers.peer import Pool
 from peers.pool import Scored
 from peers.score import Texts, opened, score, texts_of
-from peers.training import STEPS
 
 TOKENS = 2_048
 """Per text."""
 EXPERTS = 4
 NEARER = (0.0, 0.25, 0.5, 0.75)
 """How far experts are moved towards their mean."""
-SEGMENTS = {"2 of 8 whole experts": (8, 1, 2), "4 of 16 half experts": (8, 2, 2)}
-"""Name -> copies, segments of each, copies per token: as many parameters, as many of them active."""
 
 COLLAPSED = f"balance loss, every token to one of {EXPERTS} experts"
 EVEN = "balance loss, tokens spread evenly"
@@ -43,11 +37,9 @@ UPCYCLED = "upcycled: loss less the dense model's, softmax over the chosen exper
 NOT_NORMALISED = "upcycled: loss less the dense model's, softmax before top-k"
 ALIKE = "experts moved {0:.0%} towards their mean: cosine of two"
 CLOSED = "experts moved {0:.0%} towards their mean: gap closed"
-TRAINED = "upcycled and trained, {0}: loss less the dense model's"
 CLAIMS = (
     *(COLLAPSED, EVEN, UPCYCLED, NOT_NORMALISED),
     *(figure.format(each) for each in NEARER for figure in (ALIKE, CLOSED)),
-    *(TRAINED.format(each) for each in SEGMENTS),
 )
 """Figures, in the order of the table."""
 
@@ -60,7 +52,6 @@ def claims(scored: Scored, out: Path) -> dict[str, float]:
         **balance(),
         **upcycled(scored.pool, texts, out),
         **_nearer(scored.pool, texts, out),
-        **_segments(scored.pool, texts, out),
     }
 
 
@@ -121,28 +112,6 @@ def _nearer(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
         gaps = [(base[name] - score(model, each)[0]) / (base[name] - own[name]) for name, each in texts.items()]
         found[ALIKE.format(far)] = statistics.fmean(cosines[a][b] for a in range(len(cosines)) for b in range(a))
         found[CLOSED.format(far)] = statistics.fmean(gaps)
-    return found
-
-
-def _segments(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
-    """Whole and half experts, upcycled from the base and trained on the text of all domains."""
-    dense, found = _loss(opened(pool.base), texts), dict[str, float]()
-    for name, (experts, segments, top_k) in SEGMENTS.items():
-        folder = out / f"segments-{segments}"
-        words = ["upcycle", str(pool.base), str(folder), f"--experts={experts}", f"--segments={segments}", f"--top-k={top_k}"]
-        app(words, standalone_mode=False)
-        settings = {
-            "what": ["experts", "routers"],
-            "steps": STEPS.count,
-            "backbone_learning_rate": STEPS.rate,
-            "seed": pool.seed,
-        }
-        said = train_settings({**settings, "batch_tokens": STEPS.length * len(pool.text)}, where=name)
-        made = open_checkpoint(folder)
-        texts_read = [[str(fit), str(pool.select[name])] for name, fit in pool.text.items()]
-        read = dict(zip(made.names, texts_read, strict=False))  # of all experts: no label is read
-        done = train(made, said, texts=read, evaluate_tokens=None)
-        found[TRAINED.format(name)] = _loss(opened(done.checkpoint.folder), texts) - dense
     return found
 
 

@@ -110,7 +110,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "tensors": {"total": 1113, "copy": 1113},
         "shards": 3,
         "dtype": "bfloat16",
-        "bytes": {"read": 10**12, "written": 10**12, "statistics": 10**9},
+        "bytes": {"written": 10**12, "statistics": 10**9},
         "disk": {"needed": 1, "free": 2},
         "memory": {"build": 1, "fit": 2, "load": 3},
         "notes": ["note " * 40],

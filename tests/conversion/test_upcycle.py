@@ -1,4 +1,4 @@
-"""A dense model as a mixture: the same logits, by copies and by parts of them, under routers whose weights sum to 1."""
+"""A dense model as a mixture: the same logits, by copies under routers whose weights sum to 1."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from conftest import save, tiny_model, write_text
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.conversion.upcycle import Upcycling, upcycle
-from modekit.errors import ModekitError, RecipeError
+from modekit.errors import RecipeError
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 
@@ -36,24 +35,16 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize(("segments", "top_k"), [(1, 2), (2, 1), (2, 2), (4, 1)])
-def test_the_mixture_has_the_logits_of_the_dense_model(tmp_path: Path, model_type: str, segments: int, top_k: int) -> None:
-    checkpoint = made(tmp_path, model_type, copies=3, segments=segments, top_k=top_k)
-    assert len(checkpoint.names) == 3 * segments
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_mixture_has_the_logits_of_the_dense_model(tmp_path: Path, model_type: str, top_k: int) -> None:
+    checkpoint = made(tmp_path, model_type, copies=3, top_k=top_k)
+    assert len(checkpoint.names) == 3
     assert torch.allclose(logits(tmp_path / "OUT"), logits(tmp_path / "base"), atol=1e-5, rtol=1e-5)
     assert is_proven(verify(open_checkpoint(tmp_path / "OUT"), reload=False))
 
 
-def test_active_parameters_do_not_depend_on_segments(tmp_path: Path) -> None:
-    whole = made(tmp_path / "whole", copies=4, top_k=1).parameters
-    cut = made(tmp_path / "cut", copies=4, segments=4, top_k=1).parameters
-    gates = 3 * 32 * (16 - 4)  # a row for every part, in three layers
-    assert cut.total - whole.total == gates
-    assert cut.active - whole.active == gates
-
-
 def test_with_softmax_before_top_k_the_logits_are_others(tmp_path: Path) -> None:
-    made(tmp_path, "qwen3", copies=4, segments=2, top_k=1)
+    made(tmp_path, "qwen3", copies=4, top_k=1)
     dense = logits(tmp_path / "base")
     assert torch.allclose(logits(tmp_path / "OUT"), dense, atol=1e-5, rtol=1e-5)
     file = tmp_path / "OUT" / "config.json"
@@ -63,32 +54,18 @@ def test_with_softmax_before_top_k_the_logits_are_others(tmp_path: Path) -> None
     assert (logits(tmp_path / "OUT") - dense).abs().max() > 0.1
 
 
-def test_parts_of_a_copy_share_a_row_of_the_gate(tmp_path: Path) -> None:
-    for gate in made(tmp_path, copies=3, segments=2, top_k=1).gates():
-        assert (gate[0::2] == gate[1::2]).all()
-        assert (gate[0] != gate[2]).any()
-
-
 def test_it_is_trained_and_inspected(tmp_path: Path) -> None:
-    made(tmp_path, copies=2, segments=2, top_k=1)
+    made(tmp_path, copies=2, top_k=1)
     text = write_text(tmp_path / "text")
     opened = open_checkpoint(tmp_path / "OUT")
-    texts = {"copy-1.1": [str(text["law"])], "copy-2.1": [str(text["code"])]}
+    texts = {"copy-1": [str(text["law"])], "copy-2": [str(text["code"])]}
     asked = {"what": ["experts"], "steps": 2, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
     done = train(opened, train_settings(asked, where="test"), texts=texts, evaluate_tokens=None)
     assert done.record.steps == 2
     found = inspect(open_checkpoint(tmp_path / "OUT").scored_on(texts, tmp_path))
-    assert found.similarity is not None and found.experts == ["copy-1.1", "copy-1.2", "copy-2.1", "copy-2.2"]
+    assert found.similarity is not None and found.experts == ["copy-1", "copy-2"]
 
 
-def test_another_top_k_would_be_another_model(tmp_path: Path) -> None:
-    checkpoint = made(tmp_path, copies=2, segments=2, top_k=1)
-    with pytest.raises(ModekitError, match="top_k"):
-        refit(checkpoint, {"top_k": 4})
-
-
-def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="segment"):
-        made(tmp_path, copies=2, segments=5, top_k=1)
+def test_more_copies_per_token_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="top_k"):
         made(tmp_path, copies=2, top_k=3)

@@ -158,7 +158,7 @@ def test_every_native_row_is_run_here() -> None:
 def test_native(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
     checkpoint = mixture(tmp_path, dense, wide(dense, overrides), {"top_k": 2, "router": {"fit": "random"}})
     prompts = prompts_of(checkpoint, PROMPTS)
-    more = {"model_impl": "transformers"} if checkpoint.shape.through_transformers else {}
+    more = {"model_impl": "transformers"} if checkpoint.shape.vllm_differs else {}
     check_same(in_vllm(checkpoint, prompts, **more), in_transformers(checkpoint, prompts))
 
 

@@ -119,5 +119,5 @@ def test_the_base_has_no_layers_and_an_expert_needs_one(shop: Workshop, tmp_path
         parse_recipe({**pyramid(), "experts": [base, *pyramid()["experts"]]})
     said = pyramid()
     said["mixture"] = {**MIXTURE, "layers": [0, 1]}
-    with pytest.raises(UnsupportedError, match="nothing of its own in its layers"):
+    with pytest.raises(UnsupportedError, match="nothing of its own that is mixed"):
         make_plan(parse_recipe(said), shop.root)

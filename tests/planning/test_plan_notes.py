@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 import modekit
 from adapter_folders import lora, write_adapter
 from conftest import Workshop, make_workshop, save, tiny_model
-from modekit.errors import UnsupportedError
 from modekit.planning.make import make_plan
-from modekit.planning.modekit import ModekitLayout
-from modekit.planning.native import NativeLayout
+from modekit.planning.modekit import ModekitForm
+from modekit.planning.native import NativeForm
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
 
@@ -39,9 +38,9 @@ def shop(tmp_path: Path) -> Workshop:
 @pytest.mark.parametrize("form", ["native", "modekit"])
 def test_a_build_plans_its_tensors_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     calls: list[str] = []
-    for kind in (NativeLayout, ModekitLayout):
-        tensors = kind.tensors
-        monkeypatch.setattr(kind, "tensors", lambda layout, made=tensors: calls.append(type(layout).__name__) or made(layout))
+    for kind in (NativeForm, ModekitForm):
+        made = kind.experts
+        monkeypatch.setattr(kind, "experts", lambda form, made=made: calls.append(type(form).__name__) or made(form))
     open_router = {"top_k": 1}
     modekit.build(shop.write(mixture=open_router, output={"format": form}), shop.root / "OUT")
     assert len(calls) == 1

@@ -18,7 +18,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.native_shape import NativeShape
+from modekit.planning.native import NativeShape
 from modekit.planning.plan import open_shape
 from modekit.recipes.read import load_recipe
 from refusal import borrow
@@ -44,7 +44,7 @@ def test_nobody_asks_which_shape_it_is() -> None:
     assert not list(lines_with(r"(checkpoint|plan)\.native\b", set()))
 
 
-_SHAPES = {"planning": ("native_shape", "modekit_shape"), "loaded": ("native", "modekit")}
+_SHAPES = {"planning": ("native", "modekit_shape"), "loaded": ("native", "modekit")}
 
 
 def test_nobody_reads_the_raw_config_of_a_mixture() -> None:

@@ -17,6 +17,7 @@ from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
+from modekit.sources.config import architecture_of
 from modekit.text.held_out import check_texts
 
 
@@ -27,7 +28,7 @@ class Preview(BaseModel, frozen=True):
         router_why: which it is, and why `fit: auto` takes it; empty where it does not.
         experts: name -> the model or adapter that it is.
         tensors: their number in all, and by the operation that makes them.
-        bytes: read, written, and of statistics.
+        bytes: written, and of statistics.
         parameters, memory: as `Plan` has them.
         disk: needed and free.
     """
@@ -76,7 +77,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
     recipe = plan.recipe
     operations = Counter("router" if tensor.role == "router" else tensor.operation for tensor in plan.tensors)
     return Preview(
-        architecture=plan.architecture,
+        architecture=architecture_of(plan.config),
         why=plan.why,
         also_runs_in=plan.shape.also_runs_in,
         method=recipe.mixture.method,
@@ -88,7 +89,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         dtype=str(plan.config["dtype"]),
         tensors={"total": len(plan.tensors), **operations},
         shards=len(plan.shards) + 1,
-        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
+        bytes={"written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
         parameters=plan.parameters(),
         disk={"needed": plan.disk_needed, "free": disk_of(plan.root / "OUT").free},
         memory=plan.memory(),

@@ -111,7 +111,6 @@ class UpcycleOptions(Writing):
     """Which experts."""
 
     experts: Annotated[int, typer.Option(min=2, max=128, help="Copies of the FFN in every layer.")] = 4
-    segments: Annotated[int, typer.Option(min=1, max=8, help="Parts that each copy is cut into.")] = 1
     top_k: Annotated[int, typer.Option(min=1, help="Copies per token.")] = 2
     seed: Annotated[int, typer.Option(help="Random seed of the gates.")] = 0
 
@@ -128,7 +127,7 @@ def upcycle(
 
     target = writable(output, options.overwrite)
     with running() as run:
-        asked = Upcycling(options.experts, options.segments, options.top_k, options.seed, options.overwrite)
+        asked = Upcycling(options.experts, options.top_k, options.seed, options.overwrite)
         made = upcycle(base, asked, target, root=Path.cwd(), run=run)
     size = made.parameters
     said = f"{count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"

@@ -190,7 +190,7 @@ def print_plan(plan: Preview) -> None:
     parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
     operations = ", ".join(f"{count} {name}" for name, count in plan.tensors.items() if name != "total")
     also = "" if plan.also_runs_in.startswith("transformers") else "also "
-    read, written, kept = (bytes_of(sizes[name]) for name in ("read", "written", "statistics"))
+    written, kept = (bytes_of(sizes[name]) for name in ("written", "statistics"))
     print_rows(
         [
             ("architecture", f"{plan.architecture} ({also}runs in {plan.also_runs_in})"),
@@ -200,7 +200,7 @@ def print_plan(plan: Preview) -> None:
             ("router", plan.router_why or plan.router),
             ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
             ("tensors", f"{plan.tensors['total']} ({operations}) in {file_count(plan.shards)}, {plan.dtype}"),
-            ("bytes", f"{read} read, {written} written, {kept} statistics"),
+            ("bytes", f"{written} written, {kept} statistics"),
             ("disk", f"{bytes_of(disk['needed'])} needed, {bytes_of(disk['free'])} free"),
             ("memory", ", ".join(f"{bytes_of(memory[step])} to {step}" for step in ("build", "fit", "load"))),
             *(("note", note) for note in plan.notes),

@@ -1,13 +1,9 @@
 """`modekit upcycle BASE OUT`: a dense model as a mixture in its family's native architecture, with the same logits.
 
-    copies      every expert is the base's FFN, under a random gate (sparse upcycling, arXiv 2212.05055)
-    segments    each copy is cut into m parts that share one row of the gate, and a token takes all parts of the copies that it
-                chooses (fine-grained experts, DeepSeekMoE, arXiv 2401.06066)
-
+Every expert is the base's FFN, under a random gate (sparse upcycling, arXiv 2212.05055).
 Weights of the chosen experts must sum to 1: a softmax before top-k, without dividing by the sum, changes the model
 (Skywork-MoE, arXiv 2406.06563). What is written is a recipe's checkpoint, whose experts are all the base: train, inspect and
-eval take it. In bfloat16 two copies tie in 1 to 3 of 1,000 decisions of tiny models; with segments such a token takes parts of
-both, in float32 none does.
+eval take it.
 """
 
 from __future__ import annotations
@@ -25,29 +21,21 @@ from modekit.run import QUIET, Run
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What is asked for: `copies` of the FFN in `segments` parts each, `top_k` copies per token, a gate drawn from `seed`.
+    """What is asked for: `copies` of the FFN, `top_k` copies per token, a gate drawn from `seed`.
 
     `overwrite`: whether another result may go.
     """
 
     copies: int = 4
-    segments: int = 1
     top_k: int = 2
     seed: int = 0
     overwrite: bool = False
 
     def recipe(self, base: str) -> RecipeData:
         """Of the mixture."""
-        parts = [f"{part + 1}/{self.segments}" for part in range(self.segments)]
-        experts = [
-            {"name": f"copy-{copy + 1}", "model": BASE}
-            if self.segments == 1
-            else {"name": f"copy-{copy + 1}.{number + 1}", "model": BASE, "segment": part}
-            for copy in range(self.copies)
-            for number, part in enumerate(parts)
-        ]
+        experts = [{"name": f"copy-{copy + 1}", "model": BASE} for copy in range(self.copies)]
         router = {"fit": "random", "seed": self.seed}
-        mixture = {"method": "routing", "top_k": self.top_k * self.segments, "router": router}
+        mixture = {"method": "routing", "top_k": self.top_k, "router": router}
         return {"base_model": base, "experts": experts, "mixture": mixture, "output": {"format": "native"}}
 
 

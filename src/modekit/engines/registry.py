@@ -91,7 +91,7 @@ class _Vllm(Engine):
         return shape.without_vllm or missing
 
     def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
-        through_transformers = checkpoint.shape.through_transformers
+        through_transformers = checkpoint.shape.vllm_differs is not None
         more = {"dtype": checkpoint.config["dtype"], "through_transformers": through_transformers}
         return {**super().prepared(checkpoint, settings, run), **more}
 

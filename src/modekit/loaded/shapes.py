@@ -12,7 +12,7 @@ from modekit.loaded.mixture import ExpertView, LoadedMixture
 from modekit.loaded.modekit import ModekitMixture, ModekitView
 from modekit.loaded.native import DenseView, NativeMixture
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.native_shape import NativeShape
+from modekit.planning.native import NativeShape
 from modekit.planning.plan import Shape
 from modekit.run import QUIET, Run
 

@@ -27,12 +27,11 @@ from modekit.members.edits import MixtureEdit
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
-from modekit.planning.shape import LowRankPart
+from modekit.planning.shape import unread
 from modekit.recipes.recipe import Expert
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.header import TensorRef
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.open import Opener, label_of
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import copied_content, copied_files, gone_pair_files
@@ -214,25 +213,8 @@ def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Ch
     if expert.is_base:
         return base
     if expert.adapter is None:
-        tensors = {name: _ref(name, file, ref.dtype, ref.shape) for name, ref in base.tensors.items()}
+        tensors = {name: unread(name, file, ref.dtype, ref.shape) for name, ref in base.tensors.items()}
         return ModelSource(label, recorded.spec, folder, recorded.revision, base.config, tensors)
-    mixed = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
-    replaced = {
-        each.name: _ref(each.name, file, base.tensor(each.name).dtype, each.shape) for each in mixed if number in each.own
-    }
-    changes = {each.name: _low_rank(each.name, each.low_rank[number], file) for each in mixed if number in each.low_rank}
-    nothing = {"": _ref("", file, "U8", (0,))}  # so that its file is known
+    replaced, changes = checkpoint.shape.recorded(number, base, checkpoint.tensors, file)
+    nothing = {"": unread("", file, "U8", (0,))}  # so that its file is known
     return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, replaced)
-
-
-def _low_rank(name: str, part: LowRankPart, file: Path) -> LowRank:
-    rank = part.ranks.stop - part.ranks.start
-    return LowRank(
-        _ref(f"{name} A", file, part.a.dtype, (rank, part.a.shape[1])),
-        _ref(f"{name} B", file, part.b.dtype, (part.b.shape[0], rank)),
-        part.scale,
-    )
-
-
-def _ref(name: str, file: Path, dtype: str, shape: tuple[int, ...]) -> TensorRef:
-    return TensorRef(name, file, dtype, shape, 0, 0)

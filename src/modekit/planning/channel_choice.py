@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import CheckpointError, SourceError, UnsupportedError
+from modekit.files.typed import shortened
 from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.channels import Channels
+from modekit.planning.shape import BUILD_AGAIN, other_record
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, number, whole
 from modekit.sources.natives import Native, Widening
@@ -60,6 +62,26 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         front=widening.in_front,
         carry=carry,
     )
+
+
+def channels_said_by(
+    config: Config, recipe: Recipe, where: str, native: Native, dense: Config, carry: CarrySize | None
+) -> Channels | None:
+    """Those of a finished checkpoint. Raises CheckpointError where its record cannot have them, or config.json has others."""
+    try:
+        channels = channels_of(recipe, native, dense, carry)
+        wide = {} if channels is None else channels.widened(config)
+    except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "modekit.json does not say a base that could carry this router",
+            where=f"{where}: dense_config",
+            found=shortened(str(error)),
+            remedy=BUILD_AGAIN,
+        ) from None
+    for key, value in wide.items():
+        if config.get(key) != value:
+            raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), value)
+    return channels
 
 
 def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:

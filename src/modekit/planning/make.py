@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 from modekit.errors import RecipeError, SourceError, UnsupportedError
-from modekit.planning.modekit import ModekitLayout
-from modekit.planning.native import NativeLayout
+from modekit.planning.modekit import ModekitForm
+from modekit.planning.native import NativeForm
 from modekit.planning.notes import check_adapters, notes_of
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
@@ -37,7 +37,9 @@ from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merged
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
-Layout = NativeLayout | ModekitLayout
+Form = NativeForm | ModekitForm
+_Laid = tuple[Form, str]
+"""How the experts of a recipe that leaves nothing open lie, and why so."""
 
 
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
@@ -68,95 +70,22 @@ def plan_first(
     for way in ways[:-1]:
         with suppress(UnsupportedError, RecipeError):
             recipe = way()
-            settled = _settled(recipe, *models())
-            if suits(settled.recipe):
-                return _planned(settled, root, run)
+            family, vocabulary = models(recipe.mixture.tokens or "mean")
+            laid = _settled(recipe, family, vocabulary)
+            if suits(laid[0].shape.recipe):
+                return _planned(laid, vocabulary, root, run)
     recipe = ways[-1]()
-    return _planned(_settled(recipe, *models()), root, run)
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """A recipe that leaves nothing open, the models with one vocabulary, and how the experts lie.
-
-    Attributes:
-        why: why they lie so.
-        mixed: tensors of the base of which experts have their own, or by which they may differ.
-    """
-
-    recipe: Recipe
-    family: Family
-    vocabulary: Vocabulary
-    layout: Layout
-    why: str
-    mixed: set[str]
+    family, vocabulary = models(recipe.mixture.tokens or "mean")
+    return _planned(_settled(recipe, family, vocabulary), vocabulary, root, run)
 
 
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
     family = family_of(sources[0].config, where=f"base_model ({sources[0].spec})")
-    sources = _with_sizes(sources, family)
+    if family.derived is not None:  # their sizes under the usual names, too; what was one model stays one
+        full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
+        sources = tuple(full[id(each)] for each in sources)
     check_mixable(sources, family)
     return family, one_vocabulary(sources, family)
-
-
-def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
-    settled = _router_settled(recipe, family, vocabulary)
-    channels = settled.layout.channels
-    if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
-        return settled  # what cannot say that older tokens fade keeps its mean
-    following = with_following(settled.recipe)
-    return settled if following == settled.recipe else _laid(following, family, vocabulary)
-
-
-def _router_settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
-    """A router left open becomes the first of the choices that the models allow. Raises what the last one raises."""
-    if not recipe.mixture.is_open:
-        return _laid(recipe, family, vocabulary)
-    for settled, way in (ways := choices(recipe))[:-1]:
-        with suppress(UnsupportedError):
-            found = _laid(settled, family, vocabulary)
-            if way.native in (None, found.layout.is_native):
-                return found
-    return _laid(ways[-1][0], family, vocabulary)
-
-
-def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
-    sources = vocabulary.sources
-    code_of = partial(_code_of, recipe.output.dtype)
-    native, why = _native_layout(recipe, sources, family, code_of)
-    layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
-    mixed = layout.mixed_names() | layout.carried_names()
-    check_adapters(recipe, sources, layout.mixes_more, mixed)
-    return _Settled(recipe, family, vocabulary, layout, why, mixed)
-
-
-def _planned(settled: _Settled, root: Path, run: Run) -> Plan:
-    recipe, vocabulary, layout = settled.recipe, settled.vocabulary, settled.layout
-    sources, code_of = vocabulary.sources, partial(_code_of, recipe.output.dtype)
-    _check_text(recipe, vocabulary.tokenizer.source)
-    tensors = [*_backbone(recipe, sources, settled.family, layout, code_of), *layout.tensors()]
-    return Plan(
-        recipe=recipe,
-        root=root,
-        family=settled.family,
-        shape=layout.shape(str(root)),
-        why=settled.why,
-        sources=sources,
-        shards=cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
-        router_dtype=layout.router_dtype,
-        copied_files=vocabulary.tokenizer.copied_files,
-        notes=(*vocabulary.notes, *notes_of(recipe, vocabulary, settled.family, layout, settled.mixed)),
-        vocabulary=vocabulary,
-        trust_remote_code=run.trust_remote_code,
-    )
-
-
-def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
-    """Models of a family without a row with their sizes under the usual names, too; what was one stays one."""
-    if family.derived is None:
-        return sources
-    full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
-    return tuple(full[id(each)] for each in sources)
 
 
 def _with_own_sizes(source: ModelSource) -> ModelSource:
@@ -164,25 +93,73 @@ def _with_own_sizes(source: ModelSource) -> ModelSource:
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
+def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
+    """With the router and the decay that the recipe leaves open."""
+    form, why = _router_settled(recipe, family, vocabulary)
+    channels, settled = form.shape.channels, form.shape.recipe
+    if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
+        return form, why  # what cannot say that older tokens fade keeps its mean
+    following = with_following(settled)
+    return (form, why) if following == settled else _laid(following, family, vocabulary)
+
+
+def _router_settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
+    """A router left open becomes the first of the choices that the models allow. Raises what the last one raises."""
+    if not recipe.mixture.is_open:
+        return _laid(recipe, family, vocabulary)
+    for settled, way in (ways := choices(recipe))[:-1]:
+        with suppress(UnsupportedError):
+            found = _laid(settled, family, vocabulary)
+            if way.native in (None, found[0].shape.plain):
+                return found
+    return _laid(ways[-1][0], family, vocabulary)
+
+
+def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
+    code_of = partial(_code_of, recipe.output.dtype)
+    native, why = _native_form(recipe, vocabulary.sources, family, code_of)
+    form: Form = native or ModekitForm(recipe, vocabulary.sources, family, code_of)
+    check_adapters(recipe, vocabulary.sources, form.mixes_more, form.mixed | form.carried)
+    return form, why
+
+
+def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, run: Run) -> Plan:
+    (form, why), sources = laid, vocabulary.sources
+    recipe = form.shape.recipe
+    _check_text(recipe, vocabulary.tokenizer.source)
+    tensors = [*_backbone(sources, form, partial(_code_of, recipe.output.dtype)), *form.experts()]
+    notes = notes_of(recipe, vocabulary, form.mixes_more, form.mixed | form.carried, plain=form.shape.plain)
+    return Plan(
+        recipe=recipe,
+        root=root,
+        family=form.shape.family,
+        shape=form.shape,
+        why=why,
+        sources=sources,
+        shards=cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
+        router_dtype=form.router_dtype,
+        copied_files=vocabulary.tokenizer.copied_files,
+        notes=(*vocabulary.notes, *notes, *form.notes()),
+        vocabulary=vocabulary,
+        trust_remote_code=run.trust_remote_code,
+    )
+
+
 def _code_of(dtype: str, ref: TensorRef) -> str:
     return ref.source_dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
 
-def _backbone(
-    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, layout: Layout, code_of: CodeOf
-) -> Iterable[PlannedTensor]:
-    """What the layout keeps of the base, in its order.
+def _backbone(sources: tuple[ModelSource, ...], form: Form, code_of: CodeOf) -> Iterable[PlannedTensor]:
+    """What the result has of the base, in its order.
 
     Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
     """
-    base, merged, mixed = sources[0], backbone_of(recipe, sources), layout.mixed_names()
-    refs = {name: base.tensors[name] for name in family.own_names(base)}
-    refs |= {name: base.tensor(original) for name, original in layout.unties.items()}
+    base, merged = sources[0], backbone_of(form.shape.recipe, sources)
+    refs = {name: base.tensors[name] for name in form.shape.family.own_names(base)}
+    refs |= {name: base.tensor(original) for name, original in form.unties.items()}
     for name, ref in refs.items():
-        renamed = layout.backbone_name(name)
-        if renamed is not None:
-            made = Copy(ref) if name in mixed else merged(ref)
-            yield from layout.widened(PlannedTensor(renamed, code_of(ref), ref.shape, "backbone", made))
+        made = Copy(ref) if name in form.mixed else merged(ref)
+        yield from form.backbone(PlannedTensor(name, code_of(ref), ref.shape, "backbone", made))
 
 
 def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[TensorRef], Made]:
@@ -196,11 +173,11 @@ def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[T
     return lambda ref: as_in(sources[one], ref)
 
 
-def _native_layout(
+def _native_form(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
-) -> tuple[NativeLayout | None, str]:
-    """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
-    base, is_asked = sources[0], recipe.output.format == "native" or any(expert.segment for expert in recipe.experts)
+) -> tuple[NativeForm | None, str]:
+    """In a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
+    base, is_asked = sources[0], recipe.output.format == "native"
     why_not = None if is_asked else _why_modekit(recipe)
     if why_not is not None:
         return None, why_not
@@ -215,15 +192,15 @@ def _native_layout(
     if native is None:
         return None, " | ".join(tried)
     try:
-        layout = NativeLayout(recipe, sources, native, code_of)
+        form = NativeForm(recipe, sources, native, code_of)
     except UnsupportedError as error:  # it cannot carry the router
         if is_asked or recipe.output.channels is not None:
             raise
         return None, error.what
-    kind, form = f"'{family.model_type}'", native.native_type
-    if layout.carried_names():
-        return layout, f"a {form} holds experts of {kind} with their attention, in the router's channels"
-    return layout, f"whole FFN experts of {kind} with a linear router have an exact native form: {form}"
+    kind, name = f"'{family.model_type}'", native.native_type
+    if form.carried:
+        return form, f"a {name} holds experts of {kind} with their attention, in the router's channels"
+    return form, f"whole FFN experts of {kind} with a linear router have an exact native form: {name}"
 
 
 def _why_modekit(recipe: Recipe) -> str | None:

@@ -6,7 +6,6 @@ them says modekit_mixed.py and modekit_router.py. Keys that were not set are not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from os.path import commonpath
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from modekit.planning.shape import RouterPosition, RouterSlot
 from modekit.recipes.layers import Layer
-from modekit.recipes.router import ScoreKind
+from modekit.recipes.recipe import Recipe
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
@@ -53,9 +52,7 @@ class Ngram(_Said):
 
 
 class AlwaysOnConfig(_Said):
-    """What takes part in every token: an expert by its index, or the base (None), its share if that is given, and whether it
-    runs apart from the others.
-    """
+    """What takes part in every token: an expert by its index, or the base (None); its share; whether it runs apart."""
 
     expert: int | None
     weight: Annotated[float, Field(gt=0, lt=1)] | None
@@ -82,7 +79,7 @@ class Routing(_Said):
     dimensions: _Size | None = None
 
     def check(self, count: int) -> None:
-        """Raise ValueError where it is not of so many experts, or of no router that there is."""
+        """Raise ValueError where it is not of so many experts."""
         for key in ("top_k", "groups", "dimensions"):
             if (getattr(self, key) or 0) > count:
                 raise ValueError(f"routing.{key}: there are only {count} experts")
@@ -91,11 +88,6 @@ class Routing(_Said):
                 raise ValueError(f"routing.{key} must have {count} entries")
         if self.always_on is not None and not 0 <= (self.always_on.expert or 0) < count:
             raise ValueError(f"routing.always_on: there are only {count} experts")
-
-    @property
-    def shared_rows(self) -> int:
-        """Rows of a gate that are no expert's: how rare each term is, or a projection."""
-        return self.dimensions or 0
 
     @property
     def reads_averages(self) -> bool:
@@ -205,30 +197,29 @@ class MixtureConfig(_Said):
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve the mixture; None where it does."""
         routing, places = self.routing, self.places.values()
-        reasons = {
-            "its experts have heads of their own (modules: all), and vLLM computes logits outside the model": (
-                self.family.head in self.places
-            ),
-            "it keeps differences in a few bits (experts[].bits), which modekit's plug-in does not read": any(
-                place.bits for place in places
-            ),
-            "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text": (
-                routing.runs_common
-            ),
-            "its routers decide per feature over averages, and would keep kilobytes for every token and place": (
-                routing.remembers and any(place.features for place in places)
-            ),
-        }
-        return next((reason for reason, holds in reasons.items() if holds), self.family.without_vllm or None)
-
-    @cached_property
-    def leaders(self) -> dict[str, str]:
-        """Place -> the place whose router decides for it."""
-        return {module: place.router for module, place in self.places.items()}
+        if self.family.head in self.places:
+            return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
+        if any(place.bits for place in places):
+            return "it keeps differences in a few bits (experts[].bits), which modekit's plug-in does not read"
+        if routing.runs_common:
+            return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
+        if routing.remembers and any(place.features for place in places):
+            return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
+        return self.family.without_vllm or None
 
     def readers(self, leader: str) -> list[str]:
-        """The places that read the same input as a leader and follow its router."""
-        return readers(leader, self.family, self.leaders)
+        """The places that read the same input as a leader and follow its router: q, k and v, or gate and up, of its layer; else
+        itself alone.
+        """
+        layer, path = split_layer(leader)
+        for alike in READ_ALIKE if layer is not None else ():
+            assert layer is not None
+            parts = self.family.stack_of(layer).parts
+            paths = [parts[part] for part in PARTS if part in alike and part in parts]
+            if path in paths:
+                names = dict.fromkeys(self.family.in_layer(layer, each) for each in paths)
+                return [name for name in names if name in self.places and self.places[name].router == leader]
+        return [leader] if leader in self.places else []
 
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers; of fixed weights, which have no gates, where they would stand."""
@@ -237,16 +228,15 @@ class MixtureConfig(_Said):
             place = self.places[module]
             if place.router == module:
                 assert place.width is not None and place.rows is not None, module  # checked when this was made
-                parts = len(self.routing.averages)
-                rows, shared = tuple(place.rows), self.routing.shared_rows
-                slots.append(RouterSlot(module + _GATE, place.width, rows, place.features, parts, shared))
+                parts, shared = len(self.routing.averages), self.routing.dimensions or 0
+                slots.append(RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts, shared))
         return tuple(slots)
 
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where the routers stand, in the order of `slots`."""
         served: dict[str, list[tuple[Layer | None, str]]] = {}
-        for module, leader in self.leaders.items():
-            served.setdefault(leader, []).append(split_layer(module))
+        for module, place in self.places.items():
+            served.setdefault(place.router, []).append(split_layer(module))
         found = []
         for slot in self.slots():
             layers, paths = zip(*served[leader_of(slot)], strict=True)
@@ -260,16 +250,37 @@ def leader_of(slot: RouterSlot) -> str:
     return slot.name.removesuffix(_GATE)
 
 
-def readers(leader: str, family: Family, leaders: Mapping[str, str]) -> list[str]:
-    """The places that read the same input as the leader and follow its router: q, k and v, or gate and up, of its layer;
-    else itself alone. `leaders` maps a place to the place of its router.
-    """
-    layer, path = split_layer(leader)
-    for alike in READ_ALIKE if layer is not None else ():
-        assert layer is not None
-        parts = family.stack_of(layer).parts
-        paths = [parts[part] for part in PARTS if part in alike and part in parts]
-        if path in paths:
-            names = dict.fromkeys(family.in_layer(layer, each) for each in paths)
-            return [name for name in names if leaders.get(name) == leader]
-    return [leader] if leader in leaders else []
+def routing_config(recipe: Recipe) -> Routing:
+    """`modekit.routing` of config.json; see architecture/modekit_router.py."""
+    mixture, router = recipe.mixture, recipe.mixture.router
+    always_on = None
+    if mixture.always_on is not None:
+        index = recipe.names.index(mixture.always_on.expert) if mixture.always_on.expert in recipe.names else None
+        apart = {"apart": True} if mixture.always_on.apart else {}
+        always_on = AlwaysOnConfig(expert=index, weight=mixture.always_on.weight, **apart)
+    weights = None
+    if mixture.method == "linear":
+        given = mixture.weights or dict.fromkeys(recipe.names, 1.0)
+        total = sum(given.values())
+        weights = [given[name] / total for name in recipe.names]
+    read: dict[str, Any] = {}
+    if mixture.method != "linear":
+        read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
+        if router.hashes and router.orders is not None:
+            read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
+            read["orders"] = [order for order in router.orders for _ in router.decays]
+        if "dimensions" in router.row.settings:
+            read["dimensions"] = router.dimensions or len(recipe.experts)
+    read |= {} if mixture.groups is None else {"groups": mixture.groups}
+    if mixture.threshold is not None:
+        by_name = mixture.threshold
+        read["threshold"] = [by_name[name] if isinstance(by_name, dict) else by_name for name in recipe.names]
+    return Routing(
+        method=mixture.method,
+        top_k=recipe.top_k if mixture.method == "routing" and not mixture.varies else None,
+        top_p=mixture.top_p,
+        weights=weights,
+        always_on=always_on,
+        **read,
+        averages=[Average.model_validate(average) for average in router.averages],
+    )

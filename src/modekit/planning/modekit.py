@@ -7,19 +7,17 @@ nothing of families or recipes. Which places there are says places.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Literal
 
-from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
-from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.places import InBits, Places, PlannedPlace
-from modekit.planning.routing_config import routing_config, whole_module_unscored
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
+from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place, routing_config
+from modekit.planning.modekit_shape import ModekitShape, gate_of, whole_module_unscored
+from modekit.planning.places import PlannedPlace, leaders_of, needs_base, places_of, splits_ffn, untied, wanted_parts
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, low_rank
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import LowRank
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
-from modekit.sources.names import split_layer, weight_of
+from modekit.sources.names import HEAD, LOGITS_BIAS, split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
@@ -30,175 +28,150 @@ _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM":
 _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
-class ModekitLayout:
-    """Every tensor of one recipe's result in the modekit architecture. Raises UnsupportedError when it cannot be said."""
+class ModekitForm:
+    """The tensors of one recipe's result in the modekit architecture. Raises UnsupportedError when it cannot be said.
 
-    is_native, channels = False, None
+    Attributes: as of NativeForm.
+    """
+
+    carried = frozenset[str]()
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
         self._recipe, self._sources, self._family, self._code_of = recipe, sources, family, code_of
-        self._base = sources[0]
-        self._places = Places(recipe, sources, family)
-        self.unties = self._places.unties
+        self._base, self._places, self.unties = (
+            sources[0],
+            places_of(recipe, sources, family),
+            untied(recipe, sources[0], family),
+        )
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
-        fit = recipe.mixture.fit
-        if fit is not None and fit.reads == "changes":
-            self._check_scored()
+        by_tensor = ((ref.name, place) for place in self._places for ref in place.refs if ref.name.startswith(place.prefix))
+        self._by_tensor = dict(by_tensor)
+        self._by_tensor.update((LOGITS_BIAS, place) for place in self._places if place.module == HEAD)
+        self.mixed = {name for name, place in self._by_tensor.items() if place.is_mixed}
+        self.shape = self._shape()
+        if recipe.mixture.fit is not None and recipe.mixture.fit.reads_changes:
+            mixture, own = self.shape.mixture, {place.module: place.own for place in self._places if place.own}
+            leaders = [module for module, place in mixture.places.items() if place.router == module]
+            for module in (each for leader in leaders for each in mixture.readers(leader) if each in own):
+                raise whole_module_unscored(recipe.experts[own[module][0]], module)
 
-    def backbone_name(self, name: str) -> str | None:
-        """What a tensor of the base is called in the backbone; None when no expert needs the base's module."""
-        place = self._places.by_tensor.get(name)
+    def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
+        """What the result has of a tensor of the base: nothing where no expert needs the base's module."""
+        place = self._by_tensor.get(tensor.name)
         if place is None:
-            return name
-        return f"{place.module}.base.{place.within(name)}" if self._places.keeps_base(place) else None
-
-    def mixed_names(self) -> set[str]:
-        """Tensors of the base of which experts have their own."""
-        return {name for name, place in self._places.by_tensor.items() if place.is_mixed}
-
-    def carried_names(self) -> set[str]:
-        """None: what experts differ by is theirs here."""
-        return set()
-
-    def widened(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        """A tensor of the backbone, as it is."""
-        yield tensor
-
-    def shape(self, where: str) -> ModekitShape:
-        """The base's config.json with what is mixed where under `modekit`."""
-        config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
-        if self.unties and not self._family.shares:  # whose class takes it for something else
-            config["tie_word_embeddings"] = False
-        config |= {
-            "architectures": [PAIR_CLASS if self._family.pair else "ModekitForCausalLM"],
-            "model_type": "modekit",
-            "dtype": DTYPE_NAMES[self.router_dtype],
-            "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL)},
-            "modekit": self._said.as_written(),
-        }
-        return ModekitShape(config, self._recipe, where, self._said)
+            yield tensor
+        elif needs_base(self._recipe, self._family, place.module, place.own):
+            yield replace(tensor, name=f"{place.module}.base.{place.within(tensor.name)}")
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this form."""
-        for expert, said in enumerate(self._recipe.experts):
-            if said.adapter is not None and any(expert in place.own for place in self._places):
-                yield (
-                    f"{said.name}: parts of its adapter are no plain low-rank change (DoRA, biases) "
-                    "and are kept as whole modules"
-                )
-        if self._places.splits_ffn and "mlp" in self._places.wanted and any(place.own for place in self._places):
+        wanted = wanted_parts(self._recipe, self._sources, self._family)
+        if "mlp" in wanted and splits_ffn(self._recipe) and any(place.own for place in self._places):
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
-            if said.bits is not None:
-                bits = f"{said.bits} bit{'s' if said.bits > 1 else ''}"
-                yield f"{said.name}: differences of its weights are rounded to {bits} per number"
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
                     "changes of norms and biases are lost"
                 )
 
-    def tensors(self) -> Iterator[PlannedTensor]:
+    def experts(self) -> Iterator[PlannedTensor]:
         """What the experts have at every place."""
         for place in self._places:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
-                    made = as_in(self._sources[1 + expert], self._places.original(ref))
+                    made = as_in(self._sources[1 + expert], self._original(ref))
                     yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
             yield from self._low_rank_tensors(place)
-            yield from self._few_bits_tensors(place)
-            added = self._added_biases(place)
-            if added:
+            kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
+            for number, (expert, bits) in enumerate(kept):
+                pair = self._pair(expert, place.matrix)
+                for bit, code in ((Delta(*pair, "codes", bits), "U8"), (Delta(*pair, "steps", bits), "F32")):
+                    name = f"{place.module}.differences.{number}.{bit.part}"
+                    yield PlannedTensor(name, code, bit.shape, "adapter", bit, expert)
+            if added := self._added_biases(place):
                 yield self._of_experts(f"{place.module}.lora_bias", added, (len(added), place.matrix.shape[0]))
 
-    @cached_property
-    def _said(self) -> MixtureConfig:
-        optional: dict[str, Any] = {
-            "variant": self._family.variant,
-            "labels": self._recipe.other_labels,
-            "derived": self._family.derived,
-        }
-        return MixtureConfig(
+    def _shape(self) -> ModekitShape:
+        """The base's config.json with what is mixed where under `modekit`."""
+        recipe, family = self._recipe, self._family
+        config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
+        leaders = leaders_of([place.module for place in self._places], recipe, family)
+        optional: dict[str, Any] = {"variant": family.variant, "labels": recipe.other_labels, "derived": family.derived}
+        said = MixtureConfig(
             format=FORMAT,
-            dense_type=self._family.model_type,
-            experts=self._recipe.names,
-            routing=routing_config(self._recipe),
-            places={place.module: self._entry(place) for place in self._places},
+            dense_type=family.model_type,
+            experts=recipe.names,
+            routing=routing_config(recipe),
+            places={place.module: self._entry(place, leaders[place.module]) for place in self._places},
             **{key: value for key, value in optional.items() if value},
         )
-
-    def _entry(self, place: PlannedPlace) -> Place:
-        """The place in config.json; see architecture/modekit_mixed.py."""
-        biased, mixture = [*self._added_biases(place)], self._recipe.mixture
-        layer, path = split_layer(place.module)
-        entry: dict[str, object] = {
-            "ranks": place.ranks,
-            "scales": [each.scale if isinstance(each, LowRank) else 1.0 for each in place.kinds],
-            "own": place.own,
-            "base": self._places.keeps_base(place),
-            "router": self._places.leaders[place.module],
+        if self.unties and not family.shares:  # whose class takes it for something else
+            config["tie_word_embeddings"] = False
+        config |= {
+            "architectures": [PAIR_CLASS if family.pair else "ModekitForCausalLM"],
+            "model_type": "modekit",
+            "dtype": DTYPE_NAMES[self.router_dtype],
+            "auto_map": {**_CONFIG, **(_PAIR if family.pair else _CAUSAL)},
+            "modekit": said.as_written(),
         }
+        return ModekitShape(config, recipe, self._base.spec, said)
+
+    def _entry(self, place: PlannedPlace, leader: str) -> Place:
+        """The place in config.json; see architecture/modekit_mixed.py."""
+        layer, path = split_layer(place.module)
+        kept = [low_rank(source, weight_of(place.module)) for source in self._sources[1:]]
         optional = {
-            "bits": place.bits if any(place.bits) else None,
-            "biased": biased,
-            "features": place.matrix.shape[0] if mixture.router.scope == "feature" and mixture.method != "linear" else None,
+            "bits": list(place.bits) if any(place.bits) else None,
+            "biased": [*self._added_biases(place)],
             "calls": list(place.calls),
             "of_source": self._family.of_source(place.module),
             "sequence_axis": 2 if layer is not None and path in self._family.heads_first else None,
         }
-        entry |= {key: value for key, value in optional.items() if value}
-        if entry["router"] == place.module:
-            entry |= {"width": self._places.width(place), "rows": self._places.rows(place)}
-        return Place.model_validate(entry)
-
-    def _check_scored(self) -> None:
-        """Raise UnsupportedError where a router that scores low-rank changes stands before a whole module."""
-        for leader in self._places:
-            for place in self._places.read_by(leader) if self._places.leaders[leader.module] == leader.module else ():
-                if place.own:
-                    raise whole_module_unscored(self._recipe.experts[place.own[0]], place.module)
+        weight = None if place.weight is None else place.weight.shape
+        return Place.model_validate(
+            {
+                "ranks": list(place.ranks),
+                "scales": [each.scale if each and rank else 1.0 for each, rank in zip(kept, place.ranks, strict=True)],
+                "own": list(place.own),
+                "base": needs_base(self._recipe, self._family, place.module, place.own),
+                **{key: value for key, value in optional.items() if value},
+                **gate_of(place.module, weight, leader, self._recipe, self._family, self._base.config),
+            }
+        )
 
     def _low_rank_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """A and B of all experts, each in one tensor."""
         a, b = dict[int, Made](), dict[int, Made]()
-        for expert, kind in enumerate(place.kinds):
-            if isinstance(kind, LowRank):
-                a[expert], b[expert] = Copy(kind.a), Copy(_rows(kind.b, kind.rows))
-            elif isinstance(kind, int):
+        for expert, rank in enumerate(place.ranks):
+            change = low_rank(self._sources[1 + expert], place.matrix.name) if rank else None
+            if change is not None:
+                a[expert], b[expert] = Copy(change.a), Copy(_rows(change.b, change.rows))
+            elif rank:
                 pair = self._pair(expert, place.matrix)
-                a[expert], b[expert] = Delta(*pair, "A", kind), Delta(*pair, "B", kind)
+                a[expert], b[expert] = Delta(*pair, "A", rank), Delta(*pair, "B", rank)
         if a:
-            (outputs, inputs), ranks, code = (
-                place.matrix.shape,
-                sum(place.ranks),
-                self._adapter_code([*a.values(), *b.values()]),
-            )
+            (outputs, inputs), ranks = place.matrix.shape, sum(place.ranks)
+            code = self._adapter_code([*a.values(), *b.values()])
             yield self._of_experts(f"{place.module}.lora_A", a, (ranks, inputs), 0, code)
             yield self._of_experts(f"{place.module}.lora_B", b, (outputs, ranks), 1, code)
 
-    def _few_bits_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
-        """Codes and steps, of every expert its own."""
-        kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
-        for number, (expert, bits) in enumerate(kept):
-            pair = self._pair(expert, place.matrix)
-            for made, code in ((Delta(*pair, "codes", bits), "U8"), (Delta(*pair, "steps", bits), "F32")):
-                name = f"{place.module}.differences.{number}.{made.part}"
-                yield PlannedTensor(name, code, made.shape, "adapter", made, expert)
-
     def _added_biases(self, place: PlannedPlace) -> dict[int, Made]:
         """Expert with a difference in a few bits -> what its bias differs by from the base's."""
-        found = dict[int, Made]()
         bias = next((ref for ref in place.refs if ref != place.weight), None)
-        for expert, kind in enumerate(place.kinds):
-            if isinstance(kind, InBits) and bias is not None:
-                found[expert] = Delta(*self._pair(expert, bias))
-        return found
+        if bias is None:
+            return {}
+        return {expert: Delta(*self._pair(expert, bias)) for expert, bits in enumerate(place.bits) if bits}
+
+    def _original(self, ref: TensorRef) -> TensorRef:
+        """The tensor of the base that a place's tensor is, which has another name where models tie what is untied here."""
+        return self._base.tensor(self.unties.get(ref.name, ref.name))
 
     def _pair(self, expert: int, ref: TensorRef) -> tuple[TensorRef, TensorRef]:
         """A tensor of a full model, and that of the base."""
-        ref = self._places.original(ref)
+        ref = self._original(ref)
         return self._sources[1 + expert].matching(ref), ref
 
     def _of_experts(

@@ -1,21 +1,19 @@
-"""The modekit shape by its headers: what experts have of any module of the base, as `config["modekit"]` says."""
+"""The modekit architecture by the headers of a result: what experts have of any module of the base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from pathlib import Path
 
 from modekit.architecture import CODE_FILES
-from modekit.errors import CheckpointError, SourceError
+from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import as_kind
-from modekit.planning.mixture_config import MixtureConfig, Place, Routing
-from modekit.planning.routing_config import leaders_of, needs_base, routing_config, runs_base
+from modekit.planning.mixture_config import MixtureConfig, Place, Routing, routing_config
+from modekit.planning.places import leaders_of, needs_base, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
     AnyShape,
-    LowRankPart,
-    MixedTensor,
     Parameters,
     RouterPosition,
     RouterSlot,
@@ -23,11 +21,15 @@ from modekit.planning.shape import (
     check_sizes,
     disagreement,
     other_record,
+    unread,
 )
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import Expert, Recipe
+from modekit.sources.adapter import LowRank
 from modekit.sources.config import Config, check_values, whole
 from modekit.sources.family import Family
+from modekit.sources.header import TensorRef
 from modekit.sources.names import split_layer
+from modekit.sources.source import ModelSource
 from modekit.sources.structure import SIZES
 from modekit.weights.few_bits import bytes_of_codes
 
@@ -51,14 +53,11 @@ class ModekitShape(AnyShape):
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
         except ValueError as error:
-            raise CheckpointError(
-                "config.json does not say what is mixed", where=f"{where}: modekit", found=error, remedy=BUILD_AGAIN
-            ) from None
-        if said.experts != recipe.names:
-            found = f"{len(said.experts)} experts of other names or in another order"
+            what = "config.json does not say what is mixed"
+            raise CheckpointError(what, where=f"{where}: modekit", found=error, remedy=BUILD_AGAIN) from None
+        if said.experts != recipe.names or said.labels != recipe.other_labels:
+            found = f"{len(said.experts)} experts, of other names or labels, or in another order"
             raise other_record(f"{where}: modekit.experts", found)
-        if said.labels != recipe.other_labels:
-            raise other_record(f"{where}: modekit.labels", f"{len(said.labels)} other labels, or of other experts")
         try:
             if said.derived is None:
                 check_values(config, where=where, pair=said.family.pair)
@@ -97,9 +96,9 @@ class ModekitShape(AnyShape):
         return self.mixture.without_vllm
 
     @property
-    def mixed(self) -> list[str]:
+    def mixed(self) -> tuple[str, ...]:
         """Every place without its layer."""
-        return sorted({split_layer(module)[1] for module in self.mixture.places})
+        return tuple(sorted({split_layer(module)[1] for module in self.mixture.places}))
 
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -118,14 +117,19 @@ class ModekitShape(AnyShape):
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> ModekitShape:
         """With the recipe's routing, and its routers where that puts them."""
-        said = rerouted(self.mixture, recipe, self.config, tensors)
+        leaders, changed = leaders_of(self.mixture.places, recipe, self.family), {}
+        for module, place in self.mixture.places.items():
+            held = tensors.get(f"{module}.base.weight") or tensors.get(f"{module}.experts.0.weight")
+            kept = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
+            gate = gate_of(module, None if held is None else held.shape, leaders[module], recipe, self.family, self.config)
+            changed[module] = Place.model_validate(kept | gate)
+        said = self.mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
         return replace(self, config={**self.config, "modekit": said.as_written()}, mixture=said)
 
     def other_bases(self, recipe: Recipe) -> list[str]:
         """By what the recipe's routers read, and what is always on."""
-        family = self.family
         places = self.mixture.places.items()
-        return [module for module, place in places if place.base != needs_base(recipe, family, module, place.own)]
+        return [module for module, place in places if place.base != needs_base(recipe, self.family, module, place.own)]
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """With its format written out, as under another routing a native architecture might be chosen."""
@@ -138,23 +142,29 @@ class ModekitShape(AnyShape):
         check_sizes(self.config, self.mixture.family, tensors, self.where)
         leaves = _leaves(tensors)
         for module, place in self.mixture.places.items():
-            wrong = next(_missing_of(module, place, tensors, leaves.get(module, [])), None)
-            if wrong is not None:
-                raise disagreement(f"{self.where}: {wrong}")
+            for name, shape in _promised(module, place, tensors, leaves.get(module, [])).items():
+                found = tensors.get(name)
+                if found is None or found.shape != shape or (found.dtype == "U8") != name.endswith(".codes"):
+                    raise disagreement(f"{self.where}: {name}")
 
-    def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
-        """Every tensor of every place: the experts' own modules, and their low-rank changes."""
-        of_module = _leaves(tensors)
+    def recorded(
+        self, expert: int, base: ModelSource, tensors: Tensors, file: Path
+    ) -> tuple[dict[str, TensorRef], dict[str, LowRank]]:
+        """What is known of an adapter that is no longer there, with the file that it lay in: tensors of the base that it
+        replaced, and its low-rank changes.
+        """
+        replaced, changes, leaves = dict[str, TensorRef](), dict[str, LowRank](), _leaves(tensors)
         for module, place in self.mixture.places.items():
-            leaves = of_module.get(module, [])
-            if (place.few_bits or any(place.ranks)) and "weight" not in leaves:
-                leaves = [*leaves, "weight"]
-            for leaf in leaves:
-                own = {expert: tensors[f"{module}.experts.{n}.{leaf}"] for n, expert in enumerate(place.own)}
-                kept = tensors.get(f"{module}.base.{leaf}")
-                shape = next(iter(own.values())).shape if kept is None else kept.shape
-                low_rank = _low_rank(tensors, module, place) if leaf == "weight" else {}
-                yield MixedTensor(place.tensor(module, leaf), shape, own, low_rank)
+            for leaf in leaves.get(module, []) if expert in place.own else ():
+                name, shape = place.tensor(module, leaf), tensors[f"{module}{_FIRST}{leaf}"].shape
+                replaced[name] = unread(name, file, base.tensor(name).dtype, shape)
+            if place.ranks[expert]:
+                name, rank = place.tensor(module, "weight"), place.ranks[expert]
+                a, b = (tensors[f"{module}.lora_{each}"] for each in "AB")
+                of_a = unread(f"{name} A", file, a.dtype, (rank, a.shape[1]))
+                of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], rank))
+                changes[name] = LowRank(of_a, of_b, place.scales[expert])
+        return replaced, changes
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Adapters are active as a whole: their product with a weight of zero is computed."""
@@ -168,12 +178,10 @@ class ModekitShape(AnyShape):
     def _idle(self, module: str) -> int:
         """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""
         place, always_on = self.mixture.places[module], self.routing.always_on
-        own, base = len(place.own), int(place.base)
         beside = always_on is not None and always_on.expert is not None and always_on.weight is not None
         chosen = self.recipe.top_k + beside  # an expert that is always on with a share of its own is not among the top k
-        if base and runs_base(self.recipe, self.family, module):
-            return own - min(chosen, own)
-        return own + base - min(chosen, own + base)
+        chosen_from = len(place.own) + (place.base and not runs_base(self.recipe, self.family, module))
+        return chosen_from - min(chosen, chosen_from)
 
 
 def _leaves(tensors: Iterable[str]) -> dict[str, list[str]]:
@@ -186,70 +194,40 @@ def _leaves(tensors: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _missing_of(module: str, place: Place, tensors: Tensors, leaves: list[str]) -> Iterator[str]:
-    """Names of tensors of a place that are not there, or in another shape than the others."""
-    ranks, weight = sum(place.ranks), tensors.get(f"{module}.base.weight")
+def _promised(module: str, place: Place, tensors: Tensors, leaves: list[str]) -> dict[str, tuple[int, ...]]:
+    """Tensors that a place must have, and their shapes: those of the base's weight, or of the first expert's."""
+    found: dict[str, tuple[int, ...]] = {}
     if bool(place.own) != bool(leaves):
-        yield f"{module}{_FIRST}weight"
-    for leaf in leaves if place.own else ():
+        return {f"{module}{_FIRST}weight": ()}
+    for leaf in leaves:
         shape = tensors[f"{module}{_FIRST}{leaf}"].shape
-        names = [f"{module}.experts.{number}.{leaf}" for number in range(len(place.own))]
-        names += [f"{module}.base.{leaf}"] if place.base else []
-        yield from (name for name in names if name not in tensors or tensors[name].shape != shape)
-    if ranks and not (weight is not None and len(weight.shape) == 2):
-        yield f"{module}.base.weight"
-    elif ranks and weight is not None:
-        for side, shape in (("A", (ranks, weight.shape[1])), ("B", (weight.shape[0], ranks))):
-            name = f"{module}.lora_{side}"
-            if name not in tensors or tensors[name].shape != shape:
-                yield name
+        found |= dict.fromkeys((f"{module}.experts.{number}.{leaf}" for number in range(len(place.own))), shape)
+        found |= {f"{module}.base.{leaf}": shape} if place.base else {}
+    weight, ranks, bias = tensors.get(f"{module}.base.weight"), sum(place.ranks), tensors.get(f"{module}.lora_bias")
+    rows, columns = weight.shape if weight is not None and len(weight.shape) == 2 else (0, 0)
+    if ranks:
+        found |= {f"{module}.base.weight": (rows, columns)}
+        found |= {f"{module}.lora_A": (ranks, columns), f"{module}.lora_B": (rows, ranks)}
     for number, expert in enumerate(place.few_bits):
-        outputs, inputs = weight.shape if weight is not None and len(weight.shape) == 2 else (0, 0)
-        wanted = {"codes": (outputs, place.bits[expert], bytes_of_codes(inputs)), "steps": (outputs,)}
-        for leaf, sizes in wanted.items():
-            name = f"{module}.differences.{number}.{leaf}"
-            if name not in tensors or tensors[name].shape != sizes or (leaf == "codes") != (tensors[name].dtype == "U8"):
-                yield name
-    bias = tensors.get(f"{module}.lora_bias")
-    if place.biased and (bias is None or len(bias.shape) != 2 or bias.shape[0] != len(place.biased)):
-        yield f"{module}.lora_bias"
+        name = f"{module}.differences.{number}"
+        found |= {f"{name}.codes": (rows, place.bits[expert], bytes_of_codes(columns)), f"{name}.steps": (rows,)}
+    if place.biased:
+        found[f"{module}.lora_bias"] = (len(place.biased), *(() if bias is None else bias.shape[1:2]))
+    return found
 
 
-def _low_rank(tensors: Tensors, module: str, place: Place) -> dict[int, LowRankPart]:
-    if not any(place.ranks):
-        return {}
-    a, b = (tensors[f"{module}.lora_{side}"] for side in "AB")
-    stops = list(accumulate(place.ranks))
-    return {
-        expert: LowRankPart(place.scales[expert], a, b, slice(stop - rank, stop))
-        for expert, (rank, stop) in enumerate(zip(place.ranks, stops, strict=True))
-        if rank
-    }
-
-
-def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Tensors) -> MixtureConfig:
-    """The same experts under the routing of another recipe; `config` is the checkpoint's."""
-    router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
-    hidden, vocabulary = family.hidden(config), whole(config, "vocab_size")
-    leaders = leaders_of(mixture.places, scope, family, whole=recipe.mixture.is_whole)
-    changed = {}
-    for module, place in mixture.places.items():
-        said: dict[str, object] = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
-        said["router"] = leaders[module]
-        weight = _weight_shape(module, tensors)
-        if scope == "feature" and recipe.mixture.fit is not None and weight is not None:
-            said["features"] = weight[0]
-        if leaders[module] == module:
-            said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else family.width_in(module, weight))
-            said["rows"] = [router.row.rows] * len(place.ranks)
-        changed[module] = Place.model_validate(said)
-    return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
-
-
-def _weight_shape(module: str, tensors: Tensors) -> tuple[int, ...] | None:
-    """Shape of the weight of a place's module, as the base or an expert has it; None for a whole FFN."""
-    held = tensors.get(f"{module}.base.weight") or tensors.get(f"{module}.experts.0.weight")
-    return held.shape if held is not None else None
+def gate_of(
+    module: str, weight: tuple[int, ...] | None, leader: str, recipe: Recipe, family: Family, config: Config
+) -> dict[str, object]:
+    """What a place says of its router; `weight`: the shape of the module's weight, None for a whole FFN."""
+    router, said = recipe.mixture.router, dict[str, object]()
+    if router.scope == "feature" and recipe.mixture.fit is not None and weight is not None:
+        said["features"] = weight[0]
+    if leader == module:
+        width = family.hidden(config) if weight is None else family.width_in(module, weight)
+        said["width"] = router.gate_width(whole(config, "vocab_size")) or width
+        said["rows"] = [router.row.rows] * len(recipe.experts)
+    return {"router": leader, **said}
 
 
 def without_names(config: Config) -> dict[str, object]:
@@ -257,3 +235,13 @@ def without_names(config: Config) -> dict[str, object]:
     said = config.get("modekit")
     own = {key: value for key, value in said.items() if key != "experts"} if isinstance(said, Mapping) else said
     return {**config, "modekit": own}
+
+
+def whole_module_unscored(expert: Expert, module: str) -> UnsupportedError:
+    """The error for a fit that scores low-rank changes where an expert has a module of its own."""
+    return UnsupportedError(
+        "the expert's part is no low-rank change that this router could score",
+        where=f"expert '{expert.name}': {module}",
+        remedy="choose a router fit that reads text (lexical or logistic), keep a low-rank part of a model (as: lora), "
+        "or train adapters as plain LoRA (without DoRA and modules_to_save)",
+    )

@@ -1,194 +1,353 @@
-"""How a mixture of whole FFN experts lies in a native architecture: names, experts, constants, config."""
+"""Whole FFN experts in every layer of an architecture that other tools know: a result by its headers, and how to plan one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
 
-from modekit.errors import UnsupportedError
-from modekit.planning.carry import carried_size
-from modekit.planning.channel_choice import channels_of
-from modekit.planning.native_shape import NativeShape
-from modekit.planning.segments import segments_of
+from modekit.errors import CheckpointError, UnsupportedError
+from modekit.files.typed import shortened
+from modekit.planning.carry import CarrySize, biases_of, carried_size
+from modekit.planning.channel_choice import channels_of, channels_said_by
+from modekit.planning.channels import Channels
+from modekit.planning.mixture_config import Average, MixtureConfig, Routing
+from modekit.planning.shape import (
+    BUILD_AGAIN,
+    AnyShape,
+    Parameters,
+    RouterPosition,
+    RouterSlot,
+    Tensors,
+    check_sizes,
+    disagreement,
+    other_record,
+    unread,
+)
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
-from modekit.sources.config import whole
+from modekit.sources.adapter import LowRank
+from modekit.sources.config import Config, whole
+from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
-from modekit.sources.natives import Native
+from modekit.sources.native import Native
+from modekit.sources.natives import native_of
 from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, FFNKind, Join, Made, Pad, Padded, Zeros, scaled
 
-_FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
-_Parts = Mapping[str, Sequence[Made | None]]
-"""Part of the FFN -> what each expert has of it; None where nobody has anything."""
+
+@dataclass(frozen=True)
+class NativeShape(AnyShape):
+    """A mixture in the architecture of one row of sources/natives.py; `channels` are what carries a router's evidence to the
+    gates besides the base's channels, where anything has to.
+    """
+
+    native: Native
+    channels: Channels | None = None
+
+    plain = True
+    without_vllm = None
+    mixed = ("mlp",)
+
+    @classmethod
+    def opened(
+        cls, config: Config, recipe: Recipe, where: str, native_type: str, dense: Config, carry: CarrySize | None
+    ) -> NativeShape:
+        """The shape of a finished checkpoint, by the row that it was written by, and what its record says that it carries.
+
+        Raises CheckpointError when this version has none, or config.json has other numbers of experts or channels than there
+        can be.
+        """
+        try:
+            native = native_of(native_type, str(dense.get("model_type")))
+        except StopIteration:
+            what = "modekit.json names a family that this version of modekit does not know"
+            raise CheckpointError(what, where=where, found=native_type, remedy=BUILD_AGAIN) from None
+        for key in (native.num_experts_key, native.top_k_key):
+            count, most = config.get(key), len(recipe.experts)
+            if type(count) is not int or not 1 <= count <= most:
+                raise other_record(f"{where}: {key}", shortened(repr(count)), f"1 to {most}, the number of experts")
+        return cls(config, recipe, where, native, channels_said_by(config, recipe, where, native, dense, carry))
+
+    @property
+    def family(self) -> Family:
+        """The row of the dense family."""
+        return self.native.family
+
+    @property
+    def native_type(self) -> str:
+        """`model_type` of the architecture, as modekit.json keeps it."""
+        return self.native.native_type
+
+    @property
+    def also_runs_in(self) -> str:
+        """Where the result runs besides transformers."""
+        biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
+        engines = self.native.serves_with_biases if biased else self.native.serves
+        wrong = self.vllm_differs
+        return f"{engines}; in vLLM with --model-impl transformers, since its own class {wrong}" if wrong else engines
+
+    @property
+    def without_gguf(self) -> str | None:
+        """Why llama.cpp does not run it; None where it does."""
+        if "llama.cpp" in self.also_runs_in:
+            return None
+        return self.native.without_gguf or f"as it is, {self.native_type} runs in {self.also_runs_in}"
+
+    @property
+    def vllm_differs(self) -> str | None:
+        """What vLLM's own class computes otherwise, so that it must run transformers'."""
+        return next((what for holds, what in self.native.vllm_differs if holds(self.config)), None)
+
+    @property
+    def left_out(self) -> set[str]:
+        """Tensors that transformers' class has and the result need not, as they have no number."""
+        return self.native.empty_names(self._layers)
+
+    @property
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """The routers in the order of the layers: one each."""
+        rows, hidden = (1,) * self.experts, whole(self.config, "hidden_size")
+        return tuple(RouterSlot(in_layer(layer, self.native.router), hidden, rows) for layer in range(self._layers))
+
+    @property
+    def positions(self) -> tuple[RouterPosition, ...]:
+        """Where they stand: before the FFN of every layer."""
+        module = self.native.family.mlp_module
+        return tuple(RouterPosition(slot.name, layer, module) for layer, slot in enumerate(self.slots))
+
+    @property
+    def routing(self) -> Routing:
+        """How they decide: top_k of the token's own logits; a zero gate with top_k = E where weights are fixed."""
+        top_k = whole(self.config, self.native.top_k_key)
+        return Routing(method="routing", averages=[Average(decay=None)], top_k=top_k, top_p=None, weights=None, always_on=None)
+
+    @property
+    def mixture(self) -> MixtureConfig:
+        """Nothing that could be asked for by place. Raises UnsupportedError."""
+        what, remedy = "a native checkpoint holds whole experts, no adapters", "build with output: {format: modekit}"
+        raise UnsupportedError(what, where=self.where, remedy=f"{remedy}, or see `modekit extract`")
+
+    def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
+        """The same experts under another recipe's routing."""
+        return replace(self, config={**self.config, self.native.top_k_key: recipe.top_k})
+
+    def refusals(self, recipe: Recipe) -> list[str]:
+        """Settings of a recipe's mixture that only the modekit architecture says."""
+        return recipe.beyond_native()
+
+    def carries(self, recipe: Recipe) -> bool:
+        """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
+        return _carried(recipe) == _carried(self.recipe)
+
+    def check(self, tensors: Tensors) -> None:
+        """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
+        check_sizes(self.config, self.native.family, tensors, self.where)
+        native = self.native
+        paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(self.experts)]
+        ranks = dict.fromkeys(paths, 2) | dict.fromkeys(native.fused or (), 3)
+        ranks |= {each.name: len(each.shape) for each in native.written_constants}
+        for name, rank in ((in_layer(layer, path), rank) for layer in range(self._layers) for path, rank in ranks.items()):
+            if name not in tensors or len(tensors[name].shape) != rank:
+                raise disagreement(f"{self.where}: {name}")
+        for layer in range(self._layers) if native.fused is not None else ():
+            both, down = (tensors[in_layer(layer, name)].shape for name in native.fused or ())
+            if both != (self.experts, both[1], down[1]) or down != (self.experts, down[1], both[1] // 2) or both[1] % 2:
+                raise disagreement(f"{self.where}: an FFN of layer {layer}")
+
+    def recorded(
+        self, expert: int, base: ModelSource, tensors: Tensors, file: Path
+    ) -> tuple[dict[str, TensorRef], dict[str, LowRank]]:
+        """What is known of an adapter that is no longer there: it is folded into tensors of the expert's own. Of an expert with
+        weight 0 the last projection is zero, and not here.
+        """
+        weights, family = self.recipe.mixture.weights, self.native.family
+        parts = [part for part in family.mlp if part != "down" or weights is None or weights[self.recipe.names[expert]] > 0]
+        front = int(self.channels is not None and self.channels.front)
+        names = (in_layer(layer, family.mlp[part]) for layer in range(self._layers - front) for part in parts)
+        return {name: unread(name, file, base.tensor(name).dtype, base.tensor(name).shape) for name in names}, {}
+
+    def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
+        """How many a checkpoint with tensors of these sizes has; `dense`, the base's by its files, counts with channels."""
+        native, layers = self.native, range(self._layers)
+        total = sum(sizes.values())
+        besides = [slot.name for slot in self.slots]
+        besides += [in_layer(layer, each.name) for layer in layers for each in native.written_constants]
+        names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
+        ffn = sum(sizes[in_layer(layer, name)] for layer in layers for name in names)
+        per_expert = ffn // self.experts if native.fused else ffn
+        if self.channels is None:  # what remains with one expert, no router and no constants
+            dense = total - sum(map(sizes.__getitem__, besides)) - per_expert * (self.experts - 1)
+        return Parameters(total, per_expert, total - per_expert * (self.experts - self.recipe.top_k), dense)
+
+    @property
+    def _layers(self) -> int:
+        return whole(self.config, "num_hidden_layers")
 
 
-class NativeLayout:
-    """Every tensor of one recipe's result in a native architecture. Raises UnsupportedError where it cannot carry the router.
+def _carried(recipe: Recipe) -> object:
+    """What of a recipe's mixture decides which channels there are, and what its first attention makes of them."""
+    fit = recipe.mixture.fit
+    return recipe.mixture.router.decay or fit.fading if fit is not None and fit.carried else None
+
+
+class NativeForm:
+    """The tensors of one recipe's result in a native architecture. Raises UnsupportedError where it cannot carry the router.
 
     Attributes:
-        channels: besides the base's, where anything needs them.
+        shape: of the result.
+        router_dtype: safetensors dtype of the gates.
+        mixed: tensors of the base of which every expert has its own.
         unties: head -> embedding, where they are one tensor in the base and two in the result.
         mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
     """
 
-    is_native = True
-
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
         self._recipe, self._sources, self._native, self._code_of = recipe, sources, native, code_of
-        family, self._base = native.family, sources[0]
-        self._family, dense = family, family.dense_config(self._base.config)
-        self._layers = whole(self._base.config, "num_hidden_layers")
-        self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
+        self._family, self._base = native.family, sources[0]
+        self._dense = self._family.dense_config(self._base.config)
         self.mixes_more = (
             f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         )
-        self._carry, self.channels = None, channels_of(recipe, native, dense)
-        if self.channels is not None:
-            self._carry = carried_size(recipe, sources, family, dense)
-            self.channels = channels_of(recipe, native, dense, self._carry)
-        gate = self._as_in_base(0, "gate")
-        self.router_dtype, (self._width, self._hidden) = code_of(gate), gate.shape
-        self._segments = segments_of(recipe, self._width, carries=self.channels is not None)
-        self._front = int(self.channels is not None and self.channels.front)
-        carries_head = self._carry is not None and self._carry.head and family.is_tied(self._base)
-        self.unties: Mapping[str, str] = family.ties if carries_head else {}
+        self._carry, self._channels = None, channels_of(recipe, native, self._dense)
+        if self._channels is not None:
+            self._carry = carried_size(recipe, sources, self._family, self._dense)
+            self._channels = channels_of(recipe, native, self._dense, self._carry)
+        self._front = int(self._channels is not None and self._channels.front)
+        self._layers = whole(self._base.config, "num_hidden_layers")
+        self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._family.mlp.values()}
+        gate = self._in_base(0, "gate")
+        self.router_dtype, self._sizes = code_of(gate), gate.shape
+        config = native.native_config(
+            self._base.config,
+            experts=len(recipe.experts),
+            top_k=recipe.top_k,
+            expert_hidden=gate.shape[0],
+            dtype=DTYPE_NAMES[self.router_dtype],
+        )
+        config = config if self._channels is None else self._channels.widened(config)
+        self.shape = NativeShape(config, recipe, self._base.spec, native, self._channels)
+        carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
+        self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
 
-    def backbone_name(self, name: str) -> str | None:
-        """What a tensor of the base is called in the backbone; None for the experts'. Raises UnsupportedError."""
-        if name in self._ffn:
-            return None
-        layer, path = split_layer(name)
-        if layer is not None and path.startswith(f"{self._family.mlp_module}."):
-            raise UnsupportedError(
-                "the FFN has a tensor that the native experts do not",
-                where=f"base_model ({self._base.spec}): {name}",
-                expected=", ".join(self._family.mlp.values()),
-                remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
-            )
-        return name if not isinstance(layer, int) else in_layer(layer + self._front, path)
-
-    def widened(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        """A tensor of the backbone as the result has it: in several, with the channels of its router."""
-        pad = None if self.channels is None else self.channels.pad_of(tensor.name, tensor.shape, self._family.parts)
-        yield _widened(tensor, pad)
-
-    def mixed_names(self) -> set[str]:
-        """Tensors of the base of which every expert has its own."""
-        return self._ffn
-
-    def carried_names(self) -> set[str]:
+    @property
+    def carried(self) -> set[str]:
         """Tensors of the base by which experts may differ although all share them."""
-        if self._carry is None or self.channels is None:
+        if self._carry is None or self._channels is None:
             return set()
-        widening, parts = self.channels.widening, self._family.parts
+        widening, parts = self._channels.widening, self._family.parts
         modules = [parts[part] for part in ("q", "k", "v", "o")]
         modules += [norm for norm in (widening.before_attention, widening.after_attention) if norm is not None]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
         return names | {weight_of(module) for module, carried in ends.items() if carried}
 
-    def shape(self, where: str) -> NativeShape:
-        """The native config.json."""
-        config = self._native.native_config(
-            self._base.config,
-            experts=len(self._recipe.experts),
-            top_k=self._recipe.top_k,
-            expert_hidden=self._width // self._segments.count,
-            dtype=DTYPE_NAMES[self.router_dtype],
-        )
-        if self.channels is not None:
-            config = self.channels.widened(config)
-        return NativeShape(config, self._recipe, where, self._native, self.channels)
-
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
-        shape, form = self.shape(""), self._native.native_type
-        if form == "mixtral" and shape.config.get("sliding_window"):
+        if self._native.native_type == "mixtral" and self.shape.config.get("sliding_window"):
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
-        if not self._native.serves.startswith(("vLLM", "llama.cpp")):
-            yield f"llama.cpp does not run {form}; in vLLM {shape.without_vllm}"
-        if self._family.model_type == "qwen2":
-            yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
-        if self.channels is not None:
-            yield from self.channels.notes(self._recipe)
-        if any(isinstance(tensor.inner, Copy) and tensor.inner.ref.dtype != tensor.dtype for tensor in self._experts(1)):
-            yield "some experts have another dtype than the result: their tensors are cast"
+        if self._channels is not None:
+            yield from self._channels.notes(self._recipe)
 
-    def tensors(self) -> Iterable[PlannedTensor]:
-        """Experts and constants."""
-        yield from self._in_front()
-        yield from self._experts(self._layers)
-        spare, units = (0, 0) if self.channels is None else (self.channels.spare, self.channels.more_units)
-        letters = {"D": self._hidden + spare, "F": self._width // self._segments.count + units}
-        letters |= {"E": len(self._recipe.experts), "H": whole(self._base.config, "num_attention_heads")}
+    def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
+        """What the result has of a tensor of the base: nothing of the experts' own. Raises UnsupportedError."""
+        if tensor.name in self.mixed:
+            return
+        layer, path = split_layer(tensor.name)
+        if isinstance(layer, int):
+            if path.startswith(f"{self._family.mlp_module}."):
+                raise UnsupportedError(
+                    "the FFN has a tensor that the native experts do not",
+                    where=f"base_model ({self._base.spec}): {tensor.name}",
+                    expected=", ".join(self._family.mlp.values()),
+                    remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
+                )
+            tensor = replace(tensor, name=in_layer(layer + self._front, path))
+        yield from self._with_channels(tensor)
+
+    def _with_channels(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
+        for each in self._split(tensor):
+            channels = self._channels
+            yield _widened(each, None if channels is None else channels.pad_of(each.name, each.shape, self._native.parts))
+
+    def _split(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
+        """The tensor itself, or those that the result has in its place: some of its rows each."""
+        module, _, leaf = tensor.name.rpartition(".")
+        layer, path = split_layer(module)
+        if not isinstance(layer, int) or path not in self._native.split:
+            yield tensor
+            return
+        start, heads = 0, ("num_attention_heads", *["num_key_value_heads"] * 2)
+        for key, part in zip(heads, self._native.split[path], strict=True):
+            rows = whole(self._dense, key) * whole(self._dense, "head_dim")
+            made, shape = tensor.made, (rows, *tensor.shape[1:])
+            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merged) else Zeros(shape)
+            yield replace(tensor, name=f"{in_layer(layer, part)}.{leaf}", shape=shape, made=made)
+            start += rows
+
+    def experts(self) -> Iterator[PlannedTensor]:
+        """What the result has besides the backbone: in front a layer whose experts add nothing, all experts, constants."""
+        nothing = dict.fromkeys(self._family.mlp, [None] * len(self._recipe.experts))
+        if self._front:
+            yield from self._in_front()
+            yield from self._of_layer(0, nothing)
+        for layer in range(self._layers):
+            made = {part: [self._made(e, part, layer) for e in range(len(self._sources) - 1)] for part in self._family.mlp}
+            yield from self._of_layer(layer + self._front, made)
+        spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
+        letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": len(self._recipe.experts)}
         for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape, name = tuple(letters.get(each) or int(each) for each in constant.shape), in_layer(layer, constant.name)
                 yield PlannedTensor(name, self.router_dtype, shape, "constant", Zeros(shape))
 
     def _in_front(self) -> Iterable[PlannedTensor]:
-        """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing
-        else, norms as there, experts that add nothing of their own.
+        """Of the layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing
+        else, norms as there.
         """
-        if self.channels is None or not self._front:
-            return
-        norms = (*self.channels.widening.norms, *self.channels.widening.over_heads)
-        within = in_layer(0)
+        assert self._channels is not None
+        norms, within = (*self._channels.widening.norms, *self._channels.widening.over_heads), in_layer(0)
         for name, ref in self._base.tensors.items():
-            if name.startswith(within) and name not in self._ffn and not is_ignored(name):
+            if name.startswith(within) and name not in self.mixed and not is_ignored(name):
                 made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in norms else Zeros(ref.shape)
-                yield from self.widened(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
-        yield from self._of_layer(0, dict.fromkeys(self._family.mlp, [None] * len(self._recipe.experts)))
+                yield from self._with_channels(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
 
-    def _experts(self, layers: int) -> Iterable[PlannedTensor]:
-        """The FFN of every expert in every layer of the base."""
-        for layer in range(layers):
-            refs = {part: self._base.tensor(in_layer(layer, path)) for part, path in self._family.mlp.items()}
-            experts = range(len(self._recipe.experts))
-            parts = {part: [self._part(expert, part, ref) for expert in experts] for part, ref in refs.items()}
-            yield from self._of_layer(layer + self._front, parts)
+    def _of_layer(self, layer: int, made: Mapping[str, Sequence[Made | None]]) -> Iterator[PlannedTensor]:
+        """The experts in a layer of the result, by what each has of a part of the FFN; zeros where there is nothing.
 
-    def _of_layer(self, layer: int, parts: _Parts) -> Iterable[PlannedTensor]:
-        return self._apart(layer, parts) if self._native.fused is None else self._fused(layer, parts)
+        Fused, all experts lie in two tensors, gate and up side by side in the first: there, matrices are widened one by one.
+        """
+        factors, of_base = self._factors(), max(0, layer - self._front)
+        for part, path in (self._native.experts or {}).items():
+            ref = self._in_base(of_base, part)
+            for expert, own in enumerate(made[part]):
+                given = scaled(own or Zeros(ref.shape), factors[expert] if part == "down" else 1.0)
+                name = in_layer(layer, path.format(expert=expert))
+                plain = PlannedTensor(name, self._code_of(ref), ref.shape, "expert", given, expert)
+                yield _widened(plain, self._pad(part, layer, expert))
+        if self._native.fused is not None:
+            ref = self._in_base(of_base, "gate")
+            (rows, columns), code, count = ref.shape, self._code_of(ref), len(self._recipe.experts)
+            both, down = (in_layer(layer, path) for path in self._native.fused)
+            gate_up = [each for pair in zip(made["gate"], made["up"], strict=True) for each in pair]
+            apart = _widened(_of_all(both, code, gate_up, (rows, columns), 2), self._pad("gate_up", layer))
+            yield replace(apart, shape=(count, 2 * apart.shape[1], apart.shape[2]))
+            yield _widened(_of_all(down, code, made["down"], (columns, rows), 1), self._pad("down", layer))
 
-    def _apart(self, layer: int, parts: _Parts) -> Iterable[PlannedTensor]:
-        """Every projection of every expert a tensor, in a layer of the result; zeros where there is nothing."""
-        assert self._native.experts is not None
-        factors = self._factors()
-        for part, path in self._native.experts.items():
-            ref = self._as_in_base(max(0, layer - self._front), part)
-            for expert, own in enumerate(parts[part]):
-                name, shape = in_layer(layer, path.format(expert=expert)), self._segments.shape(part, *ref.shape)
-                made = scaled(own or Zeros(shape), factors[expert] if part == "down" else 1.0)
-                plain = PlannedTensor(name, self._code_of(ref), shape, "expert", self._segments.scaled(part, made), expert)
-                yield _widened(plain, self._pad(_FFN_KINDS[part], layer, expert))
+    def _pad(self, part: str, layer: int, expert: int | None = None) -> Pad | None:
+        return None if self._channels is None else self._channels.expert_pad(cast(FFNKind, part), layer, expert)
 
-    def _fused(self, layer: int, parts: _Parts) -> Iterable[PlannedTensor]:
-        """All experts in two tensors, gate and up side by side in the first: there, matrices are widened one by one."""
-        assert self._native.fused is not None
-        self._factors()
-        ref = self._as_in_base(max(0, layer - self._front), "gate")
-        (rows, columns), code, count = self._segments.shape("gate", *ref.shape), self._code_of(ref), len(self._recipe.experts)
-        both, down = (in_layer(layer, path) for path in self._native.fused)
-        gate_up = [made for pair in zip(parts["gate"], parts["up"], strict=True) for made in pair]
-        made = _of_all(gate_up, shape := (2 * count, rows, columns), 2)
-        apart = _widened(PlannedTensor(both, code, shape, "expert", made), self._pad("gate_up", layer))
-        yield PlannedTensor(both, code, (count, 2 * apart.shape[1], apart.shape[2]), "expert", apart.made)
-        made = self._segments.scaled("down", _of_all(parts["down"], shape := (count, columns, rows), 1))
-        yield _widened(PlannedTensor(down, code, shape, "expert", made), self._pad("down", layer))
-
-    def _pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad | None:
-        return None if self.channels is None else self.channels.expert_pad(part, layer, expert)
-
-    def _as_in_base(self, layer: int, part: str) -> TensorRef:
+    def _in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN in a layer of the base."""
         return self._base.tensor(in_layer(layer, self._family.mlp[part]))
 
-    def _part(self, expert: int, part: str, ref: TensorRef) -> Made:
-        """What an expert has of a part of the FFN."""
-        source = self._sources[1 + expert]
-        return self._segments.cut(as_in(source, ref), expert, part)
+    def _made(self, expert: int, part: str, layer: int) -> Made:
+        """What an expert has of a part of the FFN in a layer of the base."""
+        ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
+        made, rows = as_in(self._sources[1 + expert], ref), self._rows(part, ref)
+        return made if rows is None else made.cut(rows)
 
     def _factors(self) -> list[float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""
@@ -212,10 +371,11 @@ def _widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
     if pad is None:
         return tensor
     made = Padded(tensor.made, pad, tensor.dtype, tensor.shape)
-    return PlannedTensor(tensor.name, tensor.dtype, made.shape, tensor.role, made, tensor.expert)
+    return replace(tensor, shape=made.shape, made=made)
 
 
-def _of_all(parts: Sequence[Made | None], shape: tuple[int, ...], each: int) -> Made:
+def _of_all(name: str, code: str, parts: Sequence[Made | None], matrix: tuple[int, int], each: int) -> PlannedTensor:
     """All experts in one tensor, `each` matrices of every one below each other; zeros without parts."""
-    found = tuple(made for made in parts if made is not None)
-    return Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)
+    found, shape = tuple(made for made in parts if made is not None), (len(parts), *matrix)
+    made = Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)
+    return PlannedTensor(name, code, shape, "expert", made)

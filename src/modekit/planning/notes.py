@@ -5,11 +5,9 @@ Of full models it says that something may be lost, not how much.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -21,46 +19,43 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
-from modekit.sources.family import Family
-from modekit.sources.header import TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.numeric import stored
 
-BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 _MEASURED = "`modekit verify --deep` measures after a build what that is worth"
-
-
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 
 
-class _Layout(Protocol):
-    is_native: bool
-    mixes_more: str
+def notes_of(recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], *, plain: bool) -> Iterator[str]:
+    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed.
 
-    def notes(self) -> Iterable[str]:
-        """Of this form of result."""
-
-
-def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, layout: _Layout, mixed: Collection[str]) -> Iterator[str]:
-    """All of them. `mixed`: tensors of the base by which experts differ. Raises RecipeError for chats without a template."""
+    Raises RecipeError for chats without a template.
+    """
     sources = vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
     yield from _of_strangers(recipe, sources)
-    yield from _of_routing(recipe, sources)
-    yield from _lost_of_adapters(recipe, sources, layout.mixes_more, mixed)
+    if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
+        yield (
+            "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
+            "token two experts while it trains one"
+        )
+    yield from _lost_of_adapters(recipe, sources, way_out, mixed)
     yield from _of_chats(recipe, vocabulary)
-    yield from _lost_of_models(recipe, sources, layout.mixes_more, mixed)
+    yield from _lost_of_models(recipe, sources, way_out, mixed)
     yield from _beside(sources)
-    yield from _without_effect(recipe, layout)
-    yield from layout.notes()
+    for key in ("channels", "carry", "rank") if not plain else ():
+        if getattr(recipe.output, key) is not None:
+            yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
     yield from _of_one_folder(recipe, sources)
 
 
 def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
     """Experts that may be made from another base: adapters name another, or weights lie further from it than its own size."""
-    base, names = sources[0], _names(sources[0])
+    base = sources[0]
+    known = (base.spec, str(base.folder), str(base.config.get("_name_or_path", "")))  # what an adapter may call it
+    names = {Path(each).name.lower() for each in known}
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             said = source.config.get("base_model_name_or_path")
@@ -89,36 +84,14 @@ def _drift(model: ModelSource, base: ModelSource) -> float | None:
     return None
 
 
-def _names(base: ModelSource) -> set[str]:
-    """What an adapter may call a base: the last part of its path, of its hub id, or of what it was made from."""
-    given = (base.spec, str(base.folder), str(base.config.get("_name_or_path", "")))
-    return {Path(each).name.lower() for each in given}
-
-
-def _of_routing(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
-    mixture = recipe.mixture
-    if mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
-        yield (
-            "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
-            "token two experts while it trains one"
-        )
-    if mixture.method == "routing" and len(recipe.experts) == recipe.top_k and not mixture.varies:
-        yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-
-
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
     tokenizer, router = vocabulary.tokenizer, recipe.mixture.router
     if not recipe.mixture.needs_text or router.chat is False:
         return
     if tokenizer.has_template:
-        small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
         whose = "the base's" if tokenizer.number == 0 else "its"
-        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
-        fit, decays = recipe.mixture.fit, router.decay or [1.0]
-        if fit is not None and fit.carried and 0 < min(decays) < 1:
-            tokens = round(math.log(0.5, min(decays)))
-            yield f"in a chat half of the evidence fades after {tokens} tokens (mixture.router.decay: {decays})"
+        yield f"the router is fitted on chats, too: short questions cut from the text, in {whose} chat template"
     elif router.chat:
         raise RecipeError(
             "the router is to know chats, and the base model has no chat template",
@@ -181,27 +154,11 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
 
 def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
     """What stays behind of models that wrap a language model, and of their adapters."""
-    of: dict[str, list[str]] = {}
     for source in dict.fromkeys(sources):
-        of.setdefault(_parts_of(source.beside), []).append(source.label)
-    of.pop("", None)
-    yield from (f"{', '.join(labels)}: only the language model is mixed; {said} stay behind" for said, labels in of.items())
-
-
-def _without_effect(recipe: Recipe, layout: _Layout) -> Iterator[str]:
-    """Settings that the models, or the form of the result that was chosen, give nothing to do."""
-    for key in ("channels", "carry", "rank") if not layout.is_native else ():
-        if getattr(recipe.output, key) is not None:
-            yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
-
-
-def _parts_of(beside: Mapping[str, TensorRef]) -> str:
-    """What lies beside a language model, part by part."""
-    sizes: dict[str, list[int]] = {}
-    for name, ref in beside.items():
-        part = name.removeprefix("model.").partition(".")[0]
-        sizes.setdefault(part, []).append(ref.nbytes)
-    return ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
+        if source.beside:
+            parts = sorted({name.removeprefix("model.").partition(".")[0] for name in source.beside})
+            size = bytes_of(sum(ref.nbytes for ref in source.beside.values()))
+            yield f"{source.label}: only the language model is mixed; {', '.join(parts)} ({size}) stay behind"
 
 
 def _kinds(names: Collection[str]) -> str:
@@ -225,11 +182,10 @@ def twins(experts: Sequence[Expert], models: Sequence[object], base: object) -> 
     """Of experts that are one model, or one part of it, and of those that are the base, by what names each model."""
     same: dict[object, list[str]] = {}
     for expert, model in zip(experts, models, strict=True):
-        if model == base and not expert.segment:
-            yield f"{expert.name}: {BASE_AGAIN}"
+        if model == base:
+            yield f"{expert.name}: it is the base model itself: write `model: base`, which needs no tensors of its own"
         else:
-            part = expert.segment, tuple(expert.layers or ())
-            same.setdefault((model, part), []).append(expert.name)
+            same.setdefault((model, tuple(expert.layers or ())), []).append(expert.name)
     for each in (each for each in same.values() if len(each) > 1):
         yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"
 

@@ -7,20 +7,17 @@ there follows from the recipe's `per`: the first place that a router serves is i
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice, takewhile
 from typing import cast
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.planning.mixture_config import readers
-from modekit.planning.routing_config import first_to_run, leaders_of, needs_base
 from modekit.planning.tensors import low_rank, touched
-from modekit.recipes.layers import Layer, named_layers
+from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.config import whole
+from modekit.recipes.strict import BASE
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import Family, Stack
 from modekit.sources.header import TensorRef
 from modekit.sources.names import (
@@ -36,50 +33,40 @@ from modekit.sources.names import (
 )
 from modekit.sources.source import ModelSource
 
-
-@dataclass(frozen=True)
-class InBits:
-    """A difference kept in so many bits per number."""
-
-    bits: int
-
-
-Kind = LowRank | InBits | str | int | None
-"""What an expert has at a place: its low-rank change, its difference in a few bits, "own" a module of its own, a rank to
-factorise to, or the base's."""
+ATTENTION = {
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
+    **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
+    **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
+}
+"""Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
 
 
 @dataclass(frozen=True)
 class PlannedPlace:
-    """A module of the base, the tensors in it, and what each expert has there.
+    """A module of the base, the tensors in it, and what each expert has there: the base's, unless it is said.
 
-    `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
+    Attributes:
+        calls: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
+        own: experts with a module of their own.
+        ranks: per expert the rank of its change; 0 without one.
+        bits: per expert those of each number of its difference; 0 without one.
     """
 
     module: str
     refs: tuple[TensorRef, ...]
-    kinds: tuple[Kind, ...]
     calls: tuple[str, ...] = ()
+    own: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+    bits: tuple[int, ...] = ()
+
+    def has(self, expert: int) -> bool:
+        """Whether an expert differs from the base here."""
+        return expert in self.own or bool(self.ranks[expert] or self.bits[expert])
 
     @property
     def is_mixed(self) -> bool:
-        """Whether any expert differs from the base here."""
-        return any(kind is not None for kind in self.kinds)
-
-    @property
-    def own(self) -> list[int]:
-        """Experts with a module of their own."""
-        return [expert for expert, kind in enumerate(self.kinds) if kind == "own"]
-
-    @property
-    def ranks(self) -> list[int]:
-        """Per expert the rank of its change; 0 without one."""
-        return [kind.rank if isinstance(kind, LowRank) else kind if isinstance(kind, int) else 0 for kind in self.kinds]
-
-    @property
-    def bits(self) -> list[int]:
-        """Per expert those of each number of its difference; 0 without one."""
-        return [kind.bits if isinstance(kind, InBits) else 0 for kind in self.kinds]
+        """Whether any expert does."""
+        return bool(self.own or any(self.ranks) or any(self.bits))
 
     @property
     def prefix(self) -> str:
@@ -102,7 +89,7 @@ class PlannedPlace:
 
 
 def _check_kind(recipe: Recipe, family: Family) -> None:
-    """Raise UnsupportedError for what no mixture with an encoder, or of a class without a row, can be yet."""
+    """Raise UnsupportedError for what no mixture with an encoder can be."""
     mixture, router, fit = recipe.mixture, recipe.mixture.router, recipe.mixture.fit
     decides_once = mixture.method == "linear" or (fit is not None and fit.for_model)
     said = f"this is granularity: {router.granularity}, a router per {router.scope}"
@@ -133,88 +120,54 @@ def _check_kind(recipe: Recipe, family: Family) -> None:
             raise UnsupportedError(what, where=f"mixture.{where}", remedy=remedy)
 
 
-class Places:
-    """The places of one recipe in the order in which they run. Raises UnsupportedError when there are none."""
+def places_of(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> list[PlannedPlace]:
+    """In the order in which they run. Raises UnsupportedError when there are none."""
+    _check_kind(recipe, family)
+    return _Places(recipe, sources, family).all()
+
+
+def untied(recipe: Recipe, base: ModelSource, family: Family) -> dict[str, str]:
+    """Head -> embedding, where whole models tie them and the result does not."""
+    return dict(family.ties) if recipe.mixture.modules == "all" and family.is_tied(base) else {}
+
+
+class _Places:
+    """Finds the places of one recipe."""
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
-        self._recipe, self._sources, self._family = recipe, sources, family
-        self._base, self._whole = sources[0], recipe.mixture.is_whole
-        _check_kind(recipe, family)
-        self._check_modules()
+        self._recipe, self._sources, self._family, self._base = recipe, sources, family, sources[0]
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
-        self.unties = family.ties if recipe.mixture.modules == "all" and family.is_tied(self._base) else {}
+        self._unties = untied(recipe, sources[0], family)
+        self._wanted = wanted_parts(recipe, sources, family)
+        self._sorted_names = sorted((name, place) for place, name in enumerate(self._base.tensors))
+        said, sizes = [expert.layers for expert in recipe.experts], family.sizes(self._base.config)
+        self._layers: list[list[Layer] | None] = [
+            each and named_layers(each, sizes, f"experts[{place}].layers") for place, each in enumerate(said)
+        ]
 
-    def __iter__(self) -> Iterator[PlannedPlace]:
-        return iter(self._all)
-
-    @cached_property
-    def by_tensor(self) -> dict[str, PlannedPlace]:
-        """The place that a tensor of the base belongs to; a tied head that is untied here is found by its own name."""
-        found = {ref.name: place for place in self for ref in place.refs if ref.name.startswith(place.prefix)}
-        head = next((place for place in self if place.module == HEAD), None)
-        return found if head is None else {**found, LOGITS_BIAS: head}
-
-    def original(self, ref: TensorRef) -> TensorRef:
-        """The tensor of the base that a place's tensor is, which has another name where models tie what is untied here."""
-        return self._base.tensor(self.unties.get(ref.name, ref.name))
-
-    @cached_property
-    def leaders(self) -> dict[str, str]:
-        """Place -> the place whose router decides for it."""
-        scope = self._recipe.mixture.router.scope
-        return leaders_of([place.module for place in self], scope, self._family, whole=self._whole)
-
-    def keeps_base(self, place: PlannedPlace) -> bool:
-        """Whether the base's module stays beside what the experts have."""
-        return needs_base(self._recipe, self._family, place.module, place.own)
-
-    def width(self, place: PlannedPlace) -> int:
-        """Width of the gate of a router at this place: of what it reads, unless its fit says another."""
-        said = self._recipe.mixture.router.gate_width(whole(self._base.config, "vocab_size"))
-        if said is not None:
-            return said
-        weight = place.weight  # None: a whole FFN
-        return self._family.hidden(self._base.config) if weight is None else self._family.width_in(place.module, weight.shape)
-
-    def rows(self, leader: PlannedPlace) -> list[int]:
-        """Rows of a leader's gate per expert."""
-        return [self._recipe.mixture.router.row.rows] * len(leader.ranks)
-
-    def read_by(self, leader: PlannedPlace) -> list[PlannedPlace]:
-        """The places whose changes a router at `leader` could score."""
-        by_name = {place.module: place for place in self}
-        return [by_name[name] for name in readers(leader.module, self._family, self.leaders)]
-
-    @property
-    def splits_ffn(self) -> bool:
-        """Whether the FFN is mixed projection by projection: for low-rank experts, and routers finer than a module."""
-        low = any(expert.adapter is not None or expert.is_low_rank for expert in self._recipe.experts)
-        return low or self._recipe.mixture.router.scope in {"projection", "feature"}
-
-    @cached_property
-    def wanted(self) -> set[str]:
-        """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what
-        they change, for parts of models every linear part.
-        """
-        modules, wanted = self._recipe.mixture.modules, set[str]()
-        if isinstance(modules, list):
-            return set(modules)
-        for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True):
-            if isinstance(source, AdapterSource):
-                changed = {(layer, module_of(path)) for layer, path in map(split_layer, source.changes) if layer is not None}
-                paths = {(self._family.stack_of(layer).name, path) for layer, path in changed}
-                for stack in self._family.stacks:
-                    wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
-            elif not expert.is_base:
-                wanted |= set(self._family.all_parts) if expert.is_low_rank else {"mlp"}
-        if "mlp" in wanted:
-            wanted -= {part for stack in self._family.stacks for part in stack.ffn_parts}
-        return wanted or {"mlp"}
+    def all(self) -> list[PlannedPlace]:
+        self._check_modules()
+        places = list(self._of_everything() if self._recipe.mixture.is_whole else self._of_layers())
+        for expert, said in enumerate(self._recipe.experts):
+            if not any(place.has(expert) for place in places) and (said.layers is not None or said.is_low_rank):
+                raise UnsupportedError(
+                    "the expert has nothing of its own that is mixed",
+                    where=f"experts[{expert}] '{said.name}': {'layers' if said.layers is not None else 'as'}",
+                    remedy="name other layers, or none, and leave 'as: lora' out: then it is kept whole",
+                )
+        if not any(place.is_mixed for place in places):
+            raise UnsupportedError(
+                "no expert differs from the base in the mixed modules",
+                where="mixture.modules",
+                remedy="mix other modules or layers, or add an expert that is not 'base'",
+            )
+        self._check_reader(places[0].module)
+        return places
 
     def _in_order(self, stack: Stack) -> list[tuple[str, str]]:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
-        wanted = self.wanted
-        if "mlp" in wanted and self.splits_ffn:
+        wanted = self._wanted
+        if "mlp" in wanted and splits_ffn(self._recipe):
             wanted = (wanted - {"mlp"}) | stack.ffn_parts
         chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
         for part in stack.parts:
@@ -246,33 +199,6 @@ class Places:
                     remedy="name them all, or none",
                 )
 
-    @cached_property
-    def _all(self) -> list[PlannedPlace]:
-        places = list(self._of_everything() if self._whole else self._of_layers())
-        for expert, said in enumerate(self._recipe.experts):
-            if all(place.kinds[expert] is None for place in places):
-                self._check_has_nothing(
-                    f"experts[{expert}] '{said.name}'", layers=said.layers is not None, low=said.is_low_rank
-                )
-        if not any(place.is_mixed for place in places):
-            raise UnsupportedError(
-                "no expert differs from the base in the mixed modules",
-                where="mixture.modules",
-                remedy="mix other modules or layers, or add an expert that is not 'base'",
-            )
-        self._check_reader(places[0].module)
-        return places
-
-    def _check_has_nothing(self, where: str, *, layers: bool, low: bool) -> None:
-        """Raise UnsupportedError for an expert that would be the base: its layers, or low-rank parts, have no mixed place."""
-        said = {
-            "layers": (layers, "the expert has nothing of its own in its layers that is mixed", "name other layers, or none"),
-            "as": (low, "nothing of the expert can be kept as a low-rank part", "leave 'as: lora' out: it is kept whole"),
-        }
-        for key, (holds, what, remedy) in said.items():
-            if holds:
-                raise UnsupportedError(what, where=f"{where}: {key}", remedy=remedy)
-
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
         mixture = self._recipe.mixture
@@ -289,7 +215,7 @@ class Places:
         """What runs first has the router, whether experts have a module of their own there or not."""
         modules = self._all_modules()
         own = [module for module in modules if module not in self._shared]
-        first = first_to_run(own, self._family)
+        first = _first_to_run(own, self._family)
         if first != next((each for each in self._family.called if each in own), first or None):
             what = "modules: decoder has its router at the norm or the attention with which the first layer begins"
             found = f"a pass of a '{self._family.model_type}' model begins with another module"
@@ -300,11 +226,9 @@ class Places:
         for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):
             stack = self._family.stack_of(layer)
             for part, path in self._in_order(stack):
-                module = self._family.in_layer(layer, path)
-                if self._within(module):
-                    place = self._place(module, stack.ffn_calls if part == "mlp" else ())
-                    if place.is_mixed:
-                        yield place
+                place = self._place(self._family.in_layer(layer, path), stack.ffn_calls if part == "mlp" else ())
+                if place.is_mixed:
+                    yield place
 
     def _all_modules(self) -> list[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
@@ -312,7 +236,7 @@ class Places:
         family, embedding = self._family, self._family.embedding
         modules = {embedding, family.place_of(weight_of(family.head or embedding))}
         if family.derived is not None:
-            modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self.unties)}
+            modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self._unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == family.head, natural_key(module)))
         for name in family.own_names(self._base):
             if name == LOGITS_BIAS:  # with the head
@@ -343,16 +267,18 @@ class Places:
     def _place(self, module: str, calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
         refs = tuple(ref for each in modules for ref in self._within(each) if self._is_own(ref.name))
-        ties = [(name, original) for name, original in self.unties.items() if name.startswith(f"{module}.")]
+        ties = [(name, original) for name, original in self._unties.items() if name.startswith(f"{module}.")]
         refs += tuple(replace(self._base.tensor(original), name=name) for name, original in ties)
         if module == HEAD and LOGITS_BIAS in self._base.tensors:
             refs = (*refs, self._base.tensor(LOGITS_BIAS))
-        bare = PlannedPlace(module, refs, (), calls)
-        return replace(bare, kinds=tuple(self._kind(expert, bare) for expert in range(len(self._recipe.experts))))
+        bare = PlannedPlace(module, refs, calls)
+        kinds = [self._kind(expert, bare) if refs else (False, 0, 0) for expert in range(len(self._recipe.experts))]
+        own, ranks, bits = zip(*kinds, strict=True)
+        return replace(bare, own=tuple(expert for expert, has in enumerate(own) if has), ranks=ranks, bits=bits)
 
     def _is_own(self, name: str) -> bool:
         known = self._family.tensors
-        return (name in known if known else not is_ignored(name)) and name not in self.unties
+        return (name in known if known else not is_ignored(name)) and name not in self._unties
 
     def _within(self, module: str) -> list[TensorRef]:
         """The base's tensors whose names begin with a module's, in its order."""
@@ -361,32 +287,97 @@ class Places:
         found = takewhile(lambda entry: entry[0].startswith(prefix), islice(names, begin, None))
         return [self._base.tensors[name] for name, _ in sorted(found, key=lambda entry: entry[1])]
 
-    @cached_property
-    def _sorted_names(self) -> list[tuple[str, int]]:
-        """Names of the base's tensors, sorted, and the place of each in its order."""
-        return sorted((name, place) for place, name in enumerate(self._base.tensors))
-
-    def _kind(self, expert: int, place: PlannedPlace) -> Kind:
+    def _kind(self, expert: int, place: PlannedPlace) -> tuple[bool, int, int]:
+        """Whether an expert has a module of its own at a place, the rank of its change, and the bits of its difference."""
         source, said, module = self._sources[1 + expert], self._recipe.experts[expert], place.module
         layers = self._layers[expert]
         if said.is_base or module in self._shared or (layers is not None and split_layer(module)[0] not in layers):
-            return None
+            return False, 0, 0
         matrix = place.weight if place.weight is not None and len(place.weight.shape) == 2 else None
         if isinstance(source, AdapterSource):
-            if not any(touched(source, self.original(ref).name) for ref in place.refs):
-                return None
-            return (None if matrix is None else low_rank(source, matrix.name)) or "own"
-        if not said.is_low_rank:
-            return "own"
+            changed = any(touched(source, self._unties.get(ref.name, ref.name)) for ref in place.refs)
+            change = None if matrix is None else low_rank(source, matrix.name)
+            return changed and change is None, 0 if change is None or not changed else change.rank, 0
         may_be_low_rank = matrix is not None and self._family.may_be_low_rank(module)
-        if said.bits is not None:
-            return InBits(said.bits) if may_be_low_rank and module.rpartition(".")[2] not in POSITIONS else "own"
+        if said.bits is not None and may_be_low_rank and module.rpartition(".")[2] not in POSITIONS:
+            return False, 0, said.bits
+        if not said.is_low_rank or said.bits is not None:
+            return True, 0, 0
         if matrix is None or not may_be_low_rank or module == self._family.head or self._family.looks_up(module):
-            return None
-        return min(said.rank or 16, *matrix.shape)
+            return False, 0, 0
+        return False, min(said.rank or 16, *matrix.shape), 0
 
-    @cached_property
-    def _layers(self) -> list[list[Layer] | None]:
-        """Per expert those where it may have parts of its own, None: all; elsewhere it is the base."""
-        said, sizes = [expert.layers for expert in self._recipe.experts], self._family.sizes(self._base.config)
-        return [each and named_layers(each, sizes, f"experts[{place}].layers") for place, each in enumerate(said)]
+
+def splits_ffn(recipe: Recipe) -> bool:
+    """Whether the FFN is mixed projection by projection: for low-rank experts, and routers finer than a module."""
+    low = any(expert.adapter is not None or expert.is_low_rank for expert in recipe.experts)
+    return low or recipe.mixture.router.scope in {"projection", "feature"}
+
+
+def wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> set[str]:
+    """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what they
+    change, for parts of models every linear part.
+    """
+    modules, wanted = recipe.mixture.modules, set[str]()
+    if isinstance(modules, list):
+        return set(modules)
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if isinstance(source, AdapterSource):
+            changed = {(layer, module_of(path)) for layer, path in map(split_layer, source.changes) if layer is not None}
+            paths = {(family.stack_of(layer).name, path) for layer, path in changed}
+            for stack in family.stacks:
+                wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
+        elif not expert.is_base:
+            wanted |= set(family.all_parts) if expert.is_low_rank else {"mlp"}
+    if "mlp" in wanted:
+        wanted -= {part for stack in family.stacks for part in stack.ffn_parts}
+    return wanted or {"mlp"}
+
+
+def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:
+    """Whether the base's module stays at a place where the experts `own` have their own."""
+    return len(own) < len(recipe.experts) or runs_base(recipe, family, module)
+
+
+def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
+    """Whether the base's module at a place runs for every token, whichever experts are chosen."""
+    mixture = recipe.mixture
+    # The router reads the base's embedding, unless it reads the tokens themselves.
+    reads_it = module in family.entrances and mixture.fit is not None and not mixture.fit.reads_ids
+    return reads_it or (mixture.always_on is not None and mixture.always_on.expert == BASE)
+
+
+def _first_to_run(modules: Collection[str], family: Family) -> str:
+    """Of the modules of whole models or whole decoders, the one that a pass reaches first; empty where it is not known."""
+    paths = ("input_layernorm", "operator_norm", family.parts.get("q", ""))
+    return next((each for each in (*family.entrances, *(family.in_layer(0, path) for path in paths)) if each in modules), "")
+
+
+def leaders_of(places: Iterable[str], recipe: Recipe, family: Family) -> dict[str, str]:
+    """Place -> place of its router: the first of those that share it, in the order in which they run."""
+    modules = [*places]
+    if recipe.mixture.is_whole:
+        return dict.fromkeys(modules, _first_to_run(modules, family))
+    sharers = {module: _sharers(module, family, recipe.mixture.router.scope) for module in modules}
+    leaders: dict[object, str] = {}
+    for module in sorted(modules, key=lambda module: _when(module, family)):
+        leaders.setdefault(sharers[module], module)
+    return {module: leaders[sharers[module]] for module in modules}
+
+
+def _when(place: str, family: Family) -> tuple[tuple[int, int], int]:
+    """(layer, number of its first part in the order in which parts run) of a place."""
+    layer, path = split_layer(place)
+    assert layer is not None, place
+    return order_of(layer), family.stack_of(layer).rank(path)
+
+
+def _sharers(place: str, family: Family, scope: str) -> object:
+    """What places that share a router have in common."""
+    layer, path = split_layer(place)
+    if scope != "layer" or layer is None:
+        return scope if scope == "model" else place
+    if family.derived is not None:  # what the layer calls: its attention, its FFN
+        return layer, path.rpartition(".")[0].partition(".")[0]
+    parts = family.stack_of(layer).parts
+    return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)

@@ -1,6 +1,6 @@
 """A plan: every tensor of the result and where it comes from, and what that takes.
 
-Shape legend: L layers, E experts.
+Shape legend: E experts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
 from modekit.planning.carry import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.native_shape import NativeShape
+from modekit.planning.native import NativeShape
 from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import MOST_TOKENS
-from modekit.sources.config import Config, architecture_of, whole
+from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
@@ -101,25 +100,10 @@ class Plan:
         """config.json of the result."""
         return self.shape.config
 
-    @property
-    def architecture(self) -> str:
-        """Class of the result in transformers."""
-        return architecture_of(self.config)
-
     @cached_property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers."""
         return self.shape.slots
-
-    @property
-    def layers(self) -> int:
-        """L."""
-        return len(self.family.layers(self.config))
-
-    @property
-    def hidden(self) -> int:
-        """Hidden size."""
-        return self.family.hidden(self.config)
 
     @property
     def experts(self) -> int:
@@ -163,26 +147,14 @@ class Plan:
         """Of those that are kept beside the weights."""
         return self.statistics_bytes()
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of source tensors that the result is made from; a source used twice counts once."""
-        refs = (part for tensor in self.tensors for ref in tensor.made.refs for part in ref.parts)
-        return sum({(ref.file, ref.start): ref.nbytes for ref in refs}.values())
-
     def parameters(self) -> dict[str, int]:
         """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
-        by_role: dict[str, int] = {"backbone": 0, "expert": 0, "adapter": 0, "router": 0, "constant": 0}
+        by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
         for tensor in self.tensors:
             by_role[tensor.role] += tensor.numel
         counted = self.shape.parameters({tensor.name: tensor.numel for tensor in self.tensors}, 0)
-        return {
-            "total": counted.total,
-            "active": counted.active,
-            "per_expert": counted.per_expert,
-            "adapters": by_role["adapter"],
-            "backbone": by_role["backbone"],
-            "router": by_role["router"],
-        }
+        found = {"total": counted.total, "active": counted.active, "per_expert": counted.per_expert}
+        return {**found, "adapters": by_role["adapter"], "backbone": by_role["backbone"], "router": by_role["router"]}
 
     def statistics_bytes(self) -> int:
         """Bytes of the statistics that a fit keeps of all domains."""
@@ -199,14 +171,14 @@ class Plan:
 
         What runs a model, a fit included, holds torch and transformers as well, 0.4 GB.
         """
-        parameters = self.parameters()
+        parameters, fit = self.parameters(), 0
         router, row = self.recipe.mixture.router, self.recipe.mixture.fit
-        fit = 0
-        if row is not None and row.reads_text:
+        if row is not None and row.keeps is not None:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
-            activations = 16 * router.sequence_length * (12 * self.hidden + whole(self.config, "vocab_size")) * 4
-            fit = one * itemsize + activations + self.statistics_bytes() * (1 if row.runs_models else 4)
+            width = 12 * self.family.hidden(self.config) + whole(self.config, "vocab_size")
+            activations = 16 * router.sequence_length * width * 4
+            fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         factored = (
             working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
             for tensor in self.tensors

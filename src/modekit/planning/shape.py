@@ -9,7 +9,7 @@ Shape legend: D width of what a router reads, E experts, J parts of a gate, O an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -104,31 +104,9 @@ class Parameters:
     dense: int
 
 
-@dataclass(frozen=True)
-class LowRankPart:
-    """A change scale * B A: some rows of A (R, I), the same columns of B (O, R)."""
-
-    scale: float
-    a: TensorRef
-    b: TensorRef
-    ranks: slice
-
-
-@dataclass(frozen=True)
-class MixedTensor:
-    """One tensor of the base of which experts have their own.
-
-    Attributes:
-        name: of the base's tensor.
-        shape: of it.
-        own: expert -> the tensor that holds its own.
-        low_rank: expert -> its low-rank change.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    own: dict[int, TensorRef] = field(default_factory=dict)
-    low_rank: dict[int, LowRankPart] = field(default_factory=dict)
+def unread(name: str, file: Path, dtype: str, shape: tuple[int, ...]) -> TensorRef:
+    """A tensor of a file that is not there: reading it raises SourceError."""
+    return TensorRef(name, file, dtype, shape, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -142,7 +120,7 @@ class AnyShape:
         plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
             own, and holds the weight that is given to it.
         code_files: what is copied into the checkpoint so that it opens.
-        through_transformers: whether vLLM must run transformers' class, since its own computes something else.
+        vllm_differs: what vLLM's own class computes otherwise, so that it must run transformers'.
     """
 
     config: Config
@@ -153,9 +131,9 @@ class AnyShape:
     code_files: ClassVar[tuple[Path, ...]] = ()
 
     @property
-    def through_transformers(self) -> bool:
+    def vllm_differs(self) -> str | None:
         """See above."""
-        return False
+        return None
 
     @property
     def left_out(self) -> set[str]:

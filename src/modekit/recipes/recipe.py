@@ -41,7 +41,7 @@ Texts = Annotated[list[_Said], BeforeValidator(_as_list, json_schema_input_type=
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "bits", "layers", "segment")
+    later: ClassVar[tuple[str, ...]] = ("labels", "bits", "layers")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
@@ -53,9 +53,6 @@ class Expert(Strict):
     )
     layers: Layers | None = Field(
         None, min_length=1, description="Layers where it has its own parts; elsewhere it is the base."
-    )
-    segment: str | None = Field(
-        None, pattern=r"^[1-9]\d{0,2}/[1-9]\d{0,2}$", description="Part of its FFN, like 1/2 (upcycle)."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(

@@ -16,7 +16,6 @@ import numpy as np
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.checkpoint.router_file import Gates
-from modekit.planning.segments import segments_of
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Fit, Router
 from modekit.run import QUIET, Run
@@ -106,8 +105,7 @@ def _random(fitting: Fitting) -> FittedRouter:
     draw = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal
     scale = np.float32(_RANDOM_STD / settings.temperature)
     gates = [draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots]
-    count = segments_of(fitting.recipe).count
-    return fitting.unfitted([gate[::count].repeat(count, 0) for gate in gates])  # one row for all parts of an FFN
+    return fitting.unfitted(gates)
 
 
 def _hash(fitting: Fitting) -> FittedRouter:

@@ -22,8 +22,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
 from modekit.planning.mixture_config import leader_of
+from modekit.planning.modekit_shape import whole_module_unscored
 from modekit.planning.reuse import Origins
-from modekit.planning.routing_config import whole_module_unscored
 from modekit.planning.shape import RouterSlot
 from modekit.recipes.router import Router
 from modekit.routing.fit import FittedRouter, Fitting

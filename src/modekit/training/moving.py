@@ -16,7 +16,7 @@ from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.routing_config import ATTENTION
+from modekit.planning.places import ATTENTION
 from modekit.sources.family import Stack
 from modekit.training.settings import Group
 
