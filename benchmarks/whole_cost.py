@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from modekit.planning.carry import BLOCK, EXACT_TERMS, TERMS, CarrySize
+from modekit.planning.channel_choice import EXACT_TERMS, TERMS
+from modekit.planning.channels import BLOCK, CarrySize
 
 FOLDED = "router alone (FFNs)"
 

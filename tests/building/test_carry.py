@@ -28,7 +28,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.carry import CarrySize
+from modekit.planning.channels import CarrySize
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
@@ -290,14 +290,6 @@ def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other_are_refused(shop: Workshop, output: dict[str, Any], message: str) -> None:
     with pytest.raises(ModekitError, match=message):
         load_recipe(shop.write(output=output))
-
-
-def test_architectures_with_norms_behind_attention_are_refused(tmp_path: Path) -> None:
-    shop = adapter_shop(tmp_path, "olmo2")
-    with pytest.raises(UnsupportedError, match="more of an expert than its FFN"):
-        make_plan(load_recipe(shop.write()), shop.root)
-    plan = make_plan(load_recipe(shop.write(output={"format": "native", "carry": "ffn"})), shop.root)
-    assert plan.shape.channels.carry is None
 
 
 LINEAR_ATTENTION = {

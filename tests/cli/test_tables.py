@@ -107,7 +107,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "router_why": "",
         "backbone": "base",
         "parameters": {"total": 10**12, "active": 10**11},
-        "tensors": {"total": 1113, "copy": 1113},
+        "tensors": 1113,
         "shards": 3,
         "dtype": "bfloat16",
         "bytes": {"written": 10**12, "statistics": 10**9},

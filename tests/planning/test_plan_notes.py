@@ -69,13 +69,6 @@ def test_a_model_that_descends_from_another_base_is_named(shop: Workshop) -> Non
     assert note.startswith("stranger: ")
 
 
-def test_one_text_of_two_experts_is_named(shop: Workshop) -> None:
-    experts = [{**each, "text": "./text/law.jsonl"} for each in shop.recipe["experts"][:2]]
-    (note,) = said(shop, "have one text", experts=experts, mixture=RANDOM)
-    assert all(each["name"] in note for each in experts)
-    assert not said(shop, "have one text", mixture=RANDOM)
-
-
 def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) -> None:
     for name in ("law", "code"):
         write_adapter(shop.root / f"{name}-lora", lora("mlp.up_proj", 48, 32, layers=1, seed=1))
@@ -83,21 +76,3 @@ def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) ->
     mixture = {"router": {"fit": "lexical"}}
     notes = said(shop, "has no effect", experts=experts, mixture=mixture, output={"rank": 32})
     assert [note.partition(" ")[0] for note in notes] == ["output.rank"]
-
-
-@pytest.mark.parametrize(
-    ("mixture", "output", "found"),
-    [
-        ({"top_p": 0.5}, {}, "top_p"),
-        ({"layers": [0]}, {}, "only some layers"),
-        ({"modules": ["q"]}, {}, "modules other than the whole FFN"),
-        ({}, {"format": "modekit"}, "format: modekit"),
-    ],
-)
-def test_segments_say_what_they_cannot_have(shop: Workshop, mixture: Any, output: Any, found: str) -> None:
-    model = shop.recipe["experts"][0]["model"]
-    experts = [{"name": f"part{number}", "model": model, "segment": f"{number}/2"} for number in (1, 2)]
-    with pytest.raises(UnsupportedError, match=found):
-        planned(shop, experts=experts, mixture={**RANDOM, **mixture}, output=output)
-    plan = planned(shop, experts=experts, mixture=RANDOM)
-    assert plan.shape.plain and not any("one model" in note for note in plan.notes)

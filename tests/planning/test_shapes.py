@@ -71,12 +71,7 @@ def test_a_plan_says_what_its_checkpoint_says(shared_workshop: Workshop, tmp_pat
     ours, theirs = plan.shape, checkpoint.shape
     assert type(ours) is type(theirs) is {"native": NativeShape, "modekit": ModekitShape}[kind]
     assert ours.plain == (kind == "native") and dict(ours.config) == dict(theirs.config)
-    assert (ours.slots, ours.positions, ours.routing, ours.mixed) == (
-        theirs.slots,
-        theirs.positions,
-        theirs.routing,
-        theirs.mixed,
-    )
+    assert (ours.slots, ours.positions, ours.routing) == (theirs.slots, theirs.positions, theirs.routing)
     counted, planned = checkpoint.parameters, plan.parameters()
     assert (counted.total, counted.active) == (planned["total"], planned["active"])
     loaded = mixture_of(load_model(checkpoint.folder), checkpoint)

@@ -1,6 +1,6 @@
 """The numbers in the new rows and columns of tensors that carry more of an expert than its FFN.
 
-planning/carry.py says what goes where, benchmarks/whole.md why it works. In every layer of the result (m = 0 in front):
+planning/channels.py says what goes where, benchmarks/whole.md why it works. In every layer of the result (m = 0 in front):
 
     o            U = (eps / s_u) P a                                 P = sum_e O_e^T M_e
     gate, up     read U by W diag(w_post) O_e s_u / eps, as if it were in the stream

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.carried import Carried
-from modekit.planning.carry import EXACT_TERMS, CarrySize
+from modekit.planning.channel_choice import EXACT_TERMS
+from modekit.planning.channels import CarrySize
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
 from modekit.run import Run

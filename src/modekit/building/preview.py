@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class Preview(BaseModel, frozen=True):
     Attributes:
         router_why: which it is, and why `fit: auto` takes it; empty where it does not.
         experts: name -> the model or adapter that it is.
-        tensors: their number in all, and by the operation that makes them.
+        tensors: their number.
         bytes: written, and of statistics.
         parameters, memory: as `Plan` has them.
         disk: needed and free.
@@ -43,7 +42,7 @@ class Preview(BaseModel, frozen=True):
     backbone: str
     experts: dict[str, str]
     dtype: str
-    tensors: dict[str, int]
+    tensors: int
     shards: int
     bytes: dict[str, int]
     parameters: dict[str, int]
@@ -75,7 +74,6 @@ def backbone_label(recipe: Recipe) -> str:
 def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
     """What `modekit plan` shows of a plan, with further notes."""
     recipe = plan.recipe
-    operations = Counter("router" if tensor.role == "router" else tensor.operation for tensor in plan.tensors)
     return Preview(
         architecture=architecture_of(plan.config),
         why=plan.why,
@@ -87,9 +85,9 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         backbone=backbone_label(recipe),
         experts={expert.name: expert.source for expert in recipe.experts},
         dtype=str(plan.config["dtype"]),
-        tensors={"total": len(plan.tensors), **operations},
+        tensors=len(plan.tensors),
         shards=len(plan.shards) + 1,
-        bytes={"written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
+        bytes={"written": plan.bytes_written, "statistics": plan.statistics_bytes()},
         parameters=plan.parameters(),
         disk={"needed": plan.disk_needed, "free": disk_of(plan.root / "OUT").free},
         memory=plan.memory(),

@@ -22,7 +22,7 @@ from pydantic import (
 from modekit.files.marker import STATISTICS
 from modekit.files.output import work_of
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
-from modekit.planning.carry import CarrySize
+from modekit.planning.channels import CarrySize
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router

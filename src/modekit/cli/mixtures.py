@@ -188,7 +188,6 @@ def mix(
 def print_plan(plan: Preview) -> None:
     """Draw what a build would do."""
     parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
-    operations = ", ".join(f"{count} {name}" for name, count in plan.tensors.items() if name != "total")
     also = "" if plan.also_runs_in.startswith("transformers") else "also "
     written, kept = (bytes_of(sizes[name]) for name in ("written", "statistics"))
     print_rows(
@@ -199,7 +198,7 @@ def print_plan(plan: Preview) -> None:
             ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
             ("router", plan.router_why or plan.router),
             ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
-            ("tensors", f"{plan.tensors['total']} ({operations}) in {file_count(plan.shards)}, {plan.dtype}"),
+            ("tensors", f"{plan.tensors} in {file_count(plan.shards)}, {plan.dtype}"),
             ("bytes", f"{written} written, {kept} statistics"),
             ("disk", f"{bytes_of(disk['needed'])} needed, {bytes_of(disk['free'])} free"),
             ("memory", ", ".join(f"{bytes_of(memory[step])} to {step}" for step in ("build", "fit", "load"))),

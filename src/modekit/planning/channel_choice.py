@@ -1,4 +1,7 @@
-"""Which channels besides the base's a recipe needs, and whether an architecture can have them (channels.py)."""
+"""Which channels besides the base's a recipe needs, and whether an architecture can have them (channels.py).
+
+Shape legend: K units per channel, R_U and R_V channels.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,21 @@ from collections.abc import Mapping, Sequence
 
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
-from modekit.planning.carry import CarrySize, blocks_of
-from modekit.planning.channels import Channels
+from modekit.planning.channels import CarrySize, Channels, blocks_of
 from modekit.planning.shape import BUILD_AGAIN, other_record
+from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, number, whole
+from modekit.sources.family import Family
+from modekit.sources.names import EMBEDDING, HEAD, in_layer, weight_of
 from modekit.sources.natives import Native, Widening
+from modekit.sources.source import ModelSource
 
-_STEP = 64  # of channels without a layer in front
+TERMS, EXACT_TERMS = 2, 3
+"""K: with two units per channel the error is one in a hundred, which truncated changes hide; with three a thousandth."""
+FULL_RANK = 64
+"""R_U and R_V where changes have no small rank (benchmarks/whole.md)."""
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text
 
 
@@ -32,15 +42,16 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )
-    if carry is not None and not widening.in_front:
-        raise UnsupportedError(
-            f"{native.native_type} cannot carry more of an expert than its FFN: it has norms behind attention",
-            where="output.carry",
-            remedy="write output: {carry: ffn}, or output: {format: modekit}",
-        )
     size, heads, kv_heads = (whole(dense, key) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
     group, experts, (decays, turns) = heads // kv_heads, len(recipe.experts), _decays(recipe, native, dense)
-    _check_room(experts, decays, group, size)
+    if len(decays) > group or len(decays) * experts > size:
+        raise UnsupportedError(
+            "an attention head cannot carry the evidence of so many experts and decays",
+            where="experts" if len(decays) <= group else "mixture.router.decay",
+            found=f"{experts} experts, {len(decays)} decays",
+            expected=f"at most {group} decays, and {size} as experts times decays",
+            remedy="name fewer, or write output: {format: modekit}",
+        )
     evident = 2 * len(decays) * experts + 1
     needed = evident if carry is None else blocks_of(evident + 1) + carry.channels  # what is carried begins with a block
     return Channels(
@@ -59,7 +70,6 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         embedding_scale=number(dense, "embedding_multiplier", 1.0),
         residual_scale=number(dense, "residual_multiplier", 1.0),
         turns=turns,
-        front=widening.in_front,
         carry=carry,
     )
 
@@ -84,26 +94,6 @@ def channels_said_by(
     return channels
 
 
-def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:
-    """Raise UnsupportedError unless one key-value head with its queries carries all evidence."""
-    if len(decays) > group:
-        raise UnsupportedError(
-            "more averages than the new head has queries",
-            where="mixture.router.decay",
-            found=len(decays),
-            expected=f"at most {group}, heads per key-value head of the base",
-            remedy="name fewer decays",
-        )
-    if len(decays) * experts > size:
-        raise UnsupportedError(
-            "more experts than an attention head can carry evidence for",
-            where="experts",
-            found=len(decays) * experts,
-            expected=f"experts times decays up to {size}, the size of a head",
-            remedy="leave experts out, or output: {format: modekit}",
-        )
-
-
 def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The recipe's, else the fit's own where the architecture can say it, else that of the mean; and the rotary turns."""
     assert isinstance(native.widening, Widening)
@@ -113,47 +103,31 @@ def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float,
     if asked is None and turns is None:
         return (1.0,), ()
     for decay in decays:
-        if decay != 1.0 and turns is None:
+        if decay < _LEAST_DECAY or (decay != 1.0 and turns is None):
             raise UnsupportedError(
-                f"{native.native_type} with this base's norms or rotary embedding cannot say that older tokens fade",
+                f"attention of {native.native_type} with this base's norms and rotary embedding cannot fade so",
                 where="mixture.router.decay",
                 found=decay,
-                remedy="write decay: [1.0], the mean of the text so far",
-            )
-        if decay < _LEAST_DECAY:
-            raise UnsupportedError(
-                "an attention head cannot fade so fast",
-                where="mixture.router.decay",
-                found=decay,
-                expected=f"{_LEAST_DECAY} to 1 in a native architecture",
-                remedy="choose a decay in this range",
+                expected="1.0, the mean of the text so far" if turns is None else f"{_LEAST_DECAY} to 1",
+                remedy="correct the decay, or write output: {format: modekit}",
             )
     return decays, tuple(turns or ())
 
 
 def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> int:
     """P."""
-    asked, front = recipe.output.channels, widening.in_front
+    asked, fewest = recipe.output.channels, blocks_of(needed)
     if widening.whole_heads:
-        fewest = -(-needed // of_heads) * of_heads if front else of_heads
-        if needed > fewest or asked not in (None, fewest):
-            raise UnsupportedError(
-                "this architecture takes as many channels as its new heads are wide",
-                where="output.channels",
-                found=asked or f"{needed} needed",
-                expected=fewest,
-                remedy="leave output.channels out, or mix fewer experts",
-            )
-        return fewest
-    if asked is not None and asked < needed:
+        fewest = -(-needed // of_heads) * of_heads
+    if asked is not None and (asked < needed or (widening.whole_heads and asked != fewest)):
         raise UnsupportedError(
-            "too few channels for what they are to carry",
+            "the channels do not hold what they are to carry, or no whole heads",
             where="output.channels",
             found=asked,
-            expected=f"at least {needed}",
-            remedy="leave it out, or raise it",
+            expected=fewest if widening.whole_heads else f"at least {needed}",
+            remedy="leave it out, or write that",
         )
-    return asked or blocks_of(needed) if front else asked or -(-needed // _STEP) * _STEP
+    return asked or fewest
 
 
 _LARGEST_HEAD = 2**16
@@ -201,3 +175,41 @@ def _llama3(angle: float, rope: Config) -> float:
         return angle
     share = (waves - low) / (high - low)
     return (1 - share) * angle / factor + share * angle
+
+
+def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config) -> CarrySize | None:
+    """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more."""
+    output = recipe.output
+    if output.carry == "ffn":
+        return None
+    experts = [source for source, expert in zip(sources[1:], recipe.experts, strict=True) if not expert.is_base]
+    changing = [source for source in experts if isinstance(source, AdapterSource) and _reaches(source, sources[0], family)]
+    if not changing and output.carry is None:
+        return None
+    tied = family.is_tied(sources[0])
+    own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
+    layers = whole(config, "num_hidden_layers")
+    ranks = [[_rank(source, family, parts, layers) for source in experts] for parts in (("o",), ("q", "k", "v"))]
+    outputs, inputs = (max(map(sum, zip(*each, strict=True))) for each in ranks)
+    needed = (math.inf if own[1] else outputs, math.inf if own[tied] else inputs)  # to carry everything exactly
+    most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
+    outputs, inputs = (blocks_of(int(each) if each <= most else output.rank or FULL_RANK) for each in needed)
+    terms = EXACT_TERMS if max(needed) <= most else TERMS
+    return CarrySize(outputs=outputs, inputs=inputs, terms=terms, head=own[tied], embedding=own[1])
+
+
+def _reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
+    """Whether an adapter changes more than FFNs."""
+    ffn = f".{family.mlp_module}."
+    changed = {*source.changes, *source.replaced}
+    return any(name in base.tensors and ffn not in name for name in changed)
+
+
+def _rank(source: ModelSource, family: Family, parts: Sequence[str], layers: int) -> list[float]:
+    """Per layer, of what a source changes in some parts together; infinite where it has no small rank."""
+    found = []
+    for layer in range(layers):
+        names = [in_layer(layer, f"{family.parts[part]}.weight") for part in parts]
+        changes = [low_rank(source, name) for name in names if touched(source, name)]
+        found.append(sum(math.inf if change is None else change.rank for change in changes))
+    return found

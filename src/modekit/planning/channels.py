@@ -1,18 +1,20 @@
-"""Channels besides the base's: how a lexical router is carried inside a plain native checkpoint.
+"""Channels besides the base's: how a plain native checkpoint carries a lexical router, and more of its experts than FFNs.
 
 Of P channels behind the base's D, J E carry what a token says of its domain (its row of the table, written into the
-embedding), one a constant, and J E what attention makes of the former: their average over the text so far. The gates of all
-layers read the latter. That attention is a head of a layer of its own, in front of the base's first, or, where a norm behind
-attention forbids that, one more head in the first layer. benchmarks/lexical.md has the mathematics,
-and why the rest of the model computes what it did. What experts differ by outside of their FFNs has channels, too (carry.py).
+embedding), one a constant, and J E what attention makes of the former: their average over the text so far, which the gates
+read. That attention is a head of a layer of its own, in front of the base's first (benchmarks/lexical.md).
 
     embedding    [e, eps r W_x, 0, eps r c]     r = sqrt(mean(e^2) + norm eps), by which the first norm divides
     norms        w sqrt(D / (D + P)), norm eps times D / (D + P); the last norm is zero on the channels
-    first layer  a key-value head and its group of query heads: values read eps W_x, outputs are written beside it; queries
-                 and keys read the constant, and score the distance of two tokens (recency) or nothing (the mean)
-    elsewhere    zeros, or what is carried
+    in front     values read eps W_x, outputs are written beside it; queries and keys read the constant, and score the
+                 distance of two tokens (recency) or nothing (the mean)
 
-Shape legend: D hidden size, P channels, E experts, J averages, H head size, G query heads per key-value head, V vocabulary.
+What experts differ by in attention, head and embedding has two further sets (benchmarks/whole.md). Into U every layer's
+attention writes what the experts' output projections are to make of it; V tells queries, keys and values, or the head, what the
+expert differs by. Some more hidden units of every expert read and clear them.
+
+Shape legend: D hidden size, P, R_U, R_V channels, E experts, J averages, H head size, G query heads per key-value head,
+F hidden units, K units per channel.
 """
 
 from __future__ import annotations
@@ -20,28 +22,60 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from modekit.planning.carry import STREAM_TOKENS, CarrySize, blocks_of
+from pydantic import BaseModel, Field
+
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.natives import Widening
 from modekit.weights.made import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 
-_EPS = 2.0**-12
-"""Size of the evidence beside a stream of size 1: its square is what the norms see of it."""
-_EPS_BEFORE_NORM = 2.0**-20
-"""Where what attention adds is normed by itself, and may be much smaller than the stream."""
 _AVERAGED = 2.0**-4
-"""Of averages that a layer in front writes: embeddings may be small, and the base's first norm sees both."""
+"""Of averages: embeddings may be small, and the base's first norm sees both."""
 CONSTANT = 4.0
 """Of the constant channel, beside evidence of about that size: quantised together, neither is lost."""
 _FFN_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _ATTENTION: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
 MEASURED_TOKENS = 1_024
 """Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
+STREAM_TOKENS = 4_096
+"""Of all domains together: the beginnings of their text, which the base reads at a build that carries more than FFNs."""
 _FARTHEST = 3_000.0  # tokens per radian of the slowest pair that scores a distance; slower ones would need too large numbers
+BLOCK = 32
+"""Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
+
+
+class CarrySize(BaseModel, extra="forbid", frozen=True):
+    """How much is carried; modekit.json keeps it.
+
+    Attributes:
+        outputs, inputs: R_U and R_V.
+        terms: K.
+        head, embedding: whether what the experts' heads and embeddings differ by is carried, too.
+    """
+
+    outputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
+    inputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
+    terms: int = Field(ge=1, le=4)
+    head: bool = False
+    embedding: bool = False
+
+    @property
+    def channels(self) -> int:
+        """R_U + R_V."""
+        return self.outputs + self.inputs
+
+    @property
+    def units(self) -> int:
+        """By which F grows."""
+        return self.terms * self.channels
+
+
+def blocks_of(channels: int) -> int:
+    """As many channels or more, in whole blocks."""
+    return math.ceil(channels / BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -57,9 +91,11 @@ class Channels:
         norm_eps: of the base's norms.
         score_scale, embedding_scale, residual_scale: by which the family multiplies scores, embeddings, what layers add.
         turns: of the rotary embedding, where evidence fades.
-        front: whether a layer in front of the base's averages the evidence.
         carry: what else has channels.
+        eps: size of the evidence beside a stream of size 1: its square is what the norms see of it.
     """
+
+    eps: ClassVar[float] = 2.0**-12
 
     hidden: int
     heads: int
@@ -76,7 +112,6 @@ class Channels:
     embedding_scale: float
     residual_scale: float
     turns: tuple[float, ...]
-    front: bool = False
     carry: CarrySize | None = None
 
     @property
@@ -86,25 +121,13 @@ class Channels:
 
     @property
     def more_heads(self) -> int:
-        """Key-value heads besides the base's."""
-        if not self.front:
-            return 1
+        """Key-value heads besides the base's; the first of all averages, in the layer in front."""
         return self.spare // (self.group * self.head_dim) if self.widening.whole_heads else 0
-
-    @property
-    def first_kv_head(self) -> int:
-        """The key-value head that averages."""
-        return 0 if self.front else self.kv_heads
 
     @property
     def more_units(self) -> int:
         """Hidden units of an expert besides its own."""
         return 0 if self.carry is None else self.carry.units
-
-    @property
-    def eps(self) -> float:
-        """Size of the evidence."""
-        return _EPS if self.widening.before_attention is not None else _EPS_BEFORE_NORM
 
     @property
     def evidence(self) -> slice:
@@ -147,12 +170,7 @@ class Channels:
     @property
     def row_scale(self) -> MeasuredColumn:
         """How r of an embedding's row is measured."""
-        return MeasuredColumn(
-            self.constant,
-            self.eps * CONSTANT,
-            self.embedding_scale,
-            norm_eps=self.norm_eps if self.widening.before_attention is not None else None,
-        )
+        return MeasuredColumn(self.constant, self.eps * CONSTANT, self.embedding_scale, norm_eps=self.norm_eps)
 
     def widened(self, config: Config) -> dict[str, object]:
         """A config, the native or the dense one, with the channels and heads."""
@@ -162,9 +180,8 @@ class Channels:
             "num_attention_heads": self.heads + self.group * self.more_heads,
             "num_key_value_heads": self.kv_heads + self.more_heads,
             "rms_norm_eps": self.norm_eps * self.hidden / (self.hidden + self.spare),
+            **self._one_layer_more(config),
         }
-        if self.front:
-            wide |= self._one_layer_more(config)
         for key in _FFN_WIDTHS:
             if config.get(key) is not None:
                 wide[key] = self.expert_hidden + self.more_units
@@ -195,9 +212,6 @@ class Channels:
         module, _, leaf = path.rpartition(".")
         if module in self.widening.norms:
             return Pad(columns=self.spare, scale=self.norm_scale, entries=self._norm_entries(layer, module))
-        if module in self.widening.over_heads:
-            added = self.more_heads * (self.group if module == self.widening.over_heads[0] else 1)
-            return Pad(columns=added * self.head_dim, scale=self.norm_scale)
         part = next((part for part in _ATTENTION if parts[part] == module), None)
         if part is None:
             over_heads = module.rpartition(".")[0] == parts["q"].rpartition(".")[0]
@@ -235,24 +249,19 @@ class Channels:
 
     def notes(self, recipe: Recipe) -> Iterable[str]:
         """What a user should know of them."""
-        share = self.spare / self.hidden
-        added = "a layer in front" if self.front else f"one key-value head to its {self.kv_heads}"
         yield (
             f"the {recipe.mixture.router.fit} router adds {self.spare} channels to the base's {self.hidden} "
-            f"({share:.1%}) and {added}; the rest computes the same"
+            f"({self.spare / self.hidden:.1%}) and a layer in front; the rest computes the same"
         )
         if self.carry is not None:
-            yield self._carry_note(self.carry)
+            kept = {"attention": True, "head": self.carry.head, "embedding": self.carry.embedding}
+            yield (
+                f"{', '.join(name for name, holds in kept.items() if holds)} of every expert: carried through "
+                f"{self.carry.channels} of these channels and {self.carry.units} hidden units; "
+                "`modekit verify --deep` measures how exactly"
+            )
         if recipe.mixture.router.decay is None and self.decays == (1.0,):
             yield "its evidence does not fade: this architecture averages over all of the text so far"
-
-    def _carry_note(self, carry: CarrySize) -> str:
-        parts = ", ".join(["attention", *(["head"] if carry.head else []), *(["embedding"] if carry.embedding else [])])
-        return (
-            f"{' and '.join(parts.rsplit(', ', 1))} of every expert: carried through {carry.channels} of these channels and "
-            f"{carry.units} hidden units; `modekit verify --deep` measures how exactly; "
-            f"a build first runs the base over up to {STREAM_TOKENS:,} tokens of the experts' text"
-        )
 
     def _norm_entries(self, layer: int, module: str) -> tuple[Entry, ...]:
         """What norms let through of the channels: evidence to the first attention, averages to every router, and to all what
@@ -271,27 +280,19 @@ class Channels:
 
     def _entries(self, part: str) -> tuple[Entry, ...]:
         """Of the heads that average, in the first layer."""
-        size, count, query = self.head_dim, self.experts * len(self.decays), self.first_kv_head * self.group
+        count = self.experts * len(self.decays)
         if part == "v":
-            first = self.first_kv_head * size
-            return tuple((first + number, self.evidence.start + number, 1.0) for number in range(count))
+            return tuple((number, self.evidence.start + number, 1.0) for number in range(count))
         if part == "o":
-            places = ((number, number // self.experts) for number in range(count))
-            written = _AVERAGED if self.front else 1.0
+            heads, written = (number // self.experts for number in range(count)), _AVERAGED / self.residual_scale
             return tuple(
-                (self.context.start + number, (query + head) * size + number, written / self.residual_scale)
-                for number, head in places
+                (self.context.start + number, head * self.head_dim + number, written) for number, head in enumerate(heads)
             )
-        if self._reference is None:  # queries and keys of zero: the mean
+        taus = [time_constant(decay) for decay in self.decays]
+        reference = next((tau for tau in taus if tau is not None), None)  # that the key is made for; queries make others of it
+        if reference is None:  # queries and keys of zero: the mean
             return ()
-        if part == "k":
-            return self._rotated(self.first_kv_head, [self._scores(self._reference)])
-        return self._rotated(query, [self._scores(tau, self._reference) for tau in map(time_constant, self.decays)])
-
-    @property
-    def _reference(self) -> float | None:
-        """The time constant that the key is made for; queries make others of it."""
-        return next((tau for tau in map(time_constant, self.decays) if tau is not None), None)
+        return self._rotated([self._scores(reference)] if part == "k" else [self._scores(tau, reference) for tau in taus])
 
     def _scores(self, tau: float | None, reference: float | None = None) -> list[float]:
         """One side of the products c_i, sum_i c_i cos(theta_i d) = const - d / tau: of a query for `reference`'s key, or of
@@ -303,11 +304,11 @@ class Channels:
         products = (2 / math.pi * spacing / turn / self.score_scale if 1 / turn <= _FARTHEST else 0.0 for turn in self.turns)
         return [math.sqrt(each / (reference or tau)) * ((reference or tau) / tau) for each in products]
 
-    def _rotated(self, first_head: int, heads: list[list[float]]) -> tuple[Entry, ...]:
+    def _rotated(self, heads: list[list[float]]) -> tuple[Entry, ...]:
         """Rows of the new heads that read the constant: a number for each pair, in its first place."""
         rows = range(0, self.head_dim, 2) if self.widening.interleaved else range(self.head_dim // 2)
         return tuple(
-            ((first_head + head) * self.head_dim + row, self.constant, value / (self.eps * CONSTANT))
+            (head * self.head_dim + row, self.constant, value / (self.eps * CONSTANT))
             for head, values in enumerate(heads)
             for row, value in zip(rows, values, strict=True)
             if value

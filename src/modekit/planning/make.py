@@ -8,7 +8,7 @@ planned, once. How the experts lie in a native architecture says native.py, in t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,16 +45,10 @@ _Laid = tuple[Form, str]
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
-    The plan's recipe says the router and the decay that a recipe leaves open. Models on the hub are downloaded.
-
-    Raises SourceError, MismatchError or UnsupportedError before anything is written.
+    The plan's recipe says the router and the decay that a recipe leaves open. Models on the hub are downloaded. Raises
+    SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    return plan_of(recipe, root, open_recipe_sources(recipe, root, run=run), run=run)
-
-
-def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
-    """The same over models that are open: the base's, then each expert's."""
-    return plan_first([lambda: recipe], root, sources, run=run)
+    return plan_first([lambda: recipe], root, open_recipe_sources(recipe, root, run=run), run=run)
 
 
 def plan_first(
@@ -65,18 +59,16 @@ def plan_first(
     suits: Callable[[Recipe], bool] = lambda recipe: True,
     run: Run = QUIET,
 ) -> Plan:
-    """The plan of the first recipe that the models allow, and that suits. Raises what the last one raises."""
+    """The plan of the first recipe that the models, which are open, allow, and that suits. Raises what the last one raises."""
     models = lru_cache(maxsize=1)(partial(_one_vocabulary, sources))
-    for way in ways[:-1]:
-        with suppress(UnsupportedError, RecipeError):
+    for way in ways:
+        with nullcontext() if way is ways[-1] else suppress(UnsupportedError, RecipeError):
             recipe = way()
-            family, vocabulary = models(recipe.mixture.tokens or "mean")
+            family, vocabulary = models()
             laid = _settled(recipe, family, vocabulary)
-            if suits(laid[0].shape.recipe):
+            if way is ways[-1] or suits(laid[0].shape.recipe):
                 return _planned(laid, vocabulary, root, run)
-    recipe = ways[-1]()
-    family, vocabulary = models(recipe.mixture.tokens or "mean")
-    return _planned(_settled(recipe, family, vocabulary), vocabulary, root, run)
+    raise ValueError("there is no way")
 
 
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:

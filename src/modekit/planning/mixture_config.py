@@ -7,25 +7,20 @@ them says modekit_mixed.py and modekit_router.py. Keys that were not set are not
 from __future__ import annotations
 
 from functools import cached_property
-from os.path import commonpath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.planning.shape import RouterPosition, RouterSlot
-from modekit.recipes.layers import Layer
+from modekit.planning.shape import RouterSlot
 from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import ScoreKind
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
-from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
+from modekit.sources.names import LOGITS_BIAS, module_of, split_layer
 from modekit.sources.structure import Derived, family_from
 
 FORMAT = 1
-MOST_AVERAGES = 256
-"""Parts of a gate."""
-_GATE = ".router.gate"
-
-
+GATE = ".router.gate"
 _PerExpert = Field(max_length=2**12)  # of lists: what is longer names no experts, and is not made first
 _Size = Annotated[int, Field(ge=1, le=2**40)]
 _Index = Annotated[int, Field(ge=0, le=2**12)]
@@ -63,7 +58,7 @@ class Routing(_Said):
     """How a router turns what it reads into weights."""
 
     method: Literal["linear", "gating", "routing"]
-    averages: list[Average] = Field(min_length=1, max_length=MOST_AVERAGES)
+    averages: list[Average] = Field(min_length=1, max_length=2**8)
     top_k: _Size | None
     top_p: float | None
     weights: Annotated[list[float], _PerExpert] | None
@@ -73,7 +68,7 @@ class Routing(_Said):
     noise: float = 0.0
     prefix: _Size | None = None
     ngram: Ngram | None = None
-    orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
+    orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=2**8)] | None = None
     groups: _Size | None = None
     threshold: Annotated[list[float], _PerExpert] | None = None
     dimensions: _Size | None = None
@@ -132,15 +127,6 @@ class Place(_Said):
             return leaf
         return f"{module_of(module) if self.calls else module}.{leaf}"
 
-    def has(self, expert: int) -> bool:
-        """Whether an expert differs from the base here, an added bias aside."""
-        return bool(self.ranks[expert]) or expert in self.own or expert in self.few_bits
-
-    @property
-    def few_bits(self) -> list[int]:
-        """Experts whose difference is kept in a few bits, in order."""
-        return [expert for expert, bits in enumerate(self.bits) if bits]
-
 
 class MixtureConfig(_Said):
     """`config["modekit"]`: the experts, how they are routed, and module -> what they have there.
@@ -176,10 +162,8 @@ class MixtureConfig(_Said):
             if place.calls and (stack is None or (path, tuple(place.calls)) != (stack.ffn, stack.ffn_calls)):
                 raise ValueError(f"places.{module}: its layer does not call {', '.join(place.calls)} one after the other")
             leader = self.places.get(place.router)
-            if len(place.ranks) != count or len(place.scales) != count:
-                raise ValueError(f"places.{module}: ranks and scales must have {count} entries")
-            if place.bits and len(place.bits) != count:
-                raise ValueError(f"places.{module}: bits must have {count} entries")
+            if {len(place.ranks), len(place.scales), len(place.bits or place.ranks)} != {count}:
+                raise ValueError(f"places.{module}: ranks, scales and bits must have {count} entries")
             for named in (place.own, place.biased):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
                     raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once, in order")
@@ -221,49 +205,21 @@ class MixtureConfig(_Said):
                 return [name for name in names if name in self.places and self.places[name].router == leader]
         return [leader] if leader in self.places else []
 
-    def slots(self) -> tuple[RouterSlot, ...]:
-        """The routers in the order of the layers; of fixed weights, which have no gates, where they would stand."""
-        slots = []
-        for module in sorted(self.places, key=natural_key):
-            place = self.places[module]
-            if place.router == module:
-                assert place.width is not None and place.rows is not None, module  # checked when this was made
-                parts, shared = len(self.routing.averages), self.routing.dimensions or 0
-                slots.append(RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts, shared))
-        return tuple(slots)
-
-    def positions(self) -> tuple[RouterPosition, ...]:
-        """Where the routers stand, in the order of `slots`."""
-        served: dict[str, list[tuple[Layer | None, str]]] = {}
-        for module, place in self.places.items():
-            served.setdefault(place.router, []).append(split_layer(module))
-        found = []
-        for slot in self.slots():
-            layers, paths = zip(*served[leader_of(slot)], strict=True)
-            shared = commonpath([path.replace(".", "/") for path in paths]) if len({*layers}) == 1 else ""
-            found.append(RouterPosition(slot.name, layers[0] if len({*layers}) == 1 else None, shared.replace("/", ".")))
-        return tuple(found)
-
 
 def leader_of(slot: RouterSlot) -> str:
     """The place that a router belongs to."""
-    return slot.name.removesuffix(_GATE)
+    return slot.name.removesuffix(GATE)
 
 
 def routing_config(recipe: Recipe) -> Routing:
     """`modekit.routing` of config.json; see architecture/modekit_router.py."""
     mixture, router = recipe.mixture, recipe.mixture.router
-    always_on = None
+    always_on, read = None, dict[str, Any]()
     if mixture.always_on is not None:
         index = recipe.names.index(mixture.always_on.expert) if mixture.always_on.expert in recipe.names else None
         apart = {"apart": True} if mixture.always_on.apart else {}
         always_on = AlwaysOnConfig(expert=index, weight=mixture.always_on.weight, **apart)
-    weights = None
-    if mixture.method == "linear":
-        given = mixture.weights or dict.fromkeys(recipe.names, 1.0)
-        total = sum(given.values())
-        weights = [given[name] / total for name in recipe.names]
-    read: dict[str, Any] = {}
+    given = mixture.weights or dict.fromkeys(recipe.names, 1.0)
     if mixture.method != "linear":
         read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
         if router.hashes and router.orders is not None:
@@ -279,7 +235,7 @@ def routing_config(recipe: Recipe) -> Routing:
         method=mixture.method,
         top_k=recipe.top_k if mixture.method == "routing" and not mixture.varies else None,
         top_p=mixture.top_p,
-        weights=weights,
+        weights=[given[name] / sum(given.values()) for name in recipe.names] if mixture.method == "linear" else None,
         always_on=always_on,
         **read,
         averages=[Average.model_validate(average) for average in router.averages],

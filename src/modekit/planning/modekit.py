@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place, routing_config
 from modekit.planning.modekit_shape import ModekitShape, gate_of, whole_module_unscored
-from modekit.planning.places import PlannedPlace, leaders_of, needs_base, places_of, splits_ffn, untied, wanted_parts
+from modekit.planning.places import Places, PlannedPlace, leaders_of, needs_base, untied
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, low_rank
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Family
@@ -29,28 +29,22 @@ _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
 class ModekitForm:
-    """The tensors of one recipe's result in the modekit architecture. Raises UnsupportedError when it cannot be said.
-
-    Attributes: as of NativeForm.
-    """
+    """As NativeForm, in the modekit architecture. Raises UnsupportedError when a recipe cannot be said."""
 
     carried = frozenset[str]()
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
         self._recipe, self._sources, self._family, self._code_of = recipe, sources, family, code_of
-        self._base, self._places, self.unties = (
-            sources[0],
-            places_of(recipe, sources, family),
-            untied(recipe, sources[0], family),
-        )
+        self._base, self.unties = sources[0], untied(recipe, sources[0], family)
+        self._places = Places(recipe, sources, family).all()
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
         by_tensor = ((ref.name, place) for place in self._places for ref in place.refs if ref.name.startswith(place.prefix))
         self._by_tensor = dict(by_tensor)
         self._by_tensor.update((LOGITS_BIAS, place) for place in self._places if place.module == HEAD)
         self.mixed = {name for name, place in self._by_tensor.items() if place.is_mixed}
         self.shape = self._shape()
-        if recipe.mixture.fit is not None and recipe.mixture.fit.reads_changes:
+        if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "changes":
             mixture, own = self.shape.mixture, {place.module: place.own for place in self._places if place.own}
             leaders = [module for module, place in mixture.places.items() if place.router == module]
             for module in (each for leader in leaders for each in mixture.readers(leader) if each in own):
@@ -66,9 +60,6 @@ class ModekitForm:
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this form."""
-        wanted = wanted_parts(self._recipe, self._sources, self._family)
-        if "mlp" in wanted and splits_ffn(self._recipe) and any(place.own for place in self._places):
-            yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
             if said.lora_rank is not None:
                 yield (
@@ -87,12 +78,12 @@ class ModekitForm:
             yield from self._low_rank_tensors(place)
             kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
             for number, (expert, bits) in enumerate(kept):
-                pair = self._pair(expert, place.matrix)
+                pair = self._pair(expert, place.weight)
                 for bit, code in ((Delta(*pair, "codes", bits), "U8"), (Delta(*pair, "steps", bits), "F32")):
                     name = f"{place.module}.differences.{number}.{bit.part}"
                     yield PlannedTensor(name, code, bit.shape, "adapter", bit, expert)
             if added := self._added_biases(place):
-                yield self._of_experts(f"{place.module}.lora_bias", added, (len(added), place.matrix.shape[0]))
+                yield self._of_experts(f"{place.module}.lora_bias", added, (len(added), *next(iter(added.values())).shape))
 
     def _shape(self) -> ModekitShape:
         """The base's config.json with what is mixed where under `modekit`."""
@@ -146,14 +137,14 @@ class ModekitForm:
         """A and B of all experts, each in one tensor."""
         a, b = dict[int, Made](), dict[int, Made]()
         for expert, rank in enumerate(place.ranks):
-            change = low_rank(self._sources[1 + expert], place.matrix.name) if rank else None
+            change = low_rank(self._sources[1 + expert], weight_of(place.module)) if rank else None
             if change is not None:
                 a[expert], b[expert] = Copy(change.a), Copy(_rows(change.b, change.rows))
             elif rank:
-                pair = self._pair(expert, place.matrix)
+                pair = self._pair(expert, place.weight)
                 a[expert], b[expert] = Delta(*pair, "A", rank), Delta(*pair, "B", rank)
-        if a:
-            (outputs, inputs), ranks = place.matrix.shape, sum(place.ranks)
+        if a and place.weight is not None:
+            (outputs, inputs), ranks = place.weight.shape, sum(place.ranks)
             code = self._adapter_code([*a.values(), *b.values()])
             yield self._of_experts(f"{place.module}.lora_A", a, (ranks, inputs), 0, code)
             yield self._of_experts(f"{place.module}.lora_B", b, (outputs, ranks), 1, code)
@@ -169,8 +160,9 @@ class ModekitForm:
         """The tensor of the base that a place's tensor is, which has another name where models tie what is untied here."""
         return self._base.tensor(self.unties.get(ref.name, ref.name))
 
-    def _pair(self, expert: int, ref: TensorRef) -> tuple[TensorRef, TensorRef]:
+    def _pair(self, expert: int, ref: TensorRef | None) -> tuple[TensorRef, TensorRef]:
         """A tensor of a full model, and that of the base."""
+        assert ref is not None  # what is kept of a difference is of one matrix
         ref = self._original(ref)
         return self._sources[1 + expert].matching(ref), ref
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os.path import commonpath
 from pathlib import Path
 
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import as_kind
-from modekit.planning.mixture_config import MixtureConfig, Place, Routing, routing_config
+from modekit.planning.mixture_config import GATE, MixtureConfig, Place, Routing, routing_config
 from modekit.planning.places import leaders_of, needs_base, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
     AnyShape,
     Parameters,
+    Recorded,
     RouterPosition,
     RouterSlot,
     Tensors,
-    check_sizes,
-    disagreement,
     other_record,
     unread,
 )
+from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.sources.adapter import LowRank
 from modekit.sources.config import Config, check_values, whole
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
-from modekit.sources.names import split_layer
+from modekit.sources.names import natural_key, split_layer
 from modekit.sources.source import ModelSource
 from modekit.sources.structure import SIZES
 from modekit.weights.few_bits import bytes_of_codes
@@ -78,12 +79,9 @@ class ModekitShape(AnyShape):
         if self.mixture.family.pair:
             return "it has an encoder"
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
-        reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
-        beyond = self.recipe.beyond_native()
-        reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
-        if not reasons and self.recipe.output.format == "modekit":
-            reasons = ["its recipe asks for the modekit architecture (output.format)"]
-        return "; ".join(reasons) or f"no native architecture holds this mixture of '{self.family.model_type}' models"
+        if beyond := self.recipe.beyond_native():
+            return f"only the modekit architecture has {', '.join(beyond)}"
+        return f"it keeps adapters ({', '.join(adapters)})" if adapters else "it is in the modekit architecture (output.format)"
 
     @property
     def also_runs_in(self) -> str:
@@ -95,20 +93,29 @@ class ModekitShape(AnyShape):
         """Why vLLM does not serve it; None where it does."""
         return self.mixture.without_vllm
 
-    @property
-    def mixed(self) -> tuple[str, ...]:
-        """Every place without its layer."""
-        return tuple(sorted({split_layer(module)[1] for module in self.mixture.places}))
+    def _routers(self) -> Iterator[tuple[RouterSlot, RouterPosition]]:
+        """In the order of the layers; of fixed weights, which have no gates, where they would stand."""
+        served: dict[str, list[tuple[Layer | None, str]]] = {}
+        for module, place in self.mixture.places.items():
+            served.setdefault(place.router, []).append(split_layer(module))
+        for module in sorted(served, key=natural_key):
+            place, (layers, paths) = self.mixture.places[module], zip(*served[module], strict=True)
+            assert place.width is not None and place.rows is not None, module  # checked when the config was read
+            parts, shared = len(self.routing.averages), self.routing.dimensions or 0
+            slot = RouterSlot(module + GATE, place.width, tuple(place.rows), place.features, parts, shared)
+            common = commonpath([path.replace(".", "/") for path in paths]) if len({*layers}) == 1 else ""
+            layer = layers[0] if len({*layers}) == 1 else None
+            yield slot, RouterPosition(slot.name, layer, common.replace("/", "."))
 
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers."""
-        return () if self.routing.method == "linear" else self.mixture.slots()
+        return () if self.routing.method == "linear" else tuple(slot for slot, _ in self._routers())
 
     @property
     def positions(self) -> tuple[RouterPosition, ...]:
         """By the places that a router serves."""
-        return self.mixture.positions()
+        return tuple(position for _, position in self._routers())
 
     @property
     def routing(self) -> Routing:
@@ -126,10 +133,10 @@ class ModekitShape(AnyShape):
         said = self.mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
         return replace(self, config={**self.config, "modekit": said.as_written()}, mixture=said)
 
-    def other_bases(self, recipe: Recipe) -> list[str]:
+    def other_tensors(self, recipe: Recipe) -> bool:
         """By what the recipe's routers read, and what is always on."""
         places = self.mixture.places.items()
-        return [module for module, place in places if place.base != needs_base(recipe, self.family, module, place.own)]
+        return any(place.base != needs_base(recipe, self.family, module, place.own) for module, place in places)
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """With its format written out, as under another routing a native architecture might be chosen."""
@@ -139,17 +146,15 @@ class ModekitShape(AnyShape):
 
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every place has the tensors that the config promises, in shapes that fit together."""
-        check_sizes(self.config, self.mixture.family, tensors, self.where)
+        self.check_sizes(tensors)
         leaves = _leaves(tensors)
         for module, place in self.mixture.places.items():
             for name, shape in _promised(module, place, tensors, leaves.get(module, [])).items():
                 found = tensors.get(name)
                 if found is None or found.shape != shape or (found.dtype == "U8") != name.endswith(".codes"):
-                    raise disagreement(f"{self.where}: {name}")
+                    raise self.disagreement(name)
 
-    def recorded(
-        self, expert: int, base: ModelSource, tensors: Tensors, file: Path
-    ) -> tuple[dict[str, TensorRef], dict[str, LowRank]]:
+    def recorded(self, expert: int, base: ModelSource, tensors: Tensors, file: Path) -> Recorded:
         """What is known of an adapter that is no longer there, with the file that it lay in: tensors of the base that it
         replaced, and its low-rank changes.
         """
@@ -208,7 +213,7 @@ def _promised(module: str, place: Place, tensors: Tensors, leaves: list[str]) ->
     if ranks:
         found |= {f"{module}.base.weight": (rows, columns)}
         found |= {f"{module}.lora_A": (ranks, columns), f"{module}.lora_B": (rows, ranks)}
-    for number, expert in enumerate(place.few_bits):
+    for number, expert in enumerate(expert for expert, bits in enumerate(place.bits) if bits):
         name = f"{module}.differences.{number}"
         found |= {f"{name}.codes": (rows, place.bits[expert], bytes_of_codes(columns)), f"{name}.steps": (rows,)}
     if place.biased:

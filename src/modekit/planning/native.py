@@ -9,31 +9,27 @@ from typing import cast
 
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.typed import shortened
-from modekit.planning.carry import CarrySize, biases_of, carried_size
-from modekit.planning.channel_choice import channels_of, channels_said_by
-from modekit.planning.channels import Channels
+from modekit.planning.channel_choice import carried_size, channels_of, channels_said_by
+from modekit.planning.channels import CarrySize, Channels
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.shape import (
     BUILD_AGAIN,
     AnyShape,
     Parameters,
+    Recorded,
     RouterPosition,
     RouterSlot,
     Tensors,
-    check_sizes,
-    disagreement,
     other_record,
     unread,
 )
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import LowRank
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
-from modekit.sources.native import Native
-from modekit.sources.natives import native_of
+from modekit.sources.natives import Native, native_of
 from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, FFNKind, Join, Made, Pad, Padded, Zeros, scaled
 
@@ -49,16 +45,14 @@ class NativeShape(AnyShape):
 
     plain = True
     without_vllm = None
-    mixed = ("mlp",)
 
     @classmethod
     def opened(
         cls, config: Config, recipe: Recipe, where: str, native_type: str, dense: Config, carry: CarrySize | None
     ) -> NativeShape:
-        """The shape of a finished checkpoint, by the row that it was written by, and what its record says that it carries.
+        """Of a finished checkpoint, by the row that it was written by, and what its record says that it carries.
 
-        Raises CheckpointError when this version has none, or config.json has other numbers of experts or channels than there
-        can be.
+        Raises CheckpointError when there is no row, or config.json has other numbers of experts or channels than can be.
         """
         try:
             native = native_of(native_type, str(dense.get("model_type")))
@@ -78,7 +72,7 @@ class NativeShape(AnyShape):
 
     @property
     def native_type(self) -> str:
-        """`model_type` of the architecture, as modekit.json keeps it."""
+        """Of the architecture, as modekit.json keeps it."""
         return self.native.native_type
 
     @property
@@ -98,7 +92,7 @@ class NativeShape(AnyShape):
 
     @property
     def vllm_differs(self) -> str | None:
-        """What vLLM's own class computes otherwise, so that it must run transformers'."""
+        """By the row and the config."""
         return next((what for holds, what in self.native.vllm_differs if holds(self.config)), None)
 
     @property
@@ -138,35 +132,30 @@ class NativeShape(AnyShape):
         """Settings of a recipe's mixture that only the modekit architecture says."""
         return recipe.beyond_native()
 
-    def carries(self, recipe: Recipe) -> bool:
-        """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
-        return _carried(recipe) == _carried(self.recipe)
+    def other_tensors(self, recipe: Recipe) -> bool:
+        """Whether a router needs other channels, or makes something else of them in the first attention."""
+        router = [each.mixture.router for each in (recipe, self.recipe) if each.mixture.fit and each.mixture.fit.carried]
+        return len(router) == 1 or len({tuple(each.decays) for each in router}) > 1
 
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
-        check_sizes(self.config, self.native.family, tensors, self.where)
+        self.check_sizes(tensors)
         native = self.native
         paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(self.experts)]
         ranks = dict.fromkeys(paths, 2) | dict.fromkeys(native.fused or (), 3)
         ranks |= {each.name: len(each.shape) for each in native.written_constants}
         for name, rank in ((in_layer(layer, path), rank) for layer in range(self._layers) for path, rank in ranks.items()):
             if name not in tensors or len(tensors[name].shape) != rank:
-                raise disagreement(f"{self.where}: {name}")
+                raise self.disagreement(name)
         for layer in range(self._layers) if native.fused is not None else ():
             both, down = (tensors[in_layer(layer, name)].shape for name in native.fused or ())
             if both != (self.experts, both[1], down[1]) or down != (self.experts, down[1], both[1] // 2) or both[1] % 2:
-                raise disagreement(f"{self.where}: an FFN of layer {layer}")
+                raise self.disagreement(f"an FFN of layer {layer}")
 
-    def recorded(
-        self, expert: int, base: ModelSource, tensors: Tensors, file: Path
-    ) -> tuple[dict[str, TensorRef], dict[str, LowRank]]:
-        """What is known of an adapter that is no longer there: it is folded into tensors of the expert's own. Of an expert with
-        weight 0 the last projection is zero, and not here.
-        """
-        weights, family = self.recipe.mixture.weights, self.native.family
-        parts = [part for part in family.mlp if part != "down" or weights is None or weights[self.recipe.names[expert]] > 0]
-        front = int(self.channels is not None and self.channels.front)
-        names = (in_layer(layer, family.mlp[part]) for layer in range(self._layers - front) for part in parts)
+    def recorded(self, expert: int, base: ModelSource, tensors: Tensors, file: Path) -> Recorded:
+        """As of ModekitShape: an adapter is folded into tensors of the expert's own."""
+        layers = range(self._layers - int(self.channels is not None))
+        names = (in_layer(layer, path) for layer in layers for path in self.native.family.mlp.values())
         return {name: unread(name, file, base.tensor(name).dtype, base.tensor(name).shape) for name in names}, {}
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
@@ -187,12 +176,6 @@ class NativeShape(AnyShape):
         return whole(self.config, "num_hidden_layers")
 
 
-def _carried(recipe: Recipe) -> object:
-    """What of a recipe's mixture decides which channels there are, and what its first attention makes of them."""
-    fit = recipe.mixture.fit
-    return recipe.mixture.router.decay or fit.fading if fit is not None and fit.carried else None
-
-
 class NativeForm:
     """The tensors of one recipe's result in a native architecture. Raises UnsupportedError where it cannot carry the router.
 
@@ -208,27 +191,21 @@ class NativeForm:
         self._recipe, self._sources, self._native, self._code_of = recipe, sources, native, code_of
         self._family, self._base = native.family, sources[0]
         self._dense = self._family.dense_config(self._base.config)
-        self.mixes_more = (
-            f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
-        )
-        self._carry, self._channels = None, channels_of(recipe, native, self._dense)
+        self.mixes_more = f"{native.native_type} mixes FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
+        self._channels = channels_of(recipe, native, self._dense)
         if self._channels is not None:
-            self._carry = carried_size(recipe, sources, self._family, self._dense)
-            self._channels = channels_of(recipe, native, self._dense, self._carry)
-        self._front = int(self._channels is not None and self._channels.front)
+            carry = carried_size(recipe, sources, self._family, self._dense)
+            self._channels = channels_of(recipe, native, self._dense, carry)
+        self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
         self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._family.mlp.values()}
         gate = self._in_base(0, "gate")
         self.router_dtype, self._sizes = code_of(gate), gate.shape
-        config = native.native_config(
-            self._base.config,
-            experts=len(recipe.experts),
-            top_k=recipe.top_k,
-            expert_hidden=gate.shape[0],
-            dtype=DTYPE_NAMES[self.router_dtype],
-        )
+        sizes = {"experts": len(recipe.experts), "top_k": recipe.top_k, "expert_hidden": gate.shape[0]}
+        config = native.native_config(self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
         config = config if self._channels is None else self._channels.widened(config)
         self.shape = NativeShape(config, recipe, self._base.spec, native, self._channels)
+        self._carry = None if self._channels is None else self._channels.carry
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
 
@@ -238,8 +215,7 @@ class NativeForm:
         if self._carry is None or self._channels is None:
             return set()
         widening, parts = self._channels.widening, self._family.parts
-        modules = [parts[part] for part in ("q", "k", "v", "o")]
-        modules += [norm for norm in (widening.before_attention, widening.after_attention) if norm is not None]
+        modules = [*(parts[part] for part in ("q", "k", "v", "o")), *widening.norms]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
         return names | {weight_of(module) for module, carried in ends.items() if carried}
@@ -265,27 +241,11 @@ class NativeForm:
                     remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
                 )
             tensor = replace(tensor, name=in_layer(layer + self._front, path))
-        yield from self._with_channels(tensor)
+        yield self._with_channels(tensor)
 
-    def _with_channels(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        for each in self._split(tensor):
-            channels = self._channels
-            yield _widened(each, None if channels is None else channels.pad_of(each.name, each.shape, self._native.parts))
-
-    def _split(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        """The tensor itself, or those that the result has in its place: some of its rows each."""
-        module, _, leaf = tensor.name.rpartition(".")
-        layer, path = split_layer(module)
-        if not isinstance(layer, int) or path not in self._native.split:
-            yield tensor
-            return
-        start, heads = 0, ("num_attention_heads", *["num_key_value_heads"] * 2)
-        for key, part in zip(heads, self._native.split[path], strict=True):
-            rows = whole(self._dense, key) * whole(self._dense, "head_dim")
-            made, shape = tensor.made, (rows, *tensor.shape[1:])
-            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merged) else Zeros(shape)
-            yield replace(tensor, name=f"{in_layer(layer, part)}.{leaf}", shape=shape, made=made)
-            start += rows
+    def _with_channels(self, tensor: PlannedTensor) -> PlannedTensor:
+        pad = None if self._channels is None else self._channels.pad_of(tensor.name, tensor.shape, self._family.parts)
+        return _widened(tensor, pad)
 
     def experts(self) -> Iterator[PlannedTensor]:
         """What the result has besides the backbone: in front a layer whose experts add nothing, all experts, constants."""
@@ -294,7 +254,8 @@ class NativeForm:
             yield from self._in_front()
             yield from self._of_layer(0, nothing)
         for layer in range(self._layers):
-            made = {part: [self._made(e, part, layer) for e in range(len(self._sources) - 1)] for part in self._family.mlp}
+            refs = {part: self._in_base(layer, part) for part in self._family.mlp}
+            made = {part: [as_in(source, ref) for source in self._sources[1:]] for part, ref in refs.items()}
             yield from self._of_layer(layer + self._front, made)
         spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
         letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": len(self._recipe.experts)}
@@ -308,11 +269,11 @@ class NativeForm:
         else, norms as there.
         """
         assert self._channels is not None
-        norms, within = (*self._channels.widening.norms, *self._channels.widening.over_heads), in_layer(0)
+        norms, within = self._channels.widening.norms, in_layer(0)
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self.mixed and not is_ignored(name):
                 made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in norms else Zeros(ref.shape)
-                yield from self._with_channels(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
+                yield self._with_channels(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
 
     def _of_layer(self, layer: int, made: Mapping[str, Sequence[Made | None]]) -> Iterator[PlannedTensor]:
         """The experts in a layer of the result, by what each has of a part of the FFN; zeros where there is nothing.
@@ -342,12 +303,6 @@ class NativeForm:
     def _in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN in a layer of the base."""
         return self._base.tensor(in_layer(layer, self._family.mlp[part]))
-
-    def _made(self, expert: int, part: str, layer: int) -> Made:
-        """What an expert has of a part of the FFN in a layer of the base."""
-        ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
-        made, rows = as_in(self._sources[1 + expert], ref), self._rows(part, ref)
-        return made if rows is None else made.cut(rows)
 
     def _factors(self) -> list[float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""

@@ -24,7 +24,6 @@ from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.numeric import stored
 
-_MEASURED = "`modekit verify --deep` measures after a build what that is worth"
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 
 
@@ -41,14 +40,14 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collec
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"
         )
-    yield from _lost_of_adapters(recipe, sources, way_out, mixed)
+    yield from _lost(recipe, sources, way_out, mixed)
     yield from _of_chats(recipe, vocabulary)
-    yield from _lost_of_models(recipe, sources, way_out, mixed)
     yield from _beside(sources)
     for key in ("channels", "carry", "rank") if not plain else ():
         if getattr(recipe.output, key) is not None:
             yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
-    yield from _of_one_folder(recipe, sources)
+    own = [(expert, source) for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
+    yield from twins([expert for expert, _ in own], [each.folder.resolve() for _, each in own], sources[0].folder.resolve())
 
 
 def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
@@ -101,25 +100,6 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         )
 
 
-def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
-    """A note that names the full models of a recipe that may lose something; none on another backbone, or when all is mixed."""
-    outside = [name for name in sources[0].tensors if name not in mixed and not is_ignored(name)]
-    modules = recipe.mixture.modules
-    mixes_every_ffn = recipe.mixture.layers is None and (not isinstance(modules, list) or "mlp" in modules)
-    if recipe.mixture.backbone != BASE or not outside:
-        return
-    names = [
-        expert.name
-        for expert, source in zip(recipe.experts, sources[1:], strict=True)
-        if expert.is_whole and not (mixes_every_ffn and changed_ffn_alone(source))
-    ]
-    if names:
-        yield (
-            f"{', '.join(names)}: the base model's backbone loses what a full model changed outside of the mixed modules. "
-            f"{_MEASURED}; {way_out}, or merge the backbone (mixture.backbone: average)"
-        )
-
-
 def _changed(source: AdapterSource) -> set[str]:
     return {*source.changes, *source.replaced}
 
@@ -136,19 +116,26 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
             )
 
 
-def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
-    """A note on the adapters of which something is lost."""
-    backbone, lost = recipe.mixture.backbone, list[str]()
-    kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
+def _lost(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
+    """A note on the experts of which something is lost, or may be; none on a merged backbone, or when all is mixed."""
+    mixture, lost, models = recipe.mixture, list[str](), list[str]()
+    kept = mixture.backbone.expert if isinstance(mixture.backbone, BackboneExpert) else None
+    ffns = mixture.layers is None and (not isinstance(mixture.modules, list) or "mlp" in mixture.modules)
+    all_mixed = all(name in mixed or is_ignored(name) for name in sources[0].tensors)
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if isinstance(source, AdapterSource) and recipe.mixture.merge is None and kept != expert.name:
-            changed = _changed(source)
-            if outside := changed.difference(mixed):
-                lost.append(f"{len(outside)} of the {len(changed)} tensors that {expert.name} changes ({_kinds(outside)})")
+        if isinstance(source, AdapterSource):
+            outside = _changed(source).difference(mixed)
+            if outside and mixture.merge is None and kept != expert.name:
+                lost.append(
+                    f"{len(outside)} of the {len(_changed(source))} tensors that {expert.name} changes ({_kinds(outside)})"
+                )
+        elif mixture.backbone == BASE and expert.is_whole and not all_mixed and not (ffns and changed_ffn_alone(source)):
+            models.append(expert.name)
+    lost += [f"what {', '.join(models)} changed outside of the mixed modules"] if models else []
     if lost:
         yield (
-            f"not mixed, and lost on this backbone: {', '.join(lost)}. {_MEASURED}; {way_out}, or merge the "
-            "backbone (mixture.backbone: average)"
+            f"not mixed, and lost on this backbone: {', '.join(lost)}. `modekit verify --deep` measures after a build what "
+            f"that is worth; {way_out}, or merge the backbone (mixture.backbone: average)"
         )
 
 
@@ -188,15 +175,3 @@ def twins(experts: Sequence[Expert], models: Sequence[object], base: object) -> 
             same.setdefault((model, tuple(expert.layers or ())), []).append(expert.name)
     for each in (each for each in same.values() if len(each) > 1):
         yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"
-
-
-def _of_one_folder(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
-    """Experts that were read from one folder, or have one text."""
-    own = [(expert, source) for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
-    yield from twins([expert for expert, _ in own], [each.folder.resolve() for _, each in own], sources[0].folder.resolve())
-    texts: dict[tuple[str, ...], list[str]] = {}
-    for expert in recipe.experts:
-        if expert.text and not expert.writes_text:
-            texts.setdefault(tuple(sorted(expert.text)), []).append(expert.name)
-    for names in (names for names in texts.values() if len(names) > 1):
-        yield f"{' and '.join(names)} have one text: no router can choose between them by it; correct the paths"

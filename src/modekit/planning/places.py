@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
-from typing import cast
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.tensors import low_rank, touched
@@ -43,13 +42,10 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class PlannedPlace:
-    """A module of the base, the tensors in it, and what each expert has there: the base's, unless it is said.
+    """A module of the base, the tensors in it, and what experts have there: a module of their `own`, a low-rank change of one
+    of `ranks`, or a difference in `bits` per number; else the base's.
 
-    Attributes:
-        calls: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
-        own: experts with a module of their own.
-        ranks: per expert the rank of its change; 0 without one.
-        bits: per expert those of each number of its difference; 0 without one.
+    `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
     """
 
     module: str
@@ -81,11 +77,6 @@ class PlannedPlace:
     def weight(self) -> TensorRef | None:
         """Of the base's module; None where it has several."""
         return next((ref for ref in self.refs if ref.name == weight_of(self.module)), None)
-
-    @property
-    def matrix(self) -> TensorRef:
-        """The weight of a linear map, or of an embedding."""
-        return cast(TensorRef, self.weight)
 
 
 def _check_kind(recipe: Recipe, family: Family) -> None:
@@ -120,25 +111,19 @@ def _check_kind(recipe: Recipe, family: Family) -> None:
             raise UnsupportedError(what, where=f"mixture.{where}", remedy=remedy)
 
 
-def places_of(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> list[PlannedPlace]:
-    """In the order in which they run. Raises UnsupportedError when there are none."""
-    _check_kind(recipe, family)
-    return _Places(recipe, sources, family).all()
-
-
 def untied(recipe: Recipe, base: ModelSource, family: Family) -> dict[str, str]:
     """Head -> embedding, where whole models tie them and the result does not."""
     return dict(family.ties) if recipe.mixture.modules == "all" and family.is_tied(base) else {}
 
 
-class _Places:
+class Places:
     """Finds the places of one recipe."""
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
         self._recipe, self._sources, self._family, self._base = recipe, sources, family, sources[0]
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
         self._unties = untied(recipe, sources[0], family)
-        self._wanted = wanted_parts(recipe, sources, family)
+        self._wanted = _wanted_parts(recipe, sources, family)
         self._sorted_names = sorted((name, place) for place, name in enumerate(self._base.tensors))
         said, sizes = [expert.layers for expert in recipe.experts], family.sizes(self._base.config)
         self._layers: list[list[Layer] | None] = [
@@ -146,6 +131,8 @@ class _Places:
         ]
 
     def all(self) -> list[PlannedPlace]:
+        """In the order in which they run. Raises UnsupportedError when there are none."""
+        _check_kind(self._recipe, self._family)
         self._check_modules()
         places = list(self._of_everything() if self._recipe.mixture.is_whole else self._of_layers())
         for expert, said in enumerate(self._recipe.experts):
@@ -167,7 +154,9 @@ class _Places:
     def _in_order(self, stack: Stack) -> list[tuple[str, str]]:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
         wanted = self._wanted
-        if "mlp" in wanted and splits_ffn(self._recipe):
+        # Projection by projection: for low-rank experts, and routers finer than a module.
+        low = any(expert.adapter is not None or expert.is_low_rank for expert in self._recipe.experts)
+        if "mlp" in wanted and (low or self._recipe.mixture.router.scope in {"projection", "feature"}):
             wanted = (wanted - {"mlp"}) | stack.ffn_parts
         chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
         for part in stack.parts:
@@ -176,27 +165,20 @@ class _Places:
         return sorted(chosen.items(), key=lambda entry: stack.rank(entry[1]))
 
     def _check_modules(self) -> None:
+        """Raise UnsupportedError for parts that the family has not, or of a module whose other parts are not named."""
         modules, family = self._recipe.mixture.modules, self._family
-        if not isinstance(modules, list):
-            return
-        if unknown := [part for part in modules if part != "mlp" and part not in family.all_parts]:
-            raise UnsupportedError(
-                f"'{family.model_type}' has no such part",
-                where="mixture.modules",
-                found=", ".join(unknown),
-                expected=", ".join(["mlp", *family.all_parts]),
-                remedy="correct the list",
-            )
-        for part in modules:
+        for part in modules if isinstance(modules, list) else ():
             path = family.parts.get(part)
-            partners = [other for other, its in family.parts.items() if its == path and other not in modules]
-            if path is not None and partners:
+            partners = [other for other, its in family.parts.items() if path is not None and its == path]
+            if (part != "mlp" and part not in family.all_parts) or not {*partners} <= {*modules}:
                 raise UnsupportedError(
-                    f"'{family.model_type}' keeps these parts in one module ({path})",
+                    f"'{family.model_type}' keeps parts in one module"
+                    if partners
+                    else f"'{family.model_type}' has no such part",
                     where="mixture.modules",
                     found=part,
-                    expected=f"{', '.join([part, *partners])} together",
-                    remedy="name them all, or none",
+                    expected=f"{', '.join(partners)} together" if partners else ", ".join(["mlp", *family.all_parts]),
+                    remedy="correct the list",
                 )
 
     def _check_reader(self, first: str) -> None:
@@ -232,8 +214,11 @@ class _Places:
 
     def _all_modules(self) -> list[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
-        self._check_bias()
         family, embedding = self._family, self._family.embedding
+        for source in self._sources[1:]:
+            if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
+                what, where = f"the expert has a {LOGITS_BIAS} and the base model none", f"{source.label} ({source.spec})"
+                raise MismatchError(what, where=where, remedy="open the base model with transformers, and save it again")
         modules = {embedding, family.place_of(weight_of(family.head or embedding))}
         if family.derived is not None:
             modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self._unties)}
@@ -253,16 +238,6 @@ class _Places:
         if any(module in modules for module in family.entrances if module != embedding):  # which runs in its place
             modules.remove(embedding)
         return sorted(modules, key=lambda module: (module != embedding, module == HEAD, natural_key(module)))
-
-    def _check_bias(self) -> None:
-        """Raise MismatchError where an expert adds a bias to its logits and the base has none that it could stand beside."""
-        for source in self._sources[1:]:
-            if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
-                raise MismatchError(
-                    f"the expert has a {LOGITS_BIAS} and the base model none",
-                    where=f"{source.label} ({source.spec})",
-                    remedy="open the base model with transformers and save it again, which writes one of zeros",
-                )
 
     def _place(self, module: str, calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
@@ -308,13 +283,7 @@ class _Places:
         return False, min(said.rank or 16, *matrix.shape), 0
 
 
-def splits_ffn(recipe: Recipe) -> bool:
-    """Whether the FFN is mixed projection by projection: for low-rank experts, and routers finer than a module."""
-    low = any(expert.adapter is not None or expert.is_low_rank for expert in recipe.experts)
-    return low or recipe.mixture.router.scope in {"projection", "feature"}
-
-
-def wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> set[str]:
+def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> set[str]:
     """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what they
     change, for parts of models every linear part.
     """
@@ -360,16 +329,15 @@ def leaders_of(places: Iterable[str], recipe: Recipe, family: Family) -> dict[st
         return dict.fromkeys(modules, _first_to_run(modules, family))
     sharers = {module: _sharers(module, family, recipe.mixture.router.scope) for module in modules}
     leaders: dict[object, str] = {}
-    for module in sorted(modules, key=lambda module: _when(module, family)):
+
+    def when(module: str) -> tuple[tuple[int, int], int]:
+        layer, path = split_layer(module)
+        assert layer is not None, module
+        return order_of(layer), family.stack_of(layer).rank(path)
+
+    for module in sorted(modules, key=when):
         leaders.setdefault(sharers[module], module)
     return {module: leaders[sharers[module]] for module in modules}
-
-
-def _when(place: str, family: Family) -> tuple[tuple[int, int], int]:
-    """(layer, number of its first part in the order in which parts run) of a place."""
-    layer, path = split_layer(place)
-    assert layer is not None, place
-    return order_of(layer), family.stack_of(layer).rank(path)
 
 
 def _sharers(place: str, family: Family, scope: str) -> object:

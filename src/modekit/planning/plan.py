@@ -13,12 +13,13 @@ from pathlib import Path
 
 from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
-from modekit.planning.carry import CarrySize
+from modekit.planning.channels import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native import NativeShape
 from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import MOST_TOKENS
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
@@ -37,10 +38,7 @@ _BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed,
 def open_shape(
     config: Config, recipe: Recipe, where: str, native_type: str | None, dense: Config, carry: CarrySize | None
 ) -> Shape:
-    """The shape of a checkpoint by its config.json and by what its record says.
-
-    `native_type` and `carry` are the record's, `dense` the base's config as it keeps it. Raises CheckpointError.
-    """
+    """Of a checkpoint, by config.json and by what its record says; `dense` is the base's config. Raises CheckpointError."""
     if native_type is None:
         return ModekitShape.opened(config, recipe, where)
     return NativeShape.opened(config, recipe, where, native_type, dense, carry)
@@ -48,13 +46,8 @@ def open_shape(
 
 @dataclass(frozen=True)
 class Reused:
-    """A mixture whose tensors a plan takes as they are (reuse.py).
-
-    Attributes:
-        model: its tensors.
-        files: shards of the plan that are files of it.
-        names: tensor of the plan that holds something of the mixture's -> the mixture's tensor.
-        otherwise: the plan's shards if it took nothing.
+    """A mixture whose tensors a plan takes as they are (reuse.py): `files` are shards of the plan that are files of it, `names`
+    say of a tensor of the plan which of the mixture's is in it, `otherwise` are the shards of a plan that took nothing.
     """
 
     model: ModelSource
@@ -140,12 +133,7 @@ class Plan:
     @property
     def disk_needed(self) -> int:
         """Bytes that a build writes: weights that are in no file which is there, and the statistics that it keeps."""
-        return self.bytes_written - self.bytes_linked + self.bytes_of_statistics
-
-    @property
-    def bytes_of_statistics(self) -> int:
-        """Of those that are kept beside the weights."""
-        return self.statistics_bytes()
+        return self.bytes_written - self.bytes_linked + self.statistics_bytes()
 
     def parameters(self) -> dict[str, int]:
         """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
@@ -173,12 +161,12 @@ class Plan:
         """
         parameters, fit = self.parameters(), 0
         router, row = self.recipe.mixture.router, self.recipe.mixture.fit
-        if row is not None and row.keeps is not None:
+        if row is not None and row.reads_text:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
             width = 12 * self.family.hidden(self.config) + whole(self.config, "vocab_size")
             activations = 16 * router.sequence_length * width * 4
-            fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
+            fit = one * itemsize + activations + self.statistics_bytes() * (1 if row.runs_models else 4)
         factored = (
             working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
             for tensor in self.tensors

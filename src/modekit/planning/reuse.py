@@ -1,9 +1,8 @@
 """What a mixture that is there already has of a plan: those tensors are taken from it, not made again.
 
 Two plans are compared, of the mixture as it is and as it is to be, over the same sources: a tensor of the second that the
-first makes in the same way of the same experts is in the checkpoint. Where many experts lie in one tensor, that holds of each
-one's part of it. So what comes out is what a build of the second plan gives, and nobody has to say which tensors depend on
-what. What a training has moved stays moved.
+first makes in the same way of the same experts is in the checkpoint; of many experts in one tensor, each one's part of it. So
+what comes out is what a build of the second plan gives, but what a training has moved stays moved.
 """
 
 from __future__ import annotations
@@ -84,35 +83,29 @@ class _Finder:
         """Many experts in one tensor: from the checkpoint the parts of those that were there."""
         if not (isinstance(made, Join) and isinstance(was, Join)) or made.axis != was.axis:
             return made
-        spans = dict(zip(_parts(was, self._same), _spans(was), strict=True))
-        keys = _parts(made, self._origins)
-        pairs = zip(made.of, keys, strict=True)
-        found = tuple(part if key not in spans or key[0] is None else _part(ref, spans[key], made.axis) for part, key in pairs)
+        there = dict(zip(_parts(was, self._same), _stored_parts(was, ref), strict=True))
+        pairs = zip(made.of, _parts(made, self._origins), strict=True)
+        found = tuple(part if key[0] is None else there.get(key, part) for part, key in pairs)
         return made if found == made.of else replace(made, of=found)
 
 
 def _parts(made: Join, origins: Origins) -> list[tuple[object, ...]]:
     """Per part whose it is, by that one's number in the old mixture (None: a new one's), which of its parts, and how made."""
-    counts: dict[int | None, int] = {}
     keys: list[tuple[object, ...]] = []
-    for expert, part in zip(made.experts, made.of, strict=True):
-        number = counts[expert] = counts.get(expert, -1) + 1
+    for place, (expert, part) in enumerate(zip(made.experts, made.of, strict=True)):
+        number = made.experts[:place].count(expert)
         keys.append((None if expert is None else origins[expert], number, repr(part)))
     return keys
 
 
-def _spans(made: Join) -> Iterator[tuple[int, int]]:
-    """Where every part lies: from and to which element, or, side by side, from and to which column."""
-    position = 0
+def _stored_parts(made: Join, ref: TensorRef) -> Iterator[Copy | Columns]:
+    """Every part where it lies in a stored tensor."""
+    position, size = 0, ITEMSIZE[ref.dtype]
     for part in made.of:
         stop = position + (part.shape[1] if made.axis else math.prod(part.shape))
-        yield position, stop
+        if made.axis:
+            yield Columns(ref, position, stop)
+        else:
+            inside = {"start": ref.start + position * size, "end": ref.start + stop * size}
+            yield Copy(replace(ref, shape=(stop - position,), **inside))
         position = stop
-
-
-def _part(ref: TensorRef, span: tuple[int, int], axis: int) -> Copy | Columns:
-    if axis:
-        return Columns(ref, *span)
-    size = ITEMSIZE[ref.dtype]
-    start, stop = span
-    return Copy(replace(ref, shape=(stop - start,), start=ref.start + start * size, end=ref.start + stop * size))

@@ -1,9 +1,8 @@
 """What the headers of a result say in either form: its routers, what experts have of a tensor, how many parameters there are.
 
-The two forms are native_shape.py and modekit_shape.py. What is asked of a mixture that is loaded stands in loaded/mixture.py.
-Nothing here imports torch.
+The two forms are native.py and modekit_shape.py. What is asked of a mixture that is loaded stands in loaded/mixture.py.
 
-Shape legend: D width of what a router reads, E experts, J parts of a gate, O and I rows and columns of a tensor, R rank.
+Shape legend: D width of what a router reads, E experts, J parts of a gate.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import ClassVar
 from modekit.errors import CheckpointError
 from modekit.recipes.layers import Layer, stack_of
 from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import LowRank
 from modekit.sources.config import Config
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
@@ -24,35 +24,14 @@ from modekit.sources.names import layers_of
 BUILD_AGAIN = "build the mixture again"
 
 Tensors = Mapping[str, TensorRef]
-
-
-def disagreement(where: str, found: object = None) -> CheckpointError:
-    """The error where config.json promises other tensors than there are."""
-    return CheckpointError("config.json and the weights disagree", where=where, found=found, remedy=BUILD_AGAIN)
+Recorded = tuple[dict[str, TensorRef], dict[str, LowRank]]
+"""Tensors of the base that an adapter replaces, and its low-rank changes."""
 
 
 def other_record(where: str, found: object, expected: object = None) -> CheckpointError:
     """The error where config.json says something else than modekit.json."""
     what = "config.json and modekit.json disagree"
     return CheckpointError(what, where=where, found=found, expected=expected, remedy=BUILD_AGAIN)
-
-
-def check_sizes(config: Config, family: Family, tensors: Tensors, where: str) -> None:
-    """Raise CheckpointError unless the weights have the layers and the width of which config.json speaks.
-
-    Before anything is made that is as large as it says.
-    """
-    there = layers_of(tensors)
-    for stack in family.stacks:
-        layers = 1 + max((number for name, number in map(stack_of, there) if name == stack.name), default=-1)
-        if stack.size(config) > layers:
-            raise disagreement(f"{where}: {stack.count[0]}", f"{stack.size(config)}, and weights of {layers} layers")
-    if family.derived is not None:
-        return
-    width = family.hidden(config)
-    names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
-    if width not in {tensors[name].shape[-1] for name in names if tensors[name].shape}:
-        raise disagreement(f"{where}: {family.width}", f"{width}, which is not the embedding's")
 
 
 @dataclass(frozen=True)
@@ -83,11 +62,7 @@ class RouterSlot:
 
 @dataclass(frozen=True)
 class RouterPosition:
-    """Where a router stands: its gate's name, and the layer and module that it decides for.
-
-    `layer` is None when it serves several layers or stands outside of them; `module` is what the paths of the places that it
-    serves share.
-    """
+    """Where a router stands: its gate's name, the one layer that it serves, and what the paths of the places there share."""
 
     name: str
     layer: Layer | None
@@ -111,16 +86,10 @@ def unread(name: str, file: Path, dtype: str, shape: tuple[int, ...]) -> TensorR
 
 @dataclass(frozen=True)
 class AnyShape:
-    """What both forms have; a plan and a checkpoint ask without knowing which they have.
+    """What both forms have: config.json, the recipe that it came from, and what messages call it.
 
-    Attributes:
-        config: its config.json.
-        recipe: that it came from.
-        where: what messages call it.
-        plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
-            own, and holds the weight that is given to it.
-        code_files: what is copied into the checkpoint so that it opens.
-        vllm_differs: what vLLM's own class computes otherwise, so that it must run transformers'.
+    `plain`: whether transformers opens it without code of modekit's (`code_files`). Then each expert with the backbone is a
+    model of its own, and holds the weight that is given to it.
     """
 
     config: Config
@@ -132,7 +101,7 @@ class AnyShape:
 
     @property
     def vllm_differs(self) -> str | None:
-        """See above."""
+        """What vLLM's own class computes otherwise, so that it must run transformers'."""
         return None
 
     @property
@@ -145,17 +114,35 @@ class AnyShape:
         """E."""
         return len(self.recipe.experts)
 
-    def other_bases(self, recipe: Recipe) -> list[str]:
-        """Places where a recipe needs the base's module and there is none, or the reverse."""
-        return []
+    @property
+    def family(self) -> Family:
+        """Of the base."""
+        raise NotImplementedError
+
+    def check_sizes(self, tensors: Tensors) -> None:
+        """Raise CheckpointError unless the weights have the layers and the width of config.json, before such a size is made."""
+        there, family = layers_of(tensors), self.family
+        for stack in family.stacks:
+            layers = 1 + max((number for name, number in map(stack_of, there) if name == stack.name), default=-1)
+            if stack.size(self.config) > layers:
+                raise self.disagreement(stack.count[0], f"{stack.size(self.config)}, and weights of {layers} layers")
+        names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
+        widths, width = {size for name in names for size in tensors[name].shape[-1:]}, family.hidden(self.config)
+        if family.derived is None and width not in widths:
+            raise self.disagreement(family.width, f"{width}, which is not the embedding's")
+
+    def disagreement(self, where: str, found: object = None) -> CheckpointError:
+        """The error where config.json promises other tensors than there are."""
+        what = "config.json and the weights disagree"
+        return CheckpointError(what, where=f"{self.where}: {where}", found=found, remedy=BUILD_AGAIN)
+
+    def other_tensors(self, recipe: Recipe) -> bool:
+        """Whether a recipe with the same experts needs other tensors than these, gates aside."""
+        return False
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that this form cannot say."""
         return []
-
-    def carries(self, recipe: Recipe) -> bool:
-        """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
-        return True
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """The recipe of which a build gives this form, whatever its routing has become."""

@@ -9,8 +9,7 @@ What comes and goes together lies together:
     model-embedding.safetensors           the embedding where it carries a router's evidence
     model-router.safetensors              the gates
 
-An expert that comes or goes leaves the backbone's files, and those of the experts before it, byte for byte as they are
-(members/change.py).
+An expert that comes or goes leaves the backbone's files, and those of the experts before it, as they are (members/change.py).
 """
 
 from __future__ import annotations
@@ -78,19 +77,6 @@ class PlannedTensor:
         """How it is made but for channels and the scale that they need."""
         return self.made.of if isinstance(self.made, Padded) else self.made
 
-    @property
-    def is_merged(self) -> bool:
-        """Whether it is merged from all models."""
-        return isinstance(self.inner, Merged)
-
-    @property
-    def operation(self) -> str:
-        """What makes it, in a word."""
-        if self.copied is not None:
-            return "copy"
-        made = self.made.of[0] if isinstance(self.made, Join) else self.made
-        return "cast" if isinstance(made, Copy) else type(made).__name__.lower()
-
     def blocks(self, reading: WeightReader) -> Iterator[memoryview]:
         """Its bytes in order, each block perhaps in the memory of the one before it.
 
@@ -120,7 +106,7 @@ class PlannedTensor:
         parts = self.made.of if isinstance(self.made, Join) else (self.made,)
         culprit = next((part for part in parts if not _fits(part.numbers(reading), self.dtype)), self.made)
         what, where, remedy = "the weights do not fit", where_of(reading.models, culprit.refs), ""
-        if self.is_merged:
+        if isinstance(self.inner, Merged):
             what, where, remedy = "the merged backbone overflows", f"mixture.backbone: {self.name}", ", or a smaller scale"
         elif isinstance(culprit, Padded):
             what, where, remedy = "what the experts differ by does not fit", self.name, ", or output: {carry: ffn}"
@@ -190,7 +176,7 @@ def _group_of(tensor: PlannedTensor) -> str:
     if tensor.expert is not None:
         return f"expert-{tensor.expert + 1:05d}"
     leads = pad is not None and (pad.entries or pad.carried is not None)
-    return "shared" if tensor.role != "backbone" or tensor.is_merged or leads else "backbone"
+    return "shared" if tensor.role != "backbone" or isinstance(tensor.inner, Merged) or leads else "backbone"
 
 
 def _parts(tensors: Sequence[PlannedTensor], shard_size: int) -> list[tuple[PlannedTensor, ...]]:

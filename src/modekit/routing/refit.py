@@ -105,12 +105,10 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
             yield key
     if checkpoint.shape.plain and before.weights != after.weights:
         yield "weights"
-    if checkpoint.shape.other_bases(recipe):
+    if checkpoint.shape.other_tensors(recipe):
         yield (
             "always_on" if before.always_on != after.always_on else "method" if before.method != after.method else "router.fit"
         )
-    if not checkpoint.shape.carries(recipe):
-        yield "router"
     if _splits_ffn(checkpoint.record.recipe) != _splits_ffn(recipe):
         yield "router.per"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from modekit.sources.config import Config, whole, words
 from modekit.sources.families import DECODERS
@@ -45,25 +45,19 @@ class Widening:
     """How a decoder of the architecture takes channels besides the base's (planning/channels.py).
 
     Attributes:
-        norms: RMS norms over the hidden size under a layer, by module.
-        before_attention: the one of them whose output attention reads; None: it reads the stream itself.
-        after_attention: the one of them through which what attention adds reaches the router, on either side of the stream.
-        over_heads: RMS norms of queries and of keys over all heads together.
+        before_attention, after_attention: the RMS norms over the hidden size under a layer, by module.
         recency: whether constant queries and keys score the distance of two tokens and nothing else.
         interleaved: whether the two numbers that are rotated together stand side by side in a head, not half a head apart.
         whole_heads: head_dim is always hidden size / heads, so that the channels are as many as the new heads are wide.
-        in_front: whether a layer of its own can average them, in front of the base's first: not where a norm behind attention
-            makes all that it adds one size.
     """
 
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    before_attention: str | None = "input_layernorm"
-    after_attention: str = "post_attention_layernorm"
-    over_heads: tuple[str, ...] = ()
+    before_attention: ClassVar[str] = "input_layernorm"
+    after_attention: ClassVar[str] = "post_attention_layernorm"
+    norms: ClassVar[tuple[str, ...]] = (before_attention, after_attention)
+
     recency: bool = True
     interleaved: bool = False
     whole_heads: bool = False
-    in_front: bool = True
 
 
 def experts_in(block: str, *modules: str) -> dict[str, str]:
@@ -303,14 +297,7 @@ NATIVES: tuple[Native, ...] = (
         without_gguf="its converter does not know FlexOlmo",
         writes_head_dim=False,
         fixed=_RENORMALISED,
-        widening=Widening(
-            norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-            before_attention=None,
-            over_heads=("self_attn.q_norm", "self_attn.k_norm"),
-            recency=False,
-            whole_heads=True,
-            in_front=False,
-        ),
+        widening="a norm behind attention makes all that it adds one size",
         rules=(_SILU, heads_fill("FlexOlmo")),
     ),
     _row(

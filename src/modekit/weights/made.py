@@ -38,23 +38,21 @@ CarriedKind = Literal["q", "k", "v", "o", "head", "embedding"] | FFNKind
 
 
 class MeasuredColumn(NamedTuple):
-    """Of every row e of an embedding: value sqrt(mean(e^2) scale^2 + norm_eps) / scale; without a norm behind it, value."""
+    """Of every row e of an embedding: value sqrt(mean(e^2) scale^2 + norm_eps) / scale."""
 
     column: int
     value: float
     scale: float
-    norm_eps: float | None
+    norm_eps: float
 
     def sizes(self, rows_VD: Singles) -> npt.NDArray[np.float64]:
         """By what a row's new numbers are multiplied, so that they are themselves behind the first norm: (V,)."""
-        if self.norm_eps is None:
-            return np.ones(len(rows_VD))
         squares = np.square(rows_VD.astype(np.float64) * self.scale).mean(axis=1)
         return np.asarray(np.sqrt(squares + self.norm_eps) / self.scale)
 
 
 class CarriedPart(NamedTuple):
-    """Whose numbers a native checkpoint carries there (planning/carry.py): part and layer of the result, 0 being the one in
+    """Whose numbers a native checkpoint carries there (planning/channels.py): part and layer of the result, 0 being the one in
     front; expert, None for what all share, and for all in one tensor.
     """
 
