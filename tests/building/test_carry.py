@@ -275,7 +275,7 @@ def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
     tokenizer = character_tokenizer()
     tokenizer.add_tokens([f"<new{number}>" for number in range(4)])
     tokenizer.save_pretrained(tmp_path / "law")
-    checkpoint = open_checkpoint(shop.build("OUT", mixture={**shop.recipe["mixture"], "tokens": "mean"}))
+    checkpoint = open_checkpoint(shop.build("OUT", mixture=shop.recipe["mixture"]))
     assert checkpoint.config["vocab_size"] == 100
     assert is_proven(checks := verify(checkpoint)), checks
 

@@ -121,7 +121,7 @@ def test_labels_go_with_their_experts(shop: Workshop, tmp_path: Path) -> None:
 def test_an_expert_that_comes_brings_labels(shop: Workshop, tmp_path: Path) -> None:
     out = str(built(shop, tmp_path / "OUT", LABELS).folder)
     options = ("add", out, "--name", "mail", "--adapter", str(shop.root / "adapter"), "--no-measure", "--no-fsync")
-    assert "'court' is a label of expert 'law' already" in refuse(*options, "labels=[court]")
+    assert "label 'court' is known already" in refuse(*options, "labels=[court]")
     modekit(*options, "labels=[letters, post]")
     assert open_checkpoint(tmp_path / "OUT").shape.mixture.labels["post"] == 3
 

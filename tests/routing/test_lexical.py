@@ -165,7 +165,7 @@ def test_channels_of_the_output(shop: Workshop, output: dict[str, Any], message:
     mixture = {"method": "routing", "router": {"fit": "lexical"}}
     path = shop.write(mixture=mixture, output=output)
     if message is None:
-        assert make_plan(load_recipe(path), shop.root).hidden == 128 + 32
+        assert make_plan(load_recipe(path), shop.root).config["hidden_size"] == 128 + 32
     else:
         with pytest.raises(RecipeError, match=message):
             load_recipe(path)

@@ -127,6 +127,10 @@ class Place(_Said):
             return leaf
         return f"{module_of(module) if self.calls else module}.{leaf}"
 
+    def has(self, expert: int) -> bool:
+        """Whether an expert differs from the base here."""
+        return bool(self.ranks[expert] or expert in self.own or (self.bits and self.bits[expert]))
+
 
 class MixtureConfig(_Said):
     """`config["modekit"]`: the experts, how they are routed, and module -> what they have there.

@@ -139,7 +139,8 @@ class ModekitForm:
         for expert, rank in enumerate(place.ranks):
             change = low_rank(self._sources[1 + expert], weight_of(place.module)) if rank else None
             if change is not None:
-                a[expert], b[expert] = Copy(change.a), Copy(_rows(change.b, change.rows))
+                a[expert] = Copy(change.a)
+                b[expert] = Copy(change.b if change.rows is None else rows_of(change.b, *change.rows))
             elif rank:
                 pair = self._pair(expert, place.weight)
                 a[expert], b[expert] = Delta(*pair, "A", rank), Delta(*pair, "B", rank)
@@ -186,7 +187,3 @@ def _dtype(part: Made) -> str:
     if isinstance(part, Copy):
         return part.ref.dtype
     return part.base.dtype if isinstance(part, Delta) and not part.rank else "F32"
-
-
-def _rows(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:
-    return ref if rows is None else rows_of(ref, *rows)

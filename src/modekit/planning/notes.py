@@ -15,7 +15,7 @@ from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
 from modekit.recipes.mixture import BackboneExpert
-from modekit.recipes.recipe import Expert, Recipe
+from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
@@ -46,8 +46,7 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collec
     for key in ("channels", "carry", "rank") if not plain else ():
         if getattr(recipe.output, key) is not None:
             yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
-    own = [(expert, source) for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
-    yield from twins([expert for expert, _ in own], [each.folder.resolve() for _, each in own], sources[0].folder.resolve())
+    yield from _twins(recipe, sources)
 
 
 def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
@@ -165,13 +164,14 @@ def changed_ffn_alone(source: ModelSource) -> bool:
     return isinstance(record, dict) and record.get("specialist") == "mlp"
 
 
-def twins(experts: Sequence[Expert], models: Sequence[object], base: object) -> Iterator[str]:
-    """Of experts that are one model, or one part of it, and of those that are the base, by what names each model."""
+def _twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
+    """Experts that are one model, or one part of it, and those that are the base, by the folders that they were read from."""
     same: dict[object, list[str]] = {}
-    for expert, model in zip(experts, models, strict=True):
-        if model == base:
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        folder = source.folder.resolve()
+        if not expert.is_base and folder == sources[0].folder.resolve():
             yield f"{expert.name}: it is the base model itself: write `model: base`, which needs no tensors of its own"
-        else:
-            same.setdefault((model, tuple(expert.layers or ())), []).append(expert.name)
+        elif not expert.is_base:
+            same.setdefault((folder, tuple(expert.layers or ())), []).append(expert.name)
     for each in (each for each in same.values() if len(each) > 1):
         yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"

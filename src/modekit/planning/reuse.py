@@ -106,6 +106,6 @@ def _stored_parts(made: Join, ref: TensorRef) -> Iterator[Copy | Columns]:
         if made.axis:
             yield Columns(ref, position, stop)
         else:
-            inside = {"start": ref.start + position * size, "end": ref.start + stop * size}
-            yield Copy(replace(ref, shape=(stop - position,), **inside))
+            start, end = (ref.start + each * size for each in (position, stop))
+            yield Copy(replace(ref, shape=(stop - position,), start=start, end=end))
         position = stop
