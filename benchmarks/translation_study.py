@@ -15,8 +15,8 @@ import translation_text
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.translation.decoding import Decoding, Translations, set_decoding, together, translated
-from modekit.evaluation.translation.results import Scorer
+from modekit.evaluation.translation.decoding import Decoding, translated
+from modekit.evaluation.translation.evaluate import Scorer
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training
@@ -103,15 +103,14 @@ class Study:
         some = with_generic(some, self.generic, SHARE) if generic else some
         return [tagged(pair, label if tag else None) for pair, label in some]
 
-    def write(self, way: Way, domain: str, label: str | None, beams: int) -> Translations:
+    def write(self, way: Way, domain: str, label: str | None, beams: int) -> list[str]:
         """Translations of a domain's held-out sources."""
         model, reads_tag, context = way(label)
         some = [tagged(pair, label if reads_tag else None) for pair in self.held_out[domain]]
         longest = self.size.positions
         encoded = encode(self.made.tokenizer, some, max_tokens=10**9, sequence_length=longest)
-        set_decoding(model, Decoding(beams=beams, max_new_tokens=longest), None)
         with context:
-            return translated(model, self.made.tokenizer, encoded, 50)
+            return translated(model, self.made.tokenizer, encoded, Decoding(beams, 50, longest))
 
     def loss(self, way: Way, domain: str, label: str | None) -> float:
         """Nats per token of a domain's held-out targets."""
@@ -141,26 +140,19 @@ class Study:
         }
 
     def matrix(self, way: Way, *, labels: bool, sizes: tuple[int, int], beams: int = 1) -> dict[str, Any]:
-        """Scores by column and domain, tokens per second, total and active parameters."""
-        scorer = Scorer()
+        """Scores by column and domain, sources per second, total and active parameters."""
+        scorer, started, count = Scorer(), time.perf_counter(), 0
         columns: dict[str, Any] = {}
-        written = []
         for column, asked in self.asked(labels=labels).items():
             said = {domain: self.write(way, domain, label, beams) for domain, label in asked.items()}
             columns[column] = {
-                domain: vars(scorer.corpus(each.texts, [pair.target for pair in self.held_out[domain]]))
-                for domain, each in said.items()
+                domain: vars(scorer.corpus(texts, [pair.target for pair in self.held_out[domain]]))
+                for domain, texts in said.items()
             }
-            written += said.values()
-        every = together(written)
-        self.scores.setdefault("signatures", vars(scorer.signatures))
-        return {
-            **columns,
-            "total": sizes[0],
-            "active": sizes[1],
-            "tokens per second": every.tokens / every.seconds,
-            "cut": every.cut,
-        }
+            count += sum(map(len, said.values()))
+        self.scores.setdefault("signatures", scorer.signature)
+        speed = count / (time.perf_counter() - started)
+        return {**columns, "total": sizes[0], "active": sizes[1], "sources per second": speed}
 
 
 def held_out(corpus: Corpus, most: int) -> dict[str, list[Pair]]:

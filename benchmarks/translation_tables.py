@@ -44,7 +44,7 @@ def _matrix(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
         for column in COLUMNS:
             scores = [[mean(each, column, key) for each in found if column in each] for key in ("bleu", "chrf")]
             cells.append(" / ".join(spread(values, 1) for values in scores) if scores[0] else "")
-        cells.append(f"{statistics.fmean(each['tokens per second'] for each in found):,.0f}")
+        cells.append(f"{statistics.fmean(each['sources per second'] for each in found):,.0f}")
         cells += [f"{statistics.fmean(each[size] for each in found) / 1e6:.2f}M" for size in ("total", "active")]
         print(f"| {' | '.join(cells)} |")
 

@@ -162,7 +162,7 @@ def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
                     print(f"| {row.name} | {_gaps(said, row)} | | | {_unseen(said, row)} | 1 | |")
         known.append(said)
         forced = force_experts(checkpoint, tokens_per_domain=FORCED_TOKENS[kind])
-        lost = {row.expert: row.not_carried or 0.0 for row in forced.rows if forced.own_text.get(row.expert) == row.text}
+        lost = {row.expert: row.not_carried or 0.0 for row in forced.rows}
         mixed = said.row("mixture")
         print(
             f"| {name} | {_gaps(said, mixed)} | {_gaps(said, said.row('oracle'))} "

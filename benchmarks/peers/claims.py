@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.inspection.similarity import similarity
+from modekit.evaluation.inspection.likeness import similarity
 from modekit.run import QUIET
 from modekit.training.losses import load_balance
 from peers.bounds import mean_of, models_of, save
@@ -108,7 +108,7 @@ def _nearer(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
         }
         experts = {name: save(pool, state, where / name) for name, state in moved.items()}
         made = built(replace(pool, experts=experts), where, {"mixture": {"top_k": 1, "router": {"fit": "lexical"}}})
-        model, cosines = opened(_folder(made.model)), similarity(open_checkpoint(_folder(made.model)), QUIET).experts
+        model, cosines = opened(_folder(made.model)), similarity(open_checkpoint(_folder(made.model)), QUIET)[0]
         gaps = [(base[name] - score(model, each)[0]) / (base[name] - own[name]) for name, each in texts.items()]
         found[ALIKE.format(far)] = statistics.fmean(cosines[a][b] for a in range(len(cosines)) for b in range(a))
         found[CLOSED.format(far)] = statistics.fmean(gaps)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from modekit.building.verify import Check
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.evaluation.labels import By, LabelKind
     from modekit.evaluation.results import Results
+    from modekit.evaluation.rows import Labels
     from modekit.planning.plan import Plan
     from modekit.recipes.recipe import Recipe
     from modekit.routing.text_router import TextRouter
@@ -148,24 +148,21 @@ def evaluate(
     *,
     tokens: int = TABLE_TOKENS,
     sequence_length: int = 512,
-    labels: Sequence[LabelKind] | Literal["all"] | None = None,
-    by: By | None = None,
+    labels: Labels | None = None,
     run: Run = QUIET,
 ) -> Results:
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
 
-    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none, or "all",
-    as where only `by` is given: the mixture that is told such, by the gate or by tags, has rows, too. Raises TextError,
-    SourceError, or MismatchError.
+    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`: "gate" or "tag" adds rows of the mixture
+    under right and wrong labels. Raises TextError, SourceError, or MismatchError.
     """
     from modekit.evaluation.evaluate import evaluate as score
-    from modekit.evaluation.labels import labels_asked
 
     return score(
         _opened(checkpoint),
         tokens_per_domain=tokens,
         sequence_length=sequence_length,
-        labels=labels_asked(labels, by),
+        labels=labels,
         run=run,
     )
 

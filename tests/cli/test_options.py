@@ -54,8 +54,8 @@ def test_a_field_without_a_default_is_an_option_that_must_be_given(tmp_path: Pat
 
 
 def test_a_misspelt_choice_is_answered_with_those_that_are(tmp_path: Path) -> None:
-    message = " ".join(refuse_usage("eval", tmp_path, "--by", "tags").split())
-    assert "'--by': 'tags' is not one of 'gate', 'tag'" in message
+    message = " ".join(refuse_usage("eval", tmp_path, "--labels", "tags").split())
+    assert "'--labels': 'tags' is not one of 'gate', 'tag'" in message
     assert "Value error" not in message
 
 

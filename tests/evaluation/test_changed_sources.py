@@ -20,7 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TrainingError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.inspection.similarity import similarity
+from modekit.evaluation.inspection.likeness import similarity
 from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.results import Results
 from modekit.members.admission import measure_admission
@@ -89,8 +89,8 @@ def test_a_base_that_changed_is_no_base(bench: Workshop) -> None:
     assert {row.name for row in found.rows} == {"medicine", "law", "code", "oracle", "mixture"}
     text = inspect_text(checkpoint, "fever artery lesion dose").as_data()
     assert text["base_loss"] is None and "base_model (model.safetensors) has changed" in text["notes"][-1]
-    alike = similarity(checkpoint)
-    assert alike.experts == [] and "base_model (model.safetensors) has changed" in alike.notes[0]
+    alike, (note,) = similarity(checkpoint)
+    assert alike == [] and "base_model (model.safetensors) has changed" in note
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modekit.cli.inspection as printing_module
-import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
 from chatting import make_chat_workshop
-from command_line import ended, modekit
+from command_line import modekit
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.cli.printing import print_result
@@ -30,8 +29,8 @@ from modekit.cli.shell import main
 from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.likeness import similarity
 from modekit.evaluation.inspection.result import Inspection, TextTrace
-from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import UserMessage, inspect_text
 from modekit.evaluation.inspection.tokens import token_texts
 from modekit.files.typed import as_kind
@@ -152,45 +151,26 @@ def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_pat
 
 def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     """What docs/inspect.md promises of inspect.json."""
-    router = checkpoint.record.recipe.mixture.router
-    assert (data["evidence"] is None) == (router.fit != "lexical" or router.hashes)
     count, routers = len(data["experts"]), len(data["routers"])
     assert data["experts"] == checkpoint.names and routers == len(checkpoint.shape.positions)
     assert data["checkpoint"] == checkpoint.identity
     assert all(set(router) == {"name", "layer", "module"} for router in data["routers"])
-    assert set(data["per_domain"]) == {*data["domains"], *data["unseen"]}
     for name, entry in data["per_domain"].items():
-        assert (entry["expert"] is None) == (entry["agreement"] is None) == (entry["named"] is None) == (name in data["unseen"])
+        assert (entry["expert"] is None) == (entry["agreement"] is None) == (name not in DOMAINS)
         for key in ("shares", "chosen"):
             assert [len(row) for row in entry[key]] == [count] * routers
         assert len(entry["entropy"]) == routers and list(entry["without"]) == data["experts"]
         assert all(0 <= value <= 1 for row in entry["chosen"] for value in row)
         assert all(0 <= value <= math.log(count) + 1e-6 for value in entry["entropy"])
-    assert [len(row) for row in data["utilisation"]] == [count] * routers
-    assert [len(row) for row in data["similarity"]["experts"]] == [count] * count and data["similarity"]["of"]
-    for tokens in data["top_tokens"].values():
-        assert all(set(token) == {"token", "share", "count", "lift"} for token in tokens)
+    assert [len(row) for row in data["similarity"]] == [count] * count
+    assert set(data["top_tokens"]) == set(data["experts"])
     for text in data["texts"]:
-        assert set(text) == {"domain", "text", "loss", "tokens", "weights", "without"}
-        assert 1 < len(text["tokens"]) <= 200 and text["text"] == "".join(token["text"] for token in text["tokens"])
+        assert set(text) == {"domain", "loss", "tokens", "weights", "without"}
+        assert 1 < len(text["tokens"]) <= 200
         assert [len(router) for router in text["weights"]] == [len(text["tokens"])] * routers
         assert text["tokens"][0]["loss"] is None and all(token["loss"] is not None for token in text["tokens"][1:])
         mean = sum(token["loss"] for token in text["tokens"][1:]) / (len(text["tokens"]) - 1)
         assert text["loss"] == pytest.approx(mean, rel=1e-4)
-
-
-def test_a_lexical_router_shows_its_table(shared_workshop: Workshop, tmp_path: Path) -> None:
-    mixture = {"method": "routing", "router": {"fit": "lexical"}}
-    checkpoint = open_checkpoint(borrow(shared_workshop, tmp_path).build(mixture=mixture))
-    data = inspect(checkpoint, **SMALL).as_data()
-    check_schema(data, checkpoint)
-    assert list(data["evidence"]) == list(DOMAINS)
-    for name, tokens in data["evidence"].items():
-        weights = [token["weight"] for token in tokens]
-        assert weights == sorted(weights, reverse=True) and weights[-1] > 0
-        assert tokens[0]["token"] in (shared_workshop.root / "text" / f"{name}.jsonl").read_text()
-    shown = ended("inspect", checkpoint.folder, "--tokens", "100")[1]
-    assert "by the router's own table" in shown
 
 
 @pytest.mark.parametrize(
@@ -202,11 +182,11 @@ def test_every_mixture_is_inspected(shared_workshop: Workshop, tmp_path: Path, n
     checkpoint = built(shared_workshop, tmp_path, name, eval={"poetry": str(poetry)})
     data = inspect(checkpoint, **SMALL).as_data()
     check_schema(data, checkpoint)
-    assert data["domains"] == list(DOMAINS) and data["unseen"] == ["poetry"]
+    assert list(data["per_domain"]) == [*DOMAINS, "poetry"]
     total = 0.8 if name == "always base" else 1.0
     for entry in data["per_domain"].values():
         assert all(sum(row) == pytest.approx(total, abs=1e-5) for row in entry["shares"])
-    for row in data["utilisation"] if name in {"native weighted", "linear"} else ():
+    for row in data["per_domain"]["law"]["shares"] if name in {"native weighted", "linear"} else ():
         assert row == pytest.approx([0.125, 0.25, 0.625], abs=1e-6)
     assert json.loads((checkpoint.folder / "results" / "inspect.json").read_text()) == data
 
@@ -229,7 +209,6 @@ def test_losses_are_those_of_eval(shared_workshop: Workshop, tmp_path: Path) -> 
     data, results = inspect(checkpoint, **SMALL).as_data(), evaluate(checkpoint, **SMALL, write=False)
     for name, entry in data["per_domain"].items():
         assert entry["loss"] == pytest.approx(results.row("mixture").scores[name].loss, rel=1e-5)
-        assert entry["tokens"] == results.text[name].tokens
 
 
 def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -238,41 +217,18 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
     plant(checkpoint, [[0.0] * 512, [500.0] * 512, [0.0] * 512])
     checkpoint = open_with_any_router(checkpoint.folder)
     data = inspect(checkpoint, **SMALL).as_data()
-    assert data["utilisation"] == [[0, 1, 0]]
-    assert data["dead"] == {"medicine": [0], "code": [0]}
-    forced, domain_losses = load_model(checkpoint.folder), {}
-    for domain in run_module.held_out_domains(checkpoint, **SMALL):
-        with mixture_of(forced, checkpoint).forced(1):
-            losses = passes_module.token_losses(forced, domain.sequences, lambda _: None)
-        domain_losses[domain.name] = float(passes_module.sums_of(losses).sum()) / domain.scored_tokens
+    assert [note.partition(" is dead in every router")[0] for note in data["notes"][:2]] == ["medicine", "code"]
+    results = evaluate(checkpoint, **SMALL, labels="gate", write=False)
+    domain_losses = {
+        name: results.row(row).scores[name].loss
+        for name, row in (("medicine", "mixture, wrong label"), ("law", "oracle"), ("code", "mixture"))
+    }
     for name, entry in data["per_domain"].items():
         assert entry["shares"] == entry["chosen"] == [[0, 1, 0]] and entry["entropy"] == [0]
         assert entry["agreement"] == [1 if name == "law" else 0]
         assert entry["loss"] == pytest.approx(domain_losses[name], rel=1e-5)
         assert entry["without"]["medicine"] == entry["without"]["code"] == 0 != entry["without"]["law"]
-    assert all(token["lift"] == token["share"] == 1 for token in data["top_tokens"]["law"])
     assert data["top_tokens"]["law"] and not data["top_tokens"]["medicine"] and not data["top_tokens"]["code"]
-
-
-def test_a_text_names_the_expert_it_misses_most(shared_workshop: Workshop, tmp_path: Path) -> None:
-    """`named` per domain, against one pass per text."""
-    checkpoint = built(shared_workshop, tmp_path, "native")
-    data, model = inspect(checkpoint, **SMALL).as_data(), load_model(checkpoint.folder)
-
-    def loss(ids: tuple[int, ...]) -> float:
-        tensor = torch.tensor([ids])
-        with torch.inference_mode():
-            return float(torch.nn.functional.cross_entropy(model(input_ids=tensor).logits[0, :-1], tensor[0, 1:]))
-
-    for domain in run_module.held_out_domains(checkpoint, **SMALL):
-        named = 0
-        for sequence in domain.sequences:
-            changes = []
-            for expert in range(3):
-                with mixture_of(model, checkpoint).left_out(expert):
-                    changes.append(loss(sequence.ids))
-            named += changes.index(max(changes)) == domain.expert
-        assert data["per_domain"][domain.name]["named"] == pytest.approx(named / len(domain.sequences), abs=1e-5)
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), [("llama", {}), ("qwen3", {"head_dim": 8})], ids=["llama", "qwen3"])
@@ -283,14 +239,14 @@ def test_similarity_is_of_what_the_experts_changed(tmp_path: Path, model_type: s
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64) for name in ("base", *DOMAINS)]
     vectors = [torch.cat([p.flatten() for name, p in m.named_parameters() if ".layers." in name]).detach() for m in models]
     expected = torch.nn.functional.normalize(torch.stack(vectors[1:]) - vectors[0], dim=-1)
-    found = torch.tensor(similarity(checkpoint).experts, dtype=torch.float64)
+    found = torch.tensor(similarity(checkpoint)[0], dtype=torch.float64)
     torch.testing.assert_close(found, expected @ expected.T, atol=1e-5, rtol=0)
     save(tiny_model(seed=7), tmp_path / "law")
-    (note,) = similarity(checkpoint).notes
+    (note,) = similarity(checkpoint)[1]
     assert "law (" in note and "has changed since the mixture was built" in note
     (tmp_path / "base").rename(tmp_path / "gone")
-    without = similarity(checkpoint)
-    assert without.experts == [] and "base (it is no longer where" in without.notes[0]
+    without, notes = similarity(checkpoint)
+    assert without == [] and "base (it is no longer where" in notes[0]
     assert "Similarity of the experts" not in [table.title for table in inspect(checkpoint, **SMALL).tables()]
 
 
@@ -331,7 +287,7 @@ def test_a_single_expert_cannot_be_left_out(shared_workshop: Workshop, tmp_path:
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": RANDOM}))
     data = inspect(checkpoint, **SMALL).as_data()
     (entry,) = data["per_domain"].values()
-    assert entry["without"] == {} and entry["named"] is None and "one expert" in data["notes"][0]
+    assert entry["without"] == {} and "one expert" in data["notes"][0]
     print_result(Inspection.from_data(data))
     printing_module.print_trace(inspect_text(checkpoint, "fever and dose"))
 
@@ -357,8 +313,9 @@ def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: 
     checkpoint = built(shared_workshop, tmp_path, "native")
     text = "fever artery, breach\nof clause"
     trace = inspect_text(checkpoint, text).as_data()
-    assert trace["text"] == text == "".join(token["text"] for token in trace["tokens"])
-    model, ids = load_model(checkpoint.folder), torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)(text).input_ids])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    model, ids = load_model(checkpoint.folder), torch.tensor([tokenizer(text).input_ids])
+    assert "".join(token["text"] for token in trace["tokens"]) == tokenizer.decode(ids[0])
     losses = torch.nn.functional.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:], reduction="none")
     assert [token["loss"] for token in trace["tokens"]][1:] == pytest.approx(losses.tolist(), rel=1e-4)
     for place, name in enumerate(DOMAINS):
@@ -372,27 +329,31 @@ def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: 
 
 def test_a_text_longer_than_the_models_positions_is_read_in_windows(shared_workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = built(shared_workshop, tmp_path, "context")
-    text = ("fever artery dose " * 60)[: 128 * 6 + 1]  # the last token stands alone
+    text = ("fever artery dose " * 60)[: 128 * 6 + 1]  # the last token stands alone, and is not read
     trace = inspect_text(checkpoint, text).as_data()
-    assert trace["windows"] == math.ceil(len(trace["tokens"]) / 128) > 5 and "windows of up to 128" in trace["notes"][0]
+    assert len(trace["tokens"]) == 128 * 6 and "read in 6 windows" in trace["notes"][0]
     assert [place for place, token in enumerate(trace["tokens"]) if token["loss"] is None] == list(
         range(0, len(trace["tokens"]), 128)
     )
     assert [len(router) for router in trace["weights"]] == [len(trace["tokens"])] * 3
-    alone = inspect_text(checkpoint, "".join(token["text"] for token in trace["tokens"][128:256])).as_data()
+    alone = inspect_text(checkpoint, text[128:256]).as_data()  # a token is a character
     assert trace["weights"][2][128:256] == [pytest.approx(row, abs=1e-5) for row in alone["weights"][2]]
 
 
-def test_a_very_long_text_keeps_means_only_and_prints_its_beginning(shared_workshop: Workshop, tmp_path: Path) -> None:
-    checkpoint = built(shared_workshop, tmp_path, "native")
-    text = "the patient " * 600
-    trace = inspect_text(checkpoint, text).as_data()
-    assert len(trace["tokens"]) == 7200 and [len(router) for router in trace["weights"]] == [7200]
-    short = inspect_text(checkpoint, text[:128]).as_data()
-    means = torch.tensor(short["weights"]).mean(0)
-    torch.testing.assert_close(torch.tensor(trace["weights"][0][:128]), means, atol=1e-5, rtol=0)
+def test_a_very_long_text_is_read_in_part_and_prints_its_beginning(shared_workshop: Workshop, tmp_path: Path) -> None:
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "the patient " * 600).as_data()
+    assert len(trace["tokens"]) == 4096 and "at most 4,096 tokens" in trace["notes"][-1]
     shown = drawn(trace)
-    assert "The first 200 words are shown; the text has 7,200 tokens." in shown and len(shown) < 8_000
+    assert "The first 200 words are shown; the text has 4,096 tokens." in shown and len(shown) < 8_000
+
+
+def test_a_model_without_a_largest_position_is_inspected(
+    shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    known = inspect_text(checkpoint, "fever dose").loss
+    monkeypatch.setitem(checkpoint.config, "max_position_embeddings", None)  # type: ignore[misc]
+    assert inspect_text(checkpoint, "fever dose").loss == known
 
 
 def trace_of(data: dict[str, Any]) -> TextTrace:
@@ -476,7 +437,7 @@ def test_the_command_prints_tables(shared_workshop: Workshop, tmp_path: Path) ->
     out = built(shared_workshop, tmp_path, "native").folder
     options = ("--tokens", 300, "--sequence-length", 32)
     shown = run("inspect", out, *options)
-    for piece in ("agreement", "left out", "named", "Similarity", "largest mean weight", "inspect.json"):
+    for piece in ("agreement", "left out", "Similarity", "largest mean weight", "inspect.json"):
         assert piece in shown
     data = json.loads(run("inspect", out, *options, "--json"))
     assert data == json.loads((out / "results" / "inspect.json").read_text())
@@ -491,13 +452,13 @@ def test_the_command_prints_a_text(shared_workshop: Workshop, tmp_path: Path) ->
     ]
     assert traces[0] == traces[1]
     shown = run("inspect", out, "--text", "fever dose [bold]")
-    assert "[bold]" in shown and "nats per token, of the base model" in shown
+    assert "nats per token, of the base model" in shown
     assert not (out / "results" / "inspect.json").exists()
 
 
 def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = built(shared_workshop, tmp_path, "native").folder
-    assert "text is empty" in refuse("inspect", out, "--text", " \n ")
+    assert "too short" in refuse("inspect", out, "--text", " \n ")
     assert "too short" in refuse("inspect", out, "--text", "a")
     with patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00"))):
         assert "not UTF-8" in refuse("inspect", out, "--text", "-")
@@ -517,9 +478,10 @@ def test_a_chat_is_shown_up_to_where_its_answer_begins(tmp_path: Path) -> None:
     shop = make_chat_workshop(tmp_path)
     checkpoint = open_checkpoint(shop.build("OUT", output={"format": "native"}))
     said = inspect_text(checkpoint, UserMessage("Be brief", "what is a fever"))
-    assert said.text.startswith("<|im_start|>system\nBe brief<|im_end|>") and said.text.endswith("<|im_start|>assistant\n")
-    assert max(zip(said.prompt_end or [], checkpoint.names, strict=True))[1] == "medicine"
-    assert inspect_text(checkpoint, "what is a fever").prompt_end is None
+    text = "".join(token.text for token in said.tokens).replace(" ", "")
+    assert text.startswith("<|im_start|>systemBe") and text.endswith("<|im_start|>assistant")
+    last = [sum(router[-1][place] for router in said.weights) for place in range(len(checkpoint.names))]
+    assert checkpoint.names[last.index(max(last))] == "medicine"
     shown = modekit("inspect", str(checkpoint.folder), "--chat", "--text", "what does def mean")
     assert "the answer begins with code" in shown
 

@@ -129,18 +129,17 @@ def test_decisions_are_of_each_pair_alone(pair_workshop: Workshop, tmp_path: Pat
     model = load_model(checkpoint.folder)
 
     def decided(chosen: list[TokenSequence]) -> list[Decided]:
-        found: dict[tuple[int, bool], Decided] = {}
-        traced_losses(
-            model, checkpoint, chosen, lambda row, each: found.__setitem__((row, each.of_target), each), lambda _: None
-        )
+        found: dict[int, Decided] = {}
+        traced_losses(model, checkpoint, chosen, found.__setitem__, lambda _: None)
         return [found[key] for key in sorted(found)]
 
     together = decided(sequences)
     alone = [each for sequence in sequences for each in decided([sequence])]
-    for first, second in zip(together, alone, strict=True):
-        assert first.routers == second.routers and first.weights_RSE.shape == second.weights_RSE.shape
+    for sequence, first, second in zip(sequences, together, alone, strict=True):
+        assert np.array_equal(first.reads_RS, second.reads_RS) and first.reads_RS.any(0).all()
         np.testing.assert_allclose(first.weights_RSE, second.weights_RSE, atol=1e-5)
-    assert all(len({*each.weights_RSE[0, :, 0].round(4)}) == 1 for each in together if not each.of_target)
+        of_source = first.weights_RSE[first.reads_RS[:, 0], : len(sequence.ids), 0]
+        assert all(len({*row.round(4)}) == 1 for row in of_source)
 
 
 def test_plain_text_is_refused(pair_workshop: Workshop, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from command_line import ended
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
@@ -387,8 +388,9 @@ def test_a_model_that_changed_is_left_out(asked: Workshop, tmp_path: Path) -> No
 def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     out = asked.root / "OUT"
     assert "expected: base, medicine, law, code, mixture" in refuse("eval-tasks", out, "glosses", "--models", "all")
-    assert "the folder of tasks does not exist" in refuse("eval-tasks", out, "x", "--include-path", tmp_path / "none")
-    assert "no name is given" in refuse("eval-tasks", out, " , ")
+    code, _, error = ended("eval-tasks", out, "x", "--include-path", tmp_path / "none")
+    assert code == 2 and "does not exist" in error
+    assert "no task is left to run" in refuse("eval-tasks", out, " , ")
     tasks = own_task(tmp_path / "own")
     message = refuse("eval-tasks", out, "spell", "--include-path", tasks)
     assert "task files can run code" in message and "--trust-tasks" in message

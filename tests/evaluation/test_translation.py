@@ -18,9 +18,9 @@ from conftest import Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError, MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import held_out_texts
-from modekit.evaluation.translation.decoding import Decoding, first_token, set_decoding, translated
-from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.results import Scorer, Signatures, TranslationResults, TranslationScore
+from modekit.evaluation.translation.decoding import Decoding, first_token, translated
+from modekit.evaluation.translation.evaluate import Scorer, evaluate_translation
+from modekit.evaluation.translation.results import TranslationResults, TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.sequences import encode
 from pair_models import pair_model, pair_tokenizer, pairs
@@ -132,7 +132,7 @@ def test_scores_are_those_of_sacrebleu(checkpoint: Checkpoint, shop: Workshop, r
         bleu, chrf = BLEU(), CHRF()
         expected = TranslationScore(bleu.corpus_score(texts, [references]).score, chrf.corpus_score(texts, [references]).score)
         assert results.row(name).scores[domain] == expected, name
-        assert results.signatures == Signatures(str(bleu.get_signature()), str(chrf.get_signature()))
+        assert results.signature == f"{bleu.get_signature()}; {chrf.get_signature()}"
     assert len({json.dumps(row["domains"]["law"]) for row in results.as_data()["rows"]}) > 3  # every row is another model
     near = ["the court hears both of the parties today", "nobody signed that deed"]
     said = ["the court hears both parties of the claim today", "nobody has signed that deed"]
@@ -145,7 +145,6 @@ def test_the_oracle_is_every_domains_own_expert(checkpoint: Checkpoint, results:
     assert set(oracle.scores) == set(EXPERTS) == set(results.domains) and results.unseen == ["mail"]
     for name in EXPERTS:
         assert oracle.scores[name] == results.row(name).scores[name]
-    assert 0 < oracle.tokens < sum(results.row(name).tokens for name in EXPERTS)
     assert [row.name for row in results.rows] == ["base", *EXPERTS, "oracle", "mixture"]
     mixture = results.row("mixture")
     assert (mixture.total_parameters, mixture.active_parameters) == (checkpoint.parameters.total, checkpoint.parameters.active)
@@ -155,19 +154,26 @@ def test_the_oracle_is_every_domains_own_expert(checkpoint: Checkpoint, results:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_neither_batch_nor_padding_changes_a_translation(beams: int) -> None:
     model, tokenizer = writer("t5", 3), tokenizer_of()
-    set_decoding(model, Decoding(beams, 1, 12), None)
     read = encode(tokenizer, pairs(9), max_tokens=10_000, sequence_length=512)
     assert len({len(each.ids) for each in read}) > 3
-    alone = [translated(model, tokenizer, [each], 1) for each in read]
-    assert len({each.texts[0] for each in alone}) > 3
-    for batch in (1, 4, 9):
-        found = translated(model, tokenizer, read, batch)
-        assert list(found.texts) == [each.texts[0] for each in alone]
-        assert (found.tokens, found.cut) == (sum(each.tokens for each in alone), sum(each.cut for each in alone))
-        assert found.seconds > 0
+    alone = [translated(model, tokenizer, [each], Decoding(beams, 1, 12))[0] for each in read]
+    assert len(set(alone)) > 3
+    for batch in (4, 9):
+        assert translated(model, tokenizer, read, Decoding(beams, batch, 12)) == alone
 
 
-def test_a_models_own_settings_are_left_aside_but_for_its_tokens() -> None:
+def asked(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, begins: int | None) -> GenerationConfig:
+    """How a model was made to write."""
+    found: list[GenerationConfig] = []
+    real = type(model)._prepare_generation_config
+    kept = lambda self, *some, **more: (found.append((made := real(self, *some, **more))[0]), made)[1]  # noqa: E731
+    monkeypatch.setattr(type(model), "_prepare_generation_config", kept)
+    read = encode(tokenizer_of(), pairs(2), max_tokens=999, sequence_length=99)
+    assert all(translated(model, tokenizer_of(), read, Decoding(1, 2, 7), begins=begins))
+    return found[0]
+
+
+def test_a_models_own_settings_are_left_aside_but_for_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair_model("marian")
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -182,17 +188,15 @@ def test_a_models_own_settings_are_left_aside_but_for_its_tokens() -> None:
         decoder_start_token_id=0,
         length_penalty=5.0,
     )
-    assert set_decoding(model, Decoding(1, 16, 7), 6)
-    settings = model.generation_config
+    settings = asked(model, monkeypatch, 6)
     assert settings.bad_words_ids == [[4]] and settings.eos_token_id == [2, 3] and settings.forced_eos_token_id == 2
     assert (settings.do_sample, settings.num_beams, settings.max_new_tokens, settings.min_length) == (False, 1, 7, 0)
-    assert settings.length_penalty == 1.0 and settings.temperature is None and settings.forced_bos_token_id == 6
-    written = translated(model, tokenizer_of(), encode(tokenizer_of(), pairs(2), max_tokens=999, sequence_length=99), 2)
-    assert all(each for each in written.texts) and written.cut == 2
-    assert not set_decoding(model, Decoding(), 8) and model.generation_config.forced_bos_token_id == 6
+    assert settings.length_penalty == 1.0 and settings.forced_bos_token_id == 6
+    model.generation_config.forced_bos_token_id = 7
+    assert asked(model, monkeypatch, 8).forced_bos_token_id == 7
 
 
-def test_a_language_that_begins_every_target_begins_every_translation() -> None:
+def test_a_language_that_begins_every_target_begins_every_translation(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of()
     read = encode(tokenizer, pairs(4), max_tokens=999, sequence_length=99)
     assert first_token(tokenizer, read) is None
@@ -200,19 +204,16 @@ def test_a_language_that_begins_every_target_begins_every_translation() -> None:
         single="<s> $A </s>", special_tokens=[("</s>", 2), ("<s>", 1)]
     )
     begins = first_token(tokenizer, encode(tokenizer, pairs(4), max_tokens=999, sequence_length=99))
-    model = pair_model("m2m_100")
-    assert begins == 1 and set_decoding(model, Decoding(1, 2, 4), begins)
-    ids = model.generate(input_ids=torch.tensor([[7, 8, 2]]), generation_config=model.generation_config)
-    assert ids[0, 1] == 1
+    assert begins == 1 and asked(pair_model("m2m_100"), monkeypatch, begins).forced_bos_token_id == 1
 
 
 def test_what_is_written_is_what_was_found(checkpoint: Checkpoint, results: TranslationResults) -> None:
     said = json.loads((checkpoint.folder / "results" / "translate.json").read_text())
     assert said == json.loads(json.dumps(results.as_data())) and said["checkpoint"] == checkpoint.identity
-    assert said["settings"]["beams"] == 2 and said["text"]["mail"]["documents"] == 4
+    assert said["decoding"]["beams"] == 2
     table = (checkpoint.folder / "results" / "translate.md").read_text()
     assert "translated with 2 beams, at most 8 tokens each" in table and "| model | news |" in table
-    assert "limit of 8 tokens" in table and "pairs: news 5, law 5, songs" in table
+    assert "pairs: news 5, law 5, songs" in table and "mail 4" in table
 
 
 def test_pairs_that_are_too_long_are_left_out(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_pairs_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "base.jsonl").write_text("\n".join(map(json.dumps, long)))
     checkpoint = open_checkpoint(shop.build("OUT"))
     found = evaluate_translation(checkpoint, pairs=2, decoding=Decoding(1, 2, 999))
-    assert found.settings.max_new_tokens == 128 and found.text["mail"].documents == 1
+    assert found.decoding.max_new_tokens == 128
     assert any("mail: 1 pairs left out" in note for note in found.notes)
     (tmp_path / "base.jsonl").write_text(json.dumps(long[0]))
     with pytest.raises(TextError, match="no held-out pair fits into the model"):
@@ -253,7 +254,7 @@ def test_the_command_line(checkpoint: Checkpoint) -> None:
     assert "translated greedily, at most 4 tokens" in shown and "oracle" in shown and "nrefs:1" in shown
     assert "translate.json, translate.md" in shown
     data = json.loads(modekit("eval-translation", folder, *options, "--beams", "2", "--json"))
-    assert data["settings"]["beams"] == 2 and data["settings"]["pairs"] == 2 and len(data["rows"]) == 6
+    assert data["decoding"]["beams"] == 2 and len(data["rows"]) == 6
 
 
 def test_a_model_of_nan_has_no_score(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +263,6 @@ def test_a_model_of_nan_has_no_score(checkpoint: Checkpoint, monkeypatch: pytest
         model.get_output_embeddings().weight.data[0, 0] = float("nan")
         return model
 
-    monkeypatch.setattr("modekit.evaluation.jobs.load_model", damaged)
+    monkeypatch.setattr("modekit.evaluation.rows.load_model", damaged)
     with pytest.raises(CheckpointError, match="not finite"):
-        evaluate_translation(checkpoint, pairs=2, decoding=SHORT, write=False)
+        evaluate_translation(checkpoint, pairs=2, decoding=SHORT)

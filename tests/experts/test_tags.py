@@ -18,8 +18,8 @@ from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
 from modekit.errors import MismatchError, SourceError, TextError, UnsupportedError
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
+from modekit.evaluation.rows import with_tag
 from modekit.experts.labelled import Generic, Labelled, Reading, read_material, relabelled
 from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
@@ -118,7 +118,7 @@ def test_a_tag_is_one_token_that_is_read_and_changes_no_other(kind: str, tmp_pat
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_white_space_that_a_text_begins_with_stays_behind_a_tag(kind: str) -> None:
-    """What is trained on, what `eval --by tag` reads, and the text without a tag: the same tokens, also of a source."""
+    """What is trained on, what `eval --labels tag` reads, and the text without a tag: the same tokens, also of a source."""
     tokenizer = TOKENIZERS[kind]()
     (law,) = add_tags(tokenizer, ["law"], where="test")
     for text in ("\n    some text, of fever", "    Some text, dose", "\tdose of text", "  some fever"):

@@ -42,8 +42,6 @@ def test_the_loss_is_the_model_s_own(family: str, sequences: list[TokenSequence]
     np.testing.assert_allclose([each.mean() for each in found], own, rtol=1e-5)
     score = score_domain(model, Domain("d", 0, sequences), lambda _: None)
     assert score.loss == pytest.approx(np.average(own, weights=tokens), rel=1e-5)
-    bits = sum(loss * count for loss, count in zip(own, tokens, strict=True)) / np.log(2)
-    assert score.bits_per_byte == pytest.approx(bits / sum(each.scored_bytes for each in sequences), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", PAIR_FAMILIES)

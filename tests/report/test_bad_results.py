@@ -17,7 +17,6 @@ from damage import in_time, no_file
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError, OutputError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.members.licences import front_matter
@@ -101,12 +100,11 @@ def test_a_front_matter_that_never_ends(tmp_path: Path, content: str) -> None:
 
 TABLE = Results(
     [
-        Row(name, "mixture" if name == "mixture" else "expert", 10, 5, {"law": Score(3.0, 20.0, 1.0, blocks=(1.0, 2.0))}, "x")
+        Row(name, "mixture" if name == "mixture" else "expert", 10, 5, {"law": Score(3.0, blocks=(1.0, 2.0))}, "x")
         for name in ("law", "mixture")
     ],
     ["law"],
     [],
-    {"law": ReadSequences(1, 3, "x", 32)},
     notes=["a note"],
 )
 

@@ -197,14 +197,13 @@ def test_of_a_mixture_that_translates(tmp_path: Path) -> None:
 
 def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """A translate.json of a domain, one that not every model was scored on, and an unseen one."""
-    row = {"total_parameters": 9, "active_parameters": 9, "tokens": 0, "seconds": 0.0, "cut": 0}
+    row = {"total_parameters": 9, "active_parameters": 9}
     scores = {"law": {"bleu": 12.34, "chrf": 45.67}, "mail": {"bleu": 1.0, "chrf": 2.0}}
     return {
         "format": 1,
         "checkpoint": checkpoint.identity,
-        "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8, "pairs": 2, "machine": "processor"},
-        "text": {},
-        "signatures": {"bleu": "a|b", "chrf": "c"},
+        "decoding": {"beams": 1, "batch": 4, "max_new_tokens": 8},
+        "signature": "a|b; c",
         "domains": ["law", "code"],
         "unseen": ["mail"],
         "notes": ["few <pairs>"],

@@ -73,15 +73,12 @@ def inspection_of(
     per_domain = {
         name: {
             "expert": name if name in experts else None,
-            "documents": 5,
-            "tokens": 123,
             "loss": float(draw.uniform(3, 5)),
             "shares": weights(len(routers)),
             "chosen": weights(len(routers)),
             "entropy": draw.uniform(0, 1, len(routers)).tolist(),
             "agreement": draw.uniform(0, 1, len(routers)).tolist() if name in experts else None,
             "without": {expert: float(draw.normal(0, 0.1)) for expert in experts},
-            "named": 0.75 if name in experts else None,
         }
         for name in (*domains, *unseen)
     }
@@ -93,7 +90,6 @@ def inspection_of(
             samples.append(
                 {
                     "domain": name,
-                    "text": "".join(words),
                     "loss": float(np.mean(losses[1:])),
                     "tokens": [{"text": word, "loss": loss} for word, loss in zip(words, losses, strict=True)],
                     "weights": weights(len(routers), tokens),
@@ -106,18 +102,10 @@ def inspection_of(
         "format": 1,
         "checkpoint": checkpoint.identity,
         "experts": experts,
-        "domains": list(domains),
-        "unseen": list(unseen),
-        "top_k": 2,
         "per_domain": per_domain,
-        "utilisation": weights(len(routers)),
         "routers": [{"name": f"r{i}.gate", "layer": layer, "module": module} for i, (layer, module) in enumerate(routers)],
-        "dead": {experts[-1]: [0]},
-        "similarity": {"experts": alike.tolist(), "of": "cosine of <b>changes</b>"},
-        "top_tokens": {
-            expert: [{"token": piece, "share": 0.5, "count": 3, "lift": 1.5} for piece in pieces] for expert in experts
-        },
-        "evidence": {expert: [{"token": piece, "weight": 1.25} for piece in pieces] for expert in experts},
+        "similarity": alike.tolist(),
+        "top_tokens": {expert: list(pieces) for expert in experts},
         "texts": samples,
         "notes": ["a note with <i>markup</i>"],
         "a key of a later version": 1,
@@ -342,7 +330,6 @@ def test_text_of_others_is_shown_and_never_run(opened: Opened, page: Path) -> No
         tab.locator(f"#t{place}").dispatch_event("click")
     body = tab.locator("body").inner_text()
     for text in (
-        "cosine of <b>changes</b>",
         "a note with <i>markup</i>",
         "qa <i>1</i>",
         "three <questions>",
@@ -483,7 +470,7 @@ def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
     ("path", "value"),
     [
         (["per_domain", "law", "shares", 0], [0.5]),
-        (["similarity", "experts"], [[1.0]]),
+        (["similarity"], [[1.0]]),
         (["per_domain", "law", "shares", 0, 0], 7.0),
     ],
 )
@@ -537,10 +524,10 @@ def test_gaps_are_bars_with_errors_and_names_are_text() -> None:
     rows = [
         Row(name, "base" if name == "base" else "mixture" if name == "mixture" else "expert", 1, 1, scores, "")
         for name, each in losses.items()
-        if (scores := {domain: Score(loss, 1.0, 1.0) for domain, loss in zip(("<b>law", "code"), each, strict=True)})
+        if (scores := {domain: Score(loss) for domain, loss in zip(("<b>law", "code"), each, strict=True)})
     ]
-    results = Results(with_gaps(rows, ["<b>law", "code"]), ["<b>law", "code"], [], {})
+    results = Results(with_gaps(rows, ["<b>law", "code"]), ["<b>law", "code"], [])
     chart = str(gap_chart(results))
     assert chart.count('class="of-mixture"') == 3 and ">0.75<" in chart and ">0.50<" in chart and ">0.62<" in chart
     assert "&lt;b&gt;law" in chart and "<b>" not in chart
-    assert gap_chart(Results(rows, ["code"], [], {})) == ""
+    assert gap_chart(Results(rows, ["code"], [])) == ""

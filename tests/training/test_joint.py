@@ -12,7 +12,7 @@ from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.jobs import ALONE
+from modekit.evaluation.rows import ALONE
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import flow_of
 from modekit.loaded.shapes import mixture_of

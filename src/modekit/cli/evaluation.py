@@ -20,18 +20,10 @@ if TYPE_CHECKING:
     from modekit.evaluation.results_folder import Result
 
 
-@dataclass(frozen=True)
-class LabelRowOptions:
-    """Which labels a mixture is scored with, and how it gets them."""
-
-    labels: Annotated[
-        str | None,
-        typer.Option(metavar="right,wrong,none", help="Labels to score the mixture with: some of right, wrong, none, or all."),
-    ] = None
-    by: Annotated[
-        Literal["gate", "tag"] | None,
-        typer.Option(help="How a label acts: gate (default; all weight on its expert) or tag (its token before the text)."),
-    ] = None
+LabelOption = Annotated[
+    Literal["gate", "tag"] | None,
+    typer.Option(help="Also score with right and wrong labels, by gate (all weight on their expert) or tag (before the text)."),
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,9 @@ class TaskOptions:
     """Which models answer which questions."""
 
     models: Annotated[str | None, typer.Option(help="Models to score, such as base,medicine,mixture (default: all).")] = None
-    include_path: Annotated[list[Path] | None, typer.Option(help="Folder of your own YAML tasks; repeatable.")] = None
+    include_path: Annotated[
+        list[Path] | None, typer.Option(exists=True, file_okay=False, help="Folder of your own YAML tasks; repeatable.")
+    ] = None
     trust_tasks: Annotated[
         bool, typer.Option("--trust-tasks", help="Allow task files that may run code (with --include-path).")
     ] = False
@@ -70,20 +64,19 @@ class DecodingOptions:
 
 @app.command(name="eval")
 @grouped
-def evaluate(checkpoint: OutFolder, labels: LabelRowOptions, scored: ScoredOptions) -> None:
+def evaluate(checkpoint: OutFolder, scored: ScoredOptions, labels: LabelOption = None) -> None:
     """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
     given = texts_by_domain(scored.text)
     for name, specs in given.items():
         check_present(specs, root=Path.cwd(), where=f"--text {name}")
     with running() as run:
         from modekit.evaluation.evaluate import evaluate
-        from modekit.evaluation.labels import labels_asked
 
         results = evaluate(
             checkpoint_in(checkpoint).scored_on(given, Path.cwd()),
             tokens_per_domain=scored.tokens,
             sequence_length=scored.sequence_length,
-            labels=labels_asked(labels.labels, labels.by),
+            labels=labels,
             run=run,
         )
     _show(results, checkpoint)
@@ -121,10 +114,9 @@ def eval_tasks(
 
 @app.command()
 @grouped
-def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: LabelRowOptions) -> None:
+def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: LabelOption = None) -> None:
     """Translate held-out sources with base, experts and mixture, and score them with sacrebleu."""
     with running() as run:
-        from modekit.evaluation.labels import labels_asked
         from modekit.evaluation.translation.decoding import Decoding
         from modekit.evaluation.translation.evaluate import evaluate_translation
 
@@ -132,7 +124,7 @@ def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: La
             checkpoint_in(checkpoint),
             pairs=options.pairs,
             decoding=Decoding(options.beams, options.batch, options.max_new_tokens),
-            labels=labels_asked(labels.labels, labels.by),
+            labels=labels,
             run=run,
         )
     _show(results, checkpoint)

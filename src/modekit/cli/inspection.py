@@ -63,7 +63,6 @@ def inspect(
     text = shown.read()
     found: Inspection | TextTrace
     with running() as run:
-        from modekit.evaluation.forced import ForcedExperts
         from modekit.evaluation.inspection.inspect import inspect
         from modekit.evaluation.inspection.result import Inspection
         from modekit.evaluation.inspection.text import inspect_text
@@ -78,19 +77,16 @@ def inspect(
     elif isinstance(found, Inspection):
         print_result(found)
         out.print(Text(f"{checkpoint / RESULTS_FOLDER}: inspect.json, inspect.md", style="dim"))
-        forced = ForcedExperts.find(opened)
-        if forced is not None:
-            print_result(forced)
     else:
-        print_trace(found)
+        print_trace(found, chat=shown.chat)
 
 
 _MOST_WORDS = 200
 _GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
 
 
-def print_trace(trace: TextTrace) -> None:
-    """Draw a text word by word, then what each expert is worth for it."""
+def print_trace(trace: TextTrace, *, chat: bool = False) -> None:
+    """Draw a text word by word, then what each expert is worth for it; of a chat who leads where the answer begins."""
     from modekit.evaluation.inspection.tokens import words_of
 
     words, more = words_of(trace, _MOST_WORDS)
@@ -116,8 +112,9 @@ def print_trace(trace: TextTrace) -> None:
     if more:
         out.print(Text(f"The first {len(words)} words are shown; the text has {len(trace.tokens):,} tokens.", style="dim"))
     _print_worth(trace)
-    if trace.prompt_end is not None:
-        shares = sorted(zip(trace.prompt_end, trace.experts, strict=True), reverse=True)
+    if chat:
+        last = [fmean(each) for each in zip(*(router[-1] for router in trace.weights), strict=True)]
+        shares = sorted(zip(last, trace.experts, strict=True), reverse=True)
         said = ", ".join(f"{name} {weight:.2f}" for weight, name in shares if weight >= 0.005)
         out.print(Text.assemble("the answer begins with ", (said, "bold")))
     print_notes(trace.notes)

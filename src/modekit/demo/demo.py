@@ -25,9 +25,9 @@ from modekit.demo.kinds import Kind, What
 from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import translated_table
-from modekit.errors import OutputError
+from modekit.errors import OutputError, check_packages
 from modekit.evaluation.results import Results, with_gaps
-from modekit.evaluation.translation.results import TranslationResults, TranslationScore, require_sacrebleu
+from modekit.evaluation.translation.results import TranslationResults, TranslationScore
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
@@ -62,7 +62,7 @@ class DemoResults:
         ]
         notes = [*([_SMOKE_RUN] if self.quick else []), *first.notes]
         rows = with_gaps(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
-        return Results(rows, first.domains, first.unseen, first.text, notes=notes)
+        return Results(rows, first.domains, first.unseen, notes=notes)
 
     def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -124,7 +124,7 @@ def run_demo(
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
     if what == "translation":
-        require_sacrebleu()
+        check_packages(("sacrebleu.metrics",), "pip install 'modekit[translation]'")
     kind = Kind(what, real, quick)
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(kind.size)})
     texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")

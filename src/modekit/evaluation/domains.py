@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
-from modekit.evaluation.identity import NO_RECORD, ReadSequences
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.document import Conversation, check_kind
@@ -20,14 +17,14 @@ from modekit.text.splits import HeldOutSplit, text_record
 
 @dataclass(frozen=True)
 class Domain:
-    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `chats`: whether
-    there are conversations in it.
+    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `record`: which
+    documents were read, and how; `chats`: whether there are conversations in it.
     """
 
     name: str
     expert: int | None
     sequences: Sequence[TokenSequence]
-    record: ReadSequences = NO_RECORD
+    record: Mapping[str, object] = field(default_factory=dict)
     chats: bool = False
 
     @property
@@ -40,14 +37,6 @@ def known_and_unseen(domains: Sequence[Domain]) -> tuple[list[str], list[str]]:
     """Names of the domains that have an expert, and of those that have none."""
     known = [domain.name for domain in domains if domain.expert is not None]
     return known, [domain.name for domain in domains if domain.expert is None]
-
-
-def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_per_domain: int, sequence_length: int) -> Domain:
-    """Documents as token sequences, none where there are none, with a record of both."""
-    sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
-    record = text_record(held.documents, sum(sequence.size for sequence in sequences))
-    chats = any(isinstance(document, Conversation) for document in held.documents)
-    return Domain(held.name, held.expert, sequences, ReadSequences(**record, sequence_length=sequence_length), chats)
 
 
 def recipe_texts(checkpoint: Checkpoint) -> RecipeTexts:
@@ -72,10 +61,12 @@ def held_out_domains(
     domains = []
     for held in held_out_texts(checkpoint, split=split, seen=seen):
         check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
-        domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
-        if not domain.sequences:
+        sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+        if not sequences:
             raise held.text.none_fits(held.documents, sequence_length)
-        domains.append(domain)
+        record = {**text_record(held.documents, sum(sequence.size for sequence in sequences)), "length": sequence_length}
+        chats = any(isinstance(document, Conversation) for document in held.documents)
+        domains.append(Domain(held.name, held.expert, sequences, record, chats))
     return domains
 
 

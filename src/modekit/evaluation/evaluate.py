@@ -13,22 +13,19 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
-from modekit.evaluation.identity import row_identity
-from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
-from modekit.evaluation.labels import Labels, check_labels, label_notes, longest_with_tag
 from modekit.evaluation.loss import not_finite, score_domain
 from modekit.evaluation.results import (
     Results,
     Row,
     Score,
-    beaten_notes,
     gapless_notes,
-    loss_gains,
+    label_notes,
     rows_scored_here,
     with_gaps,
 )
+from modekit.evaluation.rows import Labels, RowJob, label_jobs, row_identity, row_jobs
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.strict import BASE, did_you_mean
+from modekit.recipes.strict import did_you_mean
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
 from modekit.text.written import written_notes
@@ -52,31 +49,25 @@ def evaluate(
     SourceError, MismatchError, and CheckpointError for a loss that is not finite.
     """
     run.begin("read the text")
-    tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    if labels is not None:
-        check_labels(checkpoint, labels, tokenizer)
-        sequence_length = longest_with_tag(sequence_length, checkpoint) if labels.by == "tag" else sequence_length
+    positions = checkpoint.config.get("max_position_embeddings")
+    if labels == "tag" and isinstance(positions, int):  # a tag before a text takes one
+        sequence_length = max(2, min(sequence_length, positions - 1))
     domains = held_out_domains(
         checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen, run=run
     )
     jobs, notes = row_jobs(checkpoint, run=run)
-    jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
-    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
-    names = [domain.name for domain in domains]
-    notes += gapless_notes(rows, names)
-    rows = with_gaps(rows, names)
-    sources = zip(checkpoint.names, checkpoint.record.expert_sources, strict=True)
-    owners = {name: name if place else BASE for name, place in sources}
-    owned, unseen = known_and_unseen(domains)
-    notes += beaten_notes(rows, {name: owners[name] for name in owned})
-    notes += written_notes(checkpoint.record.recipe, checkpoint.recipe_root)
-    hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}
-    notes += [f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()]
     if labels is not None:
-        named = {row.name: row for row in rows}
-        notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, owned))
-    records = {domain.name: domain.record for domain in domains}
-    results = Results(rows, owned, unseen, records, notes=notes)
+        jobs += list(label_jobs(checkpoint, labels, domains, load_tokenizer(checkpoint.folder, run=run), jobs))
+    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
+    names, (owned, unseen) = [domain.name for domain in domains], known_and_unseen(domains)
+    hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}
+    notes += [
+        *gapless_notes(rows, names),
+        *label_notes(rows, owned),
+        *written_notes(checkpoint.record.recipe, checkpoint.recipe_root),
+        *(f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()),
+    ]
+    results = Results(with_gaps(rows, names), owned, unseen, notes=notes, checkpoint=checkpoint.identity)
     if write:
         results.write(checkpoint)
     return results
@@ -91,14 +82,14 @@ def _run(
     done, sizes = 0, checkpoint.parameters
     rows: list[Row] = []
     for job in jobs:
-        identity = row_identity(job.identity, checkpoint, [domain.record for domain in domains])
+        identity = row_identity(job.identity, checkpoint, domains)
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
         for domain in domains:
             text = job.text(domain)
             if text is not None:
                 score = earlier.get((identity, domain.name))
-                if score is None or (score.blocks is None and len(domain.sequences) > 1):
+                if score is None:
                     model = model if model is not None else job.load()
                     with job.within(model, text):
                         score = score_domain(model, text, partial(run.progress, f"score {job.name}", total=total), done)

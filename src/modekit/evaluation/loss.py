@@ -6,7 +6,6 @@ Shape legend: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.results import Score
-from modekit.evaluation.uncertainty import in_blocks, mean_error
+from modekit.evaluation.uncertainty import in_blocks
 from modekit.loaded.passes import check_text, losses_of, tokens_per_batch
 from modekit.text.sequences import make_batches
 
@@ -42,14 +41,8 @@ def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int
             sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
             done += batch.scored
             progress(done)
-    loss = float(sums.sum()) / domain.scored_tokens
-    scored_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
-    perplexity, bits = math.exp(min(loss, 700.0)), float(sums.sum()) / math.log(2) / max(scored_bytes, 1)
-    if len(domain.sequences) < 2:
-        return Score(loss, perplexity, bits)
-    blocks = in_blocks(sums.tolist())
-    error = mean_error(blocks, in_blocks([sequence.scored for sequence in domain.sequences]))
-    return Score(loss, perplexity, bits, loss_error=error, blocks=blocks)
+    blocks = in_blocks(sums.tolist()) if len(sums) > 1 else ()
+    return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)
 
 
 def not_finite(what: str, where: str) -> CheckpointError:

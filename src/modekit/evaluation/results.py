@@ -9,13 +9,11 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.identity import ReadSequences, mixture_identities, row_identity
-from modekit.evaluation.labels import Gain
 from modekit.evaluation.results_folder import Result, results_path
 from modekit.evaluation.tables import Cell, ResultTable
 from modekit.evaluation.uncertainty import gap_error, mean_error
@@ -32,19 +30,20 @@ SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on one domain: mean loss per token in nats, perplexity, bits per byte, share of the gap closed.
+    """Of one model on one domain: mean loss per token in nats, share of the gap closed with its standard error.
 
-    `blocks` are the sums of loss, in nats, over up to 20 consecutive parts of the text, the same parts in every row;
-    `loss_error` and `gap_error` are standard errors over them. None when there are fewer than two sequences.
+    `blocks` are the sums of loss, in nats, over up to 20 consecutive parts of the text, the same parts in every row.
     """
 
     loss: Number
-    perplexity: Number
-    bits_per_byte: Number
     gap_closed: Number | None = None
-    loss_error: Number | None = None
     gap_error: Number | None = None
-    blocks: tuple[Number, ...] | None = None
+    blocks: tuple[Number, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(min(self.loss, 700.0))
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Results(Result):
-    """eval.json. `domains` have an expert and enter the means; `unseen` have none. It belongs to the mixture of its row."""
+    """eval.json. `domains` have an expert and enter the means; `unseen` have none."""
 
     rows: Sequence[Row]
     domains: Sequence[Label]
     unseen: Sequence[Label]
-    text: Mapping[str, ReadSequences]
 
     file = "eval.json"
     command = "modekit eval"
@@ -105,67 +103,44 @@ class Results(Result):
         """The first row of a kind."""
         return next((row for row in self.rows if row.kind == kind), None)
 
-    def belongs_to(self, checkpoint: Checkpoint) -> bool:
-        """Whether the table's mixture is this checkpoint as it is now: experts, router, training and text."""
-        mixture, names = self.of_kind("mixture"), [*self.domains, *self.unseen]
-        if mixture is None or any(name not in self.text for name in names):
-            return False
-        experts_id, router_id = mixture_identities(checkpoint)
-        return mixture.identity == row_identity(f"{experts_id} {router_id}", checkpoint, [self.text[name] for name in names])
-
-    def as_data(self) -> dict[str, JsonValue]:
-        """Plain data for JSON, with the means that the table shows."""
-        data: dict[str, Any] = super().as_data()
-        for row, said in zip(self.rows, data["rows"], strict=True):
-            said["mean"] = {"loss": row.mean_loss(self.domains), "gap_closed": row.mean_gap(self.domains)}
-        return data
-
     def write(self, checkpoint: Checkpoint) -> None:
         """Write eval.json and eval.md, and remember that this file is this user's own."""
         super().write(checkpoint)
         keep_proven(_claim(self.as_json()))
 
     def tables(self) -> list[ResultTable]:
-        """Loss and perplexity per domain, means, gap closed, parameters; in detail gap closed and bits per byte per domain."""
+        """Loss and perplexity per domain, means, gap closed, parameters; in detail gap closed per domain."""
         every, unseen = [*self.domains, *self.unseen], [f"{name}\nunseen" for name in self.unseen]
         header = ["model", *self.domains, *unseen, "mean loss", "gap closed", "total\nactive"]
-        base = self.of_kind("base")
-        apart = [self._over_base(row, base, name) for row in self.rows for name in every]
-        most = max((abs(each) for each in apart if each is not None), default=0.0)
+        of_base = {} if (base := self.of_kind("base")) is None else base.scores
+        apart = {
+            (row.name, name): score.loss - of_base[name].loss
+            for row in self.rows
+            for name, score in row.scores.items()
+            if name in of_base
+        }
+        most = max(map(abs, apart.values()), default=0.0) or 1.0
         body = []
         for row in self.rows:
             cells: list[str | Cell] = [row.name]
             for name in every:
-                score, change = row.scores.get(name), self._over_base(row, base, name)
+                score, change = row.scores.get(name), apart.get((row.name, name))
                 said = "-" if score is None else f"{score.loss:.3f}\n{score.perplexity:.1f}"
-                cells.append(Cell(said, change=change / most if change is not None and most else None))
+                cells.append(Cell(said, change=None if change is None else change / most))
             cells += [or_dash(row.mean_loss(self.domains), ".3f"), or_dash(row.mean_gap(self.domains), ".2f")]
             body.append([*cells, f"{count_of(row.total_parameters)}\n{count_of(row.active_parameters)}"])
         said = "Held-out loss in nats per token, with perplexity; gap closed: 0 = the base, 1 = each domain's own expert."
         gaps = [[row.name, *(_with_error(row.scores.get(name)) for name in self.domains)] for row in self.rows]
-        bits = [[row.name, *(_bits(row.scores.get(name)) for name in every)] for row in self.rows]
         return [
             ResultTable("Loss", header, body, said),
             ResultTable("Gap closed", ["model", *self.domains], gaps, "Per domain, with its standard error.", detail=True),
-            ResultTable("Bits per byte", ["model", *self.domains, *unseen], bits, "Per domain.", detail=True),
         ]
-
-    @staticmethod
-    def _over_base(row: Row, base: Row | None, domain: str) -> float | None:
-        """Loss less the base's."""
-        if base is None or domain not in row.scores or domain not in base.scores:
-            return None
-        return row.scores[domain].loss - base.scores[domain].loss
 
 
 def _with_error(score: Score | None) -> str:
     if score is None or score.gap_closed is None:
         return "-"
     return f"{score.gap_closed:.2f}" + ("" if score.gap_error is None else f" ± {score.gap_error:.3f}")
-
-
-def _bits(score: Score | None) -> str:
-    return "-" if score is None else f"{score.bits_per_byte:.3f}"
 
 
 def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
@@ -189,7 +164,7 @@ def difference(one: Score, other: Score) -> tuple[float, float | None]:
     the text count as equally long.
     """
     apart = one.loss - other.loss
-    if one.blocks is None or other.blocks is None or not len(one.blocks) == len(other.blocks) > 1 or not one.loss:
+    if not len(one.blocks) == len(other.blocks) > 1 or not one.loss:
         return apart, None
     tokens = sum(one.blocks) / one.loss / len(one.blocks)
     return apart, mean_error([a - b for a, b in zip(one.blocks, other.blocks, strict=True)], [tokens] * len(one.blocks))
@@ -225,40 +200,26 @@ def with_gaps(rows: Sequence[Row], domains: Sequence[str]) -> list[Row]:
 
 
 def gapless_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
-    """Why a domain has no share of its gap."""
-    gains = {name: difference(*each)[0] for name, each in _references(rows, domains).items() if not _is_gap(*each)}
-    none = [name for name, gain in gains.items() if gain <= SMALLEST_GAP]
-    noise = [f"{name} {gain:.3f}" for name, gain in gains.items() if gain > SMALLEST_GAP]
+    """Why domains have no share of a gap."""
+    none = {name: difference(*each)[0] for name, each in _references(rows, domains).items() if not _is_gap(*each)}
     if none:
-        yield f"no gap to close, so not in its mean: {', '.join(none)} (the own expert is not better than the base)"
-    if noise:
         yield (
-            f"no gap closed is shown, since what the own expert gains over the base is within the noise: {', '.join(noise)} "
-            "nats per token; train the expert longer, or give more held-out text"
+            "no gap closed is shown, and none in its mean, where the own expert gains nothing over the base, or no more than "
+            f"the noise, in nats per token: {', '.join(f'{name} {gain:.3f}' for name, gain in none.items())}; train the expert "
+            "longer, or give more held-out text"
         )
 
 
-def beaten_notes(rows: Sequence[Row], owners: Mapping[str, str]) -> Iterator[str]:
-    """Domains whose own expert is surely worse than another; `owners`: domain -> its row's name, the base's or its own."""
-    named = {row.name: row for row in rows if row.kind in {"base", "expert"}}
-    for domain, owner in owners.items():
-        own = named.get(owner)
-        others = [row for row in named.values() if row.kind == "expert" and row is not own and domain in row.scores]
-        best = min(others, key=lambda row: row.scores[domain].loss, default=None)
-        if own is None or best is None:
+def label_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
+    """What labels save of the loss against none, mean over domains; nothing where a domain was not scored under them."""
+    named = {row.name: row for row in rows}
+    for row in rows if domains else ():
+        model = row.name.partition(",")[0]
+        without = named.get(f"{model}, no tag", named.get(model))
+        if row.kind != "label" or without is None or without is row or any(name not in row.scores for name in domains):
             continue
-        mine, other = own.scores[domain], best.scores[domain]
-        apart, error = difference(mine, other)
-        if apart > max(SMALLEST_GAP, 2 * (error or 0.0)):
-            who = "the base model, which is its expert," if own.kind == "base" else "its own expert"
-            yield f"{domain}: {who} has {mine.loss:.3f} on its text, worse than {best.name} with {other.loss:.3f}"
-
-
-def loss_gains(domains: Sequence[str], with_label: Row, without: Row) -> list[Gain]:
-    """What a label saves of the loss, mean over domains; none where one of them was not scored."""
-    if not all(name in with_label.scores for name in domains):
-        return []
-    found = [difference(without.scores[name], with_label.scores[name]) for name in domains]
-    errors = [error for _, error in found if error is not None]
-    error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None  # without one of them nothing is known
-    return [Gain(sum(gain for gain, _ in found) / len(found), "nats per token", 3, error)]
+        gains = [difference(without.scores[name], row.scores[name]) for name in domains]
+        errors = [error for _, error in gains if error is not None]
+        error = f" ± {math.hypot(*errors) / len(gains):.3f}" if len(errors) == len(gains) else ""
+        gain = sum(gain for gain, _ in gains) / len(gains)
+        yield f"{row.name}: a gain of {gain:+.3f}{error} nats per token over none, mean over the domains"

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import JsonValue, TypeAdapter
 
@@ -37,6 +37,8 @@ class Result(ABC):
 
     notes: Sequence[str] = field(default=(), kw_only=True)
     """What a reader has to know."""
+    checkpoint: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """`Checkpoint.identity` of what it was found out about."""
 
     @abstractmethod
     def tables(self) -> list[ResultTable]:
@@ -46,9 +48,9 @@ class Result(ABC):
         """For people to read in a file."""
         return markdown_page(self.tables(), self.notes)
 
-    @abstractmethod
     def belongs_to(self, checkpoint: Checkpoint) -> bool:
-        """Whether it was found out about this checkpoint as it is now."""
+        """Whether it was found out about this checkpoint as it is now: models, router, recipe and tokenizer."""
+        return self.checkpoint == checkpoint.identity
 
     def as_data(self) -> dict[str, JsonValue]:
         """Plain data for JSON."""
@@ -91,18 +93,6 @@ class Result(ABC):
             said.append(f"{cls.file} is of another state of this mixture ({changed}): run `{cls.command}` again")
             return None
         return found
-
-
-@dataclass(frozen=True)
-class CheckpointResult(Result):
-    """A result that names its checkpoint by `Checkpoint.identity`."""
-
-    format: Literal[1] = field(default=1, kw_only=True)
-    checkpoint: Mapping[str, str] = field(kw_only=True)
-
-    def belongs_to(self, checkpoint: Checkpoint) -> bool:
-        """Whether its models, router, recipe and tokenizer are still the same."""
-        return self.checkpoint == checkpoint.identity
 
 
 def results_path(checkpoint: Checkpoint, file: str) -> Path:

@@ -20,13 +20,13 @@ def mean_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
     return jackknife_error(operator.truediv, sums, counts)
 
 
-def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Sequence[float] | None) -> float | None:
+def gap_error(base: Sequence[float], own: Sequence[float], row: Sequence[float]) -> float | None:
     """Standard error of (base - row) / (base - own), from sums of loss by block.
 
     All three read the same text, so that most of its spread cancels. None when blocks are missing, or when one part of the
     text decides whether there is a gap at all.
     """
-    if base is None or own is None or row is None or not len(base) == len(own) == len(row) > 1:
+    if not len(base) == len(own) == len(row) > 1:
         return None
 
     def share(base: float, own: float, row: float) -> float:

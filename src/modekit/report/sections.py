@@ -13,7 +13,7 @@ from markupsafe import Markup
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.forced import ForcedExperts
-from modekit.evaluation.inspection.result import DomainTrace, Inspection
+from modekit.evaluation.inspection.result import Inspection, TokenTrace
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import Result, read_or_say
 from modekit.evaluation.tables import ResultTable
@@ -21,7 +21,6 @@ from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import bytes_of, count_of, or_dash
 from modekit.members.licences import facts, sources_of
-from modekit.recipes.layers import order_of
 from modekit.report.drawing import gap_chart
 
 Block = ResultTable | Markup | str
@@ -140,14 +139,11 @@ def samples_of(inspection: Inspection | None) -> dict[str, object]:
     """
     if inspection is None or not inspection.routers:
         return {}
-    layers: dict[str, list[int]] = {}
-    known = {router.layer for router in inspection.routers if router.layer is not None}
-    for layer in sorted(known, key=order_of):
-        layers[f"layer {layer}"] = [place for place, router in enumerate(inspection.routers) if router.layer == layer]
+    layers = {f"layer {layer}": places for layer, places in inspection.layers().items()}
     layers = layers or {"all layers": list(range(len(inspection.routers)))}
-    by_domain: dict[str, list[DomainTrace]] = {}
+    by_domain: dict[str, list[TokenTrace]] = {}
     for sample in inspection.texts:
-        by_domain.setdefault(sample.domain, []).append(sample)
+        by_domain.setdefault(str(sample.domain), []).append(sample)
     kept, room = list[dict[str, object]](), SAMPLE_BYTES
     for sample in (each for turn in zip_longest(*by_domain.values()) for each in turn if each is not None):
         data = _sample(sample, list(layers.values()))
@@ -155,10 +151,18 @@ def samples_of(inspection: Inspection | None) -> dict[str, object]:
         if room < 0:
             break
         kept.append(data)
-    return {"experts": inspection.experts, "routers": list(layers), "texts": kept} if kept else {}
+    return (
+        {
+            "experts": inspection.experts,
+            "routers": list(layers),
+            "texts": kept,
+        }
+        if kept
+        else {}
+    )
 
 
-def _sample(sample: DomainTrace, layers: Sequence[Sequence[int]]) -> dict[str, object]:
+def _sample(sample: TokenTrace, layers: Sequence[Sequence[int]]) -> dict[str, object]:
     weights = []
     for places in layers:
         by_token = zip(*(sample.weights[place] for place in places), strict=True)

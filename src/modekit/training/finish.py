@@ -14,7 +14,6 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import TrainingRecord
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.labels import Labels
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.results_folder import write_results
 from modekit.files.read import LARGE, read_bytes
@@ -120,7 +119,7 @@ def _evaluate(
             known=before,
             seen={*request.trained_on, *request.selected_by},
             write=write,
-            labels=Labels("tag", ("right",)) if request.settings.tags else None,
+            labels="tag" if request.settings.tags else None,
         )
     except TextError:
         return None
@@ -137,7 +136,7 @@ def _compared(before: Results, after: Results) -> Results:
     for row in after.rows:
         if moves(row) or (row.kind == "oracle" and row.identity != oracle):
             rows.append(row if moves(row) else row.renamed("oracle after"))
-    return Results(rows, after.domains, after.unseen, after.text, notes=after.notes)
+    return Results(rows, after.domains, after.unseen, notes=after.notes)
 
 
 def _write_results(checkpoint: Checkpoint, record: TrainingRecord, results: Results | None, folder: TrainingFolder) -> None:

@@ -14,16 +14,46 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
 from modekit.planning.tensors import as_in, touched
-from modekit.run import Run
+from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
+from modekit.sources.names import split_layer
+from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.weights.numeric import BLOCK, FlatArray, holds_only_finite, to_float32
 from modekit.weights.reading import WeightReader
 
 _Double = npt.NDArray[np.float64]
 _STEP = BLOCK // 8  # float64 rows of every expert side by side stay as small as one block of a copy
+
+
+def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> tuple[list[list[float]], list[str]]:
+    """Cosine of what each pair of experts changed of the base in its layers (E, E), and notes; memory does not grow with the
+    models. Two that changed nothing are alike (1); one that did and one that did not have 0. Empty where a model is gone, or
+    is another one now.
+
+    Raises SourceError for weights that are not finite.
+    """
+    names = checkpoint.names
+    lacking = {name: why_not(checkpoint, place, run=run) for place, name in enumerate(names)}
+    lacking = {"base": why_not(checkpoint, None, run=run)} | lacking
+    reasons = [f"{name} ({reason})" for name, reason in lacking.items() if reason]
+    if reasons:
+        return [], [f"experts were not compared, for want of a model: {reasons[0]}"]
+    trusted = Run(trust_remote_code=True)  # no code is run to open models
+    base, *experts = open_recipe_sources(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=trusted)
+    compared = [name for name in checkpoint.shape.family.own_names(base) if split_layer(name)[0] is not None]
+    products = compare(base, experts, compared, run).products
+    lengths = np.sqrt(np.diag(products))
+    scale = np.outer(lengths, lengths)
+    alike = np.clip(np.divide(products, scale, out=np.zeros_like(scale), where=scale > 0), -1.0, 1.0)
+    alike[np.outer(lengths == 0, lengths == 0)] = 1.0
+    np.fill_diagonal(alike, 1.0)
+    same = [name for at, name in enumerate(names) if not products[at, at] and experts[at] is not base]
+    return alike.tolist(), [f"{', '.join(same)} changed nothing of the base model's layers"] if same else []
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ not logits), and what each expert is worth.
 Every sequence starts anew; pads take no part, and what is found is kept per sequence, so that neither padding nor the order
 of batches changes a number beyond rounding.
 
-Shape legend: B batch, S sequence (of a router in a decoder the target), E experts, R routers, N sequences, P predicted tokens,
+Shape legend: B batch, S sequence (of a pair the source and behind it the target), E experts, R routers, P predicted tokens,
 O output features.
 """
 
@@ -28,7 +28,6 @@ from modekit.loaded.shapes import mixture_of
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
-Array64 = npt.NDArray[np.float64]
 
 Advance = Callable[[int], object]
 """Called with the tokens of each batch once they are done."""
@@ -36,32 +35,37 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Decided:
-    """What routers made of the real tokens of one sequence: of all of them, or of a pair those that read its source, or target.
-    With one decision per output feature, the mean over features; one for a whole source stands at each of its tokens.
+    """What routers made of the tokens of one sequence. With one decision per output feature, the mean over features; one for a
+    whole source stands at each of its tokens.
 
     Attributes:
-        routers: their places among all.
-        of_target: whether the tokens are those of a pair's target.
+        reads_RS: whether a router reads a token: all of a text, of a pair either its source or its target; else all is 0.
         weights_RSE: of the experts; they sum to one, less what an always-on base takes.
         chosen_RSE: 1 where an expert has a weight above zero.
         entropy_RS: of the weights, nats.
     """
 
-    routers: list[int]
-    of_target: bool
+    reads_RS: npt.NDArray[np.bool_]
     weights_RSE: Array32
     chosen_RSE: Array32
     entropy_RS: Array32
 
+    @property
+    def mean_SE(self) -> Array32:
+        """Weights, means over the routers that read a token."""
+        mean_SE: Array32 = self.weights_RSE.sum(0) / self.reads_RS.sum(0)[:, None].clip(1)
+        return mean_SE
+
 
 Consume = Callable[[int, Decided], None]
-"""Called with the place of a sequence, once; for a pair once for each side that routers read."""
+"""Called with the place of a sequence, once."""
 
 _TRACED = 2**26  # floats that a traced pass may keep
+_TINY = 1e-30
 
 
 def token_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance) -> list[Array32]:
-    """Loss of every predicted token, nats, per sequence: (S - 1), 0 where a tag is not; or of a pair (T)."""
+    """Loss of every predicted token, nats, per sequence: (S - 1), 0 where a tag is not; or of a pair those of the target."""
     return _losses(model, sequences, tokens_per_pass(model.config), advance, lambda _batch: None)
 
 
@@ -98,102 +102,58 @@ def _losses(
     return losses
 
 
-def loss_per_token(sequence: TokenSequence, losses_P: Array32) -> list[float | None]:
-    """Of all tokens of a sequence, of a pair the source's first; None for those that are not predicted."""
-    found: list[float | None] = [*[None] * (sequence.size - sequence.places), *losses_P.tolist()]
+def loss_per_token(sequence: TokenSequence, losses_P: Array32) -> Array32:
+    """Of all tokens of a sequence, (S); NaN for those that are not predicted."""
+    found = np.full(sequence.size, np.nan, np.float32)
+    found[sequence.size - sequence.places :] = losses_P
     if sequence.silent is not None:
-        found[sequence.silent] = None
+        found[sequence.silent] = np.nan
     return found
 
 
-def sums_of(losses: Sequence[Array32]) -> Array64:
-    """Loss of each sequence, (N), nats: the sum over its tokens."""
-    return np.array([each.sum(dtype=np.float64) for each in losses])
-
-
-def changes_without(
-    model: PreTrainedModel, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], whole_N: Array64, advance: Advance
-) -> Array64:
-    """What leaving out each expert adds to the loss of each sequence, (E, N), nats over all its tokens.
-
-    One pass per expert; of a single expert there are no others, and E is 0.
-    """
+def losses_without(
+    model: PreTrainedModel, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], advance: Advance
+) -> list[list[Array32]]:
+    """Losses as `token_losses` has them with each expert left out in turn; of a single expert there are no others, and none."""
     rows = []
     for expert in range(len(checkpoint.names)) if len(checkpoint.names) > 1 else ():
         with mixture_of(model, checkpoint).left_out(expert):
-            rows.append(sums_of(token_losses(model, sequences, advance)) - whole_N)
-    return np.array(rows).reshape(len(rows), len(sequences))
-
-
-@dataclass
-class Traced:
-    """What is known of one sequence: weights of the routers, or their mean as one; mean entropy of its tokens; losses of its
-    predicted tokens; what leaving out each expert adds to their sum. Where a router does not read, weights are 0.
-    """
-
-    weights_RSE: Array32
-    entropy_S: Array64
-    losses_P: Array32
-    changes_E: Array64
-
-
-def trace(
-    model: PreTrainedModel, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], advance: Advance, *, every: bool = True
-) -> list[Traced]:
-    """Each sequence with the weights of `every` router, or with their mean."""
-    routers, experts = len(checkpoint.shape.positions) if every else 1, len(checkpoint.names)
-    weights = [np.zeros((routers, sequence.size, experts), np.float32) for sequence in sequences]
-    entropies = [np.zeros(sequence.size) for sequence in sequences]
-
-    def consume(row: int, decided: Decided) -> None:
-        start = len(sequences[row].ids) if decided.of_target else 0
-        at = slice(start, start + decided.weights_RSE.shape[1])
-        if every:
-            weights[row][decided.routers, at] = decided.weights_RSE
-        else:
-            weights[row][0, at] = decided.weights_RSE.mean(0)
-        entropies[row][at] = decided.entropy_RS.mean(0)
-
-    losses = traced_losses(model, checkpoint, sequences, consume, advance)
-    changes_EN = changes_without(model, checkpoint, sequences, sums_of(losses), advance)
-    return [Traced(*each) for each in zip(weights, entropies, losses, changes_EN.T, strict=True)]
-
-
-_TINY = 1e-30
+            rows.append(token_losses(model, sequences, advance))
+    return rows
 
 
 def decisions(
     checkpoint: Checkpoint, trace: RouterTrace, batch: Batch, sequences: Sequence[TokenSequence]
 ) -> Iterator[tuple[int, Decided]]:
-    """What the routers decided in the traced pass over a batch of these sequences, with the place of each: all together;
-    over pairs first those that read its source, then those that read its target.
-    """
-    names = [router.name for router in checkpoint.shape.positions]
-    of_target = [batch.target is not None and reads_target(name) for name in names]
+    """What the routers decided in the traced pass over a batch of these sequences, with the place of each."""
+    of_target = [batch.target is not None and reads_target(router.name) for router in checkpoint.shape.positions]
     shapes = [(batch.target_mask if each else batch.mask).shape for each in of_target]
-    weights = list(router_weights(checkpoint, trace, shapes))
-    stacks = [(each, [place for place, own in enumerate(of_target) if own is each]) for each in (False, True)]
-    parts = [(each, places, _stacked([weights[place] for place in places])) for each, places in stacks if places]
+    found = [_means(weights) for weights in router_weights(checkpoint, trace, shapes)]
     for at, row in enumerate(batch.rows):
-        for each, places, arrays in parts:
-            length = len(sequences[row].target if each else sequences[row].ids)
-            yield row, Decided(places, each, *(array[:, at, :length].numpy() for array in arrays))
+        source, size = len(sequences[row].ids), sequences[row].size
+        shape, experts = (len(found), size), len(checkpoint.names)
+        reads = np.zeros(shape, np.bool_)
+        decided = Decided(
+            reads, np.zeros((*shape, experts), np.float32), np.zeros((*shape, experts), np.float32), np.zeros(shape, np.float32)
+        )
+        for router, (target, arrays) in enumerate(zip(of_target, found, strict=True)):
+            own = slice(source, size) if target else slice(0, source)
+            reads[router, own] = True
+            for filled, array in zip((decided.weights_RSE, decided.chosen_RSE, decided.entropy_RS), arrays, strict=True):
+                filled[router, own] = array[at, : own.stop - own.start].numpy()
+        yield row, decided
 
 
-def _stacked(stack: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Weights, what is chosen (R, B, S, E) and entropies (R, B, S), means over the features, on the CPU."""
-    found = []
-    for weight in stack:
-        every = weight[:, :, None] if weight.ndim == 3 else weight  # (B, S, O, E)
-        entropy = torch.special.entr(every / every.sum(-1, keepdim=True).clamp_min(_TINY)).sum(-1)
-        found.append([each.mean(2).cpu() for each in (every, (every > 0).float(), entropy)])
-    return [torch.stack(each) for each in zip(*found, strict=True)]
+def _means(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, what is chosen (B, S, E) and entropies (B, S) of a router, means over the features, on the CPU."""
+    every = weights[:, :, None] if weights.ndim == 3 else weights  # (B, S, O, E)
+    entropy = torch.special.entr(every / every.sum(-1, keepdim=True).clamp_min(_TINY)).sum(-1)
+    return every.mean(2).cpu(), (every > 0).float().mean(2).cpu(), entropy.mean(2).cpu()
 
 
 def router_weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
     """What the layers used in the last pass, per router (B, S, E), or (B, S, O, E); `shapes` are their (B, S)."""
-    recipe = checkpoint.record.recipe
-    given = recipe.mixture.weights
+    given = checkpoint.record.recipe.mixture.weights
     routing = checkpoint.shape.routing
     if routing.method == "linear":
         for shape in shapes:

@@ -1,7 +1,6 @@
-"""Tokens as text, words made of them for a person to read, and which tokens speak for an expert: by what routers decided on
-text, and by the table of a router that reads tokens, which needs no text to be read.
+"""Tokens as text, words made of them for a person to read, and which tokens go to an expert.
 
-Shape legend: T tokens, E experts, R routers, J averages, V vocabulary.
+Shape legend: S tokens of a sequence, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.router_file import read_table
-from modekit.evaluation.inspection.result import TextTrace, TokenWeight, TopToken
+from modekit.evaluation.inspection.result import TextTrace
 
 _INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
 _LONGEST_WAIT = 8  # tokens for a character to become whole; a real U+FFFD never does
 _FEWEST = 5  # a token seen less often says little
-_SHOWN = 12
+_SHOWN = 10
+_LONGEST_WORD = 24  # characters; scripts without spaces are cut
 
 
 class RunningText:
@@ -55,16 +53,6 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return texts
 
 
-def split_text(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
-    """The text itself cut at the tokens' ends, (start, end) in characters; what a tokenizer drops goes to the next token."""
-    texts, done = [], 0
-    for _, stop in offsets:
-        texts.append(text[done:stop])  # nothing for a token that was put in, or that ends inside a character
-        done = max(done, stop)
-    texts[-1] += text[done:]
-    return texts
-
-
 class TopTokens:
     """Weights of the experts summed by token id."""
 
@@ -77,33 +65,15 @@ class TopTokens:
         np.add.at(self._sums_VE, np.asarray(ids), weights_SE)
         np.add.at(self._counts_V, np.asarray(ids), 1)
 
-    @property
-    def often_V(self) -> npt.NDArray[np.int64]:
-        """Tokens seen at least five times."""
-        return np.flatnonzero(self._counts_V >= _FEWEST)
-
-    def by_expert(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> dict[str, list[TopToken]]:
+    def by_expert(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> dict[str, list[str]]:
         """Per expert the tokens with the largest mean weight, of those seen at least five times."""
-        often_V = self.often_V
-        mean_E = self._sums_VE.sum(0) / max(1, self._counts_V.sum())
+        often_V = np.flatnonzero(self._counts_V >= _FEWEST)
         shares_VE = self._sums_VE[often_V] / self._counts_V[often_V, None]
         found = {}
         for place, name in enumerate(names):
             best = np.lexsort((often_V, -self._counts_V[often_V], -shares_VE[:, place].round(6)))[:_SHOWN]
-            found[name] = [
-                TopToken(
-                    token=str(tokenizer.decode([int(often_V[row])])),
-                    count=int(self._counts_V[often_V[row]]),
-                    share=float(shares_VE[row, place]),
-                    lift=float(shares_VE[row, place] / mean_E[place]),
-                )
-                for row in best
-                if shares_VE[row, place] > 0
-            ]
+            found[name] = [str(tokenizer.decode([int(often_V[row])])) for row in best if shares_VE[row, place] > 0]
         return found
-
-
-_LONGEST_WORD = 24  # characters; scripts without spaces are cut
 
 
 @dataclass(frozen=True)
@@ -145,32 +115,3 @@ def _word(trace: TextTrace, start: int, stop: int, text: str) -> Word:
     losses = [token.loss for token in trace.tokens[start:stop] if token.loss is not None]
     weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace.weights], axis=0)
     return Word(text.strip(), sum(losses) if losses else None, weights)
-
-
-def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
-    """What each token adds to the logits of each expert, (V, E), averages together; None where the router has no such table."""
-    experts, mixture = len(checkpoint.names), checkpoint.record.recipe.mixture
-    if checkpoint.shape.channels is not None:
-        table_VN = read_table(*checkpoint.carrier)
-        return np.asarray(table_VN.reshape(len(table_VN), -1, experts).sum(1))
-    if mixture.fit is None or mixture.fit.score != "lexical" or mixture.router.hashes:
-        return None
-    (gate_GN,) = checkpoint.gates()
-    return np.asarray(gate_GN.reshape(experts, -1, checkpoint.vocabulary).sum(1).T)
-
-
-def strongest(
-    table_VE: npt.NDArray[np.float32], often_V: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
-) -> dict[str, list[TokenWeight]]:
-    """Per expert the tokens, of those that text has often, that speak most for it: above the mean of the other experts."""
-    found = {}
-    for place, name in enumerate(names):
-        others = np.delete(table_VE[often_V], place, axis=1)
-        lead_V = table_VE[often_V, place] - (others.mean(1) if others.shape[1] else 0)
-        best = np.lexsort((often_V, -lead_V.round(6)))[:_SHOWN]
-        found[name] = [
-            TokenWeight(token=str(tokenizer.decode([int(often_V[at])])), weight=float(lead_V[at]))
-            for at in best
-            if lead_V[at] > 0
-        ]
-    return found

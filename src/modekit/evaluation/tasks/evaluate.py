@@ -71,7 +71,13 @@ def evaluate_tasks(
         "tasks ask models that write a text on",
         remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
-    _check_folders(settings)
+    if settings.folders and not settings.trusted:
+        raise ModekitError(
+            "task files can run code, and read any file",
+            where="--include-path",
+            found=", ".join(map(str, settings.folders)),
+            remedy="read them, and give --trust-tasks if all of it may run",
+        )
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     check_packages(("lm_eval.models.huggingface",), "pip install 'modekit[eval]'")
     models = _chosen(checkpoint, settings.models)
@@ -81,6 +87,8 @@ def evaluate_tasks(
     with _quiet():
         named = [name for name in names if name not in GROUPS]
         tasks = _harness_tasks(named, settings.folders, [each.config(folder) for each in questions.values()])
+        if not tasks:
+            raise TextError("no task is left to run", where="TASKS", found="; ".join(notes) or None, remedy="name another")
         found = _run(checkpoint, tasks, models, settings, notes, run)
     scores = {}
     for name, (metric, items, _) in next(iter(found.values())).items():
@@ -91,21 +99,6 @@ def evaluate_tasks(
     results = TaskResults(scores, notes=notes, checkpoint=checkpoint.identity)
     results.write(checkpoint)
     return results
-
-
-def _check_folders(settings: TaskSettings) -> None:
-    gone = [str(folder) for folder in settings.folders if not folder.is_dir()]
-    if gone:
-        raise ModekitError(
-            "the folder of tasks does not exist", where="--include-path", found=gone[0], remedy="correct the path"
-        )
-    if settings.folders and not settings.trusted:
-        raise ModekitError(
-            "task files can run code, and read any file",
-            where="--include-path",
-            found=", ".join(map(str, settings.folders)),
-            remedy="read them, and give --trust-tasks if all of it may run",
-        )
 
 
 def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from modekit.evaluation.results_folder import CheckpointResult
+from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import MIXTURE, Cell, ResultTable
 from modekit.files.typed import Count, Figure, Label
 from modekit.recipes.strict import BASE
@@ -37,7 +37,7 @@ class TaskScores:
 
 
 @dataclass(frozen=True)
-class TaskResults(CheckpointResult):
+class TaskResults(Result):
     """tasks.json: tasks by name."""
 
     tasks: Mapping[Label, TaskScores]

@@ -5,31 +5,20 @@ Every row translates the same sources in the same way. An expert's row is the mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
-from modekit.errors import MismatchError
+from modekit.errors import MismatchError, check_packages
 from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
-from modekit.evaluation.identity import ReadText
-from modekit.evaluation.jobs import RowJob, label_jobs, mixture_jobs
-from modekit.evaluation.labels import Gain, Labels, check_labels, label_notes, longest_with_tag
 from modekit.evaluation.loss import only_finite
-from modekit.evaluation.translation.decoding import Decoding, first_token, set_decoding, together, translated
-from modekit.evaluation.translation.results import (
-    Scorer,
-    TranslationResults,
-    TranslationRow,
-    TranslationScore,
-    TranslationSettings,
-    require_sacrebleu,
-)
+from modekit.evaluation.rows import Labels, RowJob, label_jobs, mixture_jobs
+from modekit.evaluation.translation.decoding import Decoding, first_token, translated
+from modekit.evaluation.translation.results import TranslationResults, TranslationRow, TranslationScore
 from modekit.loaded.experts import load_recorded
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
@@ -37,16 +26,30 @@ from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.document import Pair
 from modekit.text.held_out import HeldOutText
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.splits import text_record
 
 _LONGEST = 512  # tokens of a side, as `modekit eval` reads them
+_Score = Callable[[PreTrainedModel, Domain, Callable[[int], object]], TranslationScore]
 
 
-@dataclass(frozen=True)
-class PairDomain(Domain):
-    """A domain with the pairs that its sequences are of."""
+class Scorer:
+    """sacrebleu's BLEU and chrF with its own defaults. Raises ModekitError when the extra is not installed."""
 
-    pairs: Sequence[Pair] = ()
+    def __init__(self) -> None:
+        check_packages(("sacrebleu.metrics",), "pip install 'modekit[translation]'")
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+
+        self._metrics = BLEU(force=True), CHRF()  # force: no warning of text that looks tokenized
+
+    @property
+    def signature(self) -> str:
+        """Of what was computed; something must have been."""
+        return "; ".join(str(metric.get_signature()) for metric in self._metrics)
+
+    def corpus(self, texts: Sequence[str], references: Sequence[str]) -> TranslationScore:
+        """Of translations against one reference each."""
+        found = [metric.corpus_score(list(texts), [list(references)]) for metric in self._metrics]
+        return TranslationScore(*(float(each.score) for each in found))
 
 
 def evaluate_translation(
@@ -56,9 +59,8 @@ def evaluate_translation(
     decoding: Decoding | None = None,
     labels: Labels | None = None,
     run: Run = QUIET,
-    write: bool = True,
 ) -> TranslationResults:
-    """Translate so many pairs per domain and, with `write`, write OUT/results/translate.json and translate.md.
+    """Translate so many pairs per domain, and write OUT/results/translate.json and translate.md.
 
     Raises MismatchError for a mixture without an encoder, or labels that cannot act on it, ModekitError without sacrebleu,
     TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded,
@@ -73,34 +75,35 @@ def evaluate_translation(
             expected="Bart, mBART, Marian, M2M100 or T5",
             remedy="run modekit eval, which scores such a mixture by its loss",
         )
-    require_sacrebleu()
-    notes: list[str] = []
+    scorer, notes = Scorer(), list[str]()
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    positions: Any = checkpoint.config.get("max_position_embeddings")
-    longest, decoding = min(_LONGEST, positions or _LONGEST), decoding or Decoding()
-    if positions is not None and decoding.max_new_tokens > positions:
-        decoding = replace(decoding, max_new_tokens=positions)
-    if labels is not None:
-        check_labels(checkpoint, labels, tokenizer)
-        longest = longest_with_tag(longest, checkpoint) if labels.by == "tag" else longest
-    domains = [_domain(held, tokenizer, pairs, longest, notes) for held in held_out_texts(checkpoint)]
+    decoding, longest, positions = decoding or Decoding(), _LONGEST, checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int):
+        longest = min(longest, positions - (labels == "tag"))
+        decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, positions))
+    read = [_domain(held, tokenizer, pairs, longest, notes) for held in held_out_texts(checkpoint)]
+    domains, targets = [domain for domain, _ in read], {domain.name: targets for domain, targets in read}
     jobs = list(_jobs(checkpoint, notes, run))
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
-    scorer = Scorer()
-    rows = list(_Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows(jobs, scorer))
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"processor, {torch.get_num_threads()} threads"
-    settings = TranslationSettings(**vars(decoding), pairs=pairs, machine=machine)
-    notes += _notes(domains, rows, settings)
+    begins = first_token(tokenizer, (pair for domain in domains for pair in domain.sequences))
+    if begins is not None:
+        notes.append(
+            f"every translation is begun with {tokenizer.convert_ids_to_tokens(begins)!r}, as the tokenizer begins targets, "
+            "unless a model's generation_config.json forces another token"
+        )
+
+    def score(model: PreTrainedModel, domain: Domain, advance: Callable[[int], object]) -> TranslationScore:
+        texts = translated(model, tokenizer, domain.sequences, decoding, begins=begins, advance=advance)
+        return scorer.corpus(texts, targets[domain.name])
+
+    rows = list(_rows(checkpoint, jobs, domains, score, run))
+    notes += [
+        f"pairs: {', '.join(f'{domain.name} {len(domain.sequences)}' for domain in domains)}",
+        "mean: of the domains that have an expert; an expert's row is the mixture with all weight on it",
+    ]
     known, unseen = known_and_unseen(domains)
-    if labels is not None:
-        means = {row.name: mean for row in rows if (mean := row.mean(known)) is not None}
-        notes += label_notes(labels, domains, checkpoint.record.recipe, means, _score_gains)
-    records = {each.name: ReadText(**text_record(each.pairs, sum(s.size for s in each.sequences))) for each in domains}
-    results = TranslationResults(
-        rows, known, unseen, settings, scorer.signatures, records, notes=notes, checkpoint=checkpoint.identity
-    )
-    if write:
-        results.write(checkpoint)
+    results = TranslationResults(rows, known, unseen, decoding, scorer.signature, notes=notes, checkpoint=checkpoint.identity)
+    results.write(checkpoint)
     return results
 
 
@@ -116,11 +119,11 @@ def _jobs(checkpoint: Checkpoint, notes: list[str], run: Run) -> Iterator[RowJob
     yield from mixture_jobs(checkpoint, run, experts=True)
 
 
-def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]) -> PairDomain:
-    """The first pairs of a domain of which no side is too long."""
-    pairs: list[Pair] = []
-    encoded: list[TokenSequence] = []
-    left_out = 0
+def _domain(
+    held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]
+) -> tuple[Domain, list[str]]:
+    """The first pairs of a domain of which no side is too long, and their targets."""
+    targets, encoded, left_out = list[str](), list[TokenSequence](), 0
     for document in held.documents:
         if not isinstance(document, Pair):
             raise held.text.nothing_left(
@@ -129,80 +132,36 @@ def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, l
                 remedy="give parallel text",
             )
         found = encode(tokenizer, [document], max_tokens=2 * longest, sequence_length=longest)
-        pairs += [document] if found else []
+        targets += [document.target] if found else []
         encoded += found
         left_out += not found
-        if len(pairs) == count:
+        if len(encoded) == count:
             break
     if left_out:
         notes.append(f"{held.name}: {left_out} pairs left out, of which a side has no token, or more than {longest}")
-    if not pairs:
+    if not encoded:
         raise held.text.nothing_left(
             "no held-out pair fits into the model", expected=f"sides of at most {longest} tokens", remedy="give shorter pairs"
         )
-    return PairDomain(held.name, held.expert, encoded, pairs=pairs)
+    return Domain(held.name, held.expert, encoded), targets
 
 
-@dataclass
-class _Translator:
-    """Runs every row over all domains; one model is in memory at a time."""
-
-    _checkpoint: Checkpoint
-    _tokenizer: PreTrainedTokenizerBase
-    _domains: Sequence[PairDomain]
-    _decoding: Decoding
-    _run: Run
-    _notes: list[str]
-
-    def __post_init__(self) -> None:
-        self._begins = first_token(self._tokenizer, (pair for domain in self._domains for pair in domain.sequences))
-
-    def rows(self, jobs: Sequence[RowJob], scorer: Scorer) -> Iterator[TranslationRow]:
-        """In the order of the jobs. Several of one model load it once."""
-        texts = [{each.name: text for each in self._domains if (text := job.text(each)) is not None} for job in jobs]
-        work = ProgressCount(self._run, sum(len(text.sequences) for read in texts for text in read.values()))
-        sizes, loaded, model = self._checkpoint.parameters, None, None
-        for job, read in zip(jobs, texts, strict=True):
-            advance = partial(work.advance, f"translate: {job.name}")
-            advance(0)
-            if model is None or job.load is not loaded:
-                model = None
-                model, loaded = self._ready(job.load()), job.load
-            written = {}
-            for name, text in read.items():
-                with job.within(model, text), only_finite(model, job.name):
-                    written[name] = translated(model, self._tokenizer, text.sequences, self._decoding.batch, advance)
-            scores = {
-                each.name: scorer.corpus(written[each.name].texts, [pair.target for pair in each.pairs])
-                for each in self._domains
-                if each.name in written
-            }
-            every = together(written.values())
-            total, active = (sizes.dense, sizes.dense) if job.dense or job.kind == "expert" else (sizes.total, sizes.active)
-            yield TranslationRow(job.name, job.kind, total, active, scores, every.tokens, every.seconds, every.cut)
-
-    def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A model that writes as is asked, and has written something: what is slow the first time is not measured."""
-        forced = set_decoding(model, replace(self._decoding, max_new_tokens=1), self._begins)
-        translated(model, self._tokenizer, self._domains[0].sequences[:1], 1)
-        set_decoding(model, self._decoding, self._begins)
-        begun = f"every translation is begun with {self._tokenizer.convert_ids_to_tokens(self._begins)!r}" if forced else ""
-        if forced and not any(note.startswith(begun) for note in self._notes):
-            self._notes.append(f"{begun}, as the tokenizer begins targets: the model's generation_config.json forces none")
-        return model
-
-
-def _notes(domains: Sequence[PairDomain], rows: Sequence[TranslationRow], settings: TranslationSettings) -> Iterator[str]:
-    """What has to be said of every such table."""
-    yield f"pairs: {', '.join(f'{domain.name} {len(domain.pairs)}' for domain in domains)}"
-    yield "mean: the arithmetic mean of the domains that have an expert"
-    if any(row.kind == "expert" for row in rows):
-        yield "an expert's row is the mixture with all weight on it; oracle: each domain by its own expert"
-    yield f"tokens per second were measured on this machine ({settings.machine}), {settings.batch} sources at a time"
-    cut = [f"{row.name} {row.cut}" for row in rows if row.cut and row.kind != "oracle"]
-    if cut:
-        yield f"translations that ended at the limit of {settings.max_new_tokens} tokens: {'; '.join(cut)}"
-
-
-def _score_gains(with_label: TranslationScore, without: TranslationScore) -> list[Gain]:
-    return [Gain(with_label.bleu - without.bleu, "BLEU", 1), Gain(with_label.chrf - without.chrf, "chrF", 1)]
+def _rows(
+    checkpoint: Checkpoint, jobs: Sequence[RowJob], domains: Sequence[Domain], score: _Score, run: Run
+) -> Iterator[TranslationRow]:
+    """In the order of the jobs, over all domains; one model is in memory at a time. Several jobs of one model load it once."""
+    texts = [[text for each in domains if (text := job.text(each)) is not None] for job in jobs]
+    work = ProgressCount(run, sum(len(text.sequences) for read in texts for text in read))
+    sizes, loaded, model = checkpoint.parameters, None, None
+    for job, read in zip(jobs, texts, strict=True):
+        advance = partial(work.advance, f"translate: {job.name}")
+        advance(0)
+        if model is None or job.load is not loaded:
+            model = None
+            model, loaded = job.load(), job.load
+        scores = {}
+        for text in read:
+            with job.within(model, text), only_finite(model, job.name):
+                scores[text.name] = score(model, text, advance)
+        total, active = (sizes.dense, sizes.dense) if job.dense or job.kind == "expert" else (sizes.total, sizes.active)
+        yield TranslationRow(job.name, job.kind, total, active, scores)
