@@ -417,7 +417,7 @@ def test_a_pair_that_is_longer_than_the_model(tmp_path: Path) -> None:
     ("file", "key", "values"),
     [
         ("config.json", "forced_bos_token_id", (5, 7)),
-        ("config.json", "decoder_start_token_id", (2, 7)),
+        ("generation_config.json", "decoder_start_token_id", (2, 7)),
     ],
 )
 def test_models_that_write_other_languages_are_refused(
@@ -460,7 +460,7 @@ def test_tokenizer_files_that_differ_are_refused(folders: Path, tmp_path: Path, 
     mixture = {"router": {"fit": "random"}}
     planned(tmp_path, mixture, "one", "two")
     (tmp_path / "two" / file).write_text('{"a": 2}')
-    with pytest.raises(MismatchError, match=f"another {file} than the base model's[\\s\\S]*saving again") as caught:
+    with pytest.raises(MismatchError, match=f"another {file} than the base model's") as caught:
         planned(tmp_path, mixture, "one", "two")
     assert "two" in str(caught.value.where)
     for name in ("base", "two"):
