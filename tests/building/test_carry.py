@@ -393,7 +393,40 @@ def test_units_pass_streams_of_all_sizes(terms: int, error: float) -> None:
 STEPS = {"steps": 4, "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 1}
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "granite"])  # each expert's FFN in tensors of its own; all in one
+def test_training_moves_what_the_base_has_and_no_channel(tmp_path: Path, family: str) -> None:
+    shop = adapter_shop(tmp_path, family, modules=["q_proj", "o_proj"])
+    checkpoint = open_checkpoint(shop.build("OUT"))
+    before = {name: array for file in checkpoint.folder.glob("model*.safetensors") for name, array in load_file(file).items()}
+    settings = train_settings({**STEPS, "what": ["all"], "backbone_learning_rate": 0.002}, where="test")
+    assert train(checkpoint, settings, evaluate_tokens=None).improved
+    checkpoint = open_checkpoint(checkpoint.folder)
+    assert is_proven(verify(checkpoint))
+    channels, carry = checkpoint.shape.channels, checkpoint.record.carry
+    assert channels is not None and carry is not None
+    hidden, units = channels.hidden + channels.spare, channels.expert_hidden + carry.units
+    own = {hidden: channels.hidden, units: channels.expert_hidden}
+    moved = set()
+    for file in checkpoint.folder.glob("model*.safetensors"):
+        for name, after in load_file(file).items():
+            changed = after != before[name]
+            if not changed.any():
+                continue
+            moved.add(name)
+            assert ".layers.0." not in name, f"{name}: the layer in front moved"
+            if after.ndim == 3 and after.shape[1] == 2 * units:
+                changed = changed.reshape(len(changed), 2, units, hidden)
+            for axis, size in enumerate(changed.shape):
+                rows = np.flatnonzero(changed.any(axis=tuple(each for each in range(changed.ndim) if each != axis)))
+                assert rows[-1] < own.get(size, size), f"{name}: a channel moved"
+    layers = {name.split(".")[2] for name in moved if "self_attn" in name}
+    assert len(layers) == checkpoint.layers - 1 and any("lm_head" in name or "embed" in name for name in moved)
+    assert not any(name in moved for name in (slot.name for slot in checkpoint.slots))
+
+
 def test_what_would_move_the_channels_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(adapter_shop(tmp_path, modules=["q_proj"]).build("OUT"))
-    with pytest.raises(TrainingError, match="channels that must stay"):
-        train(checkpoint, train_settings({**STEPS, "what": ["attention"]}, where="test"), evaluate_tokens=None)
+    for asked in ({"what": ["routers"]}, {"weight_decay": 0.1}, {"losses": {"label": 0.1}}):
+        with pytest.raises(TrainingError, match="channels that must stay"):
+            train(checkpoint, train_settings({**STEPS, "what": ["attention"], **asked}, where="test"), evaluate_tokens=None)

@@ -71,6 +71,10 @@ class LoadedMixture(ABC):
         """What the architecture wants and must stay zero."""
         return iter(())
 
+    def own_corner(self, name: str, parameter: nn.Parameter) -> tuple[slice, ...] | None:
+        """The rows and columns of a parameter that the base has, too; None: all of it. What is behind them stays as built."""
+        return None
+
     @abstractmethod
     def ffn(self, layer: nn.Module) -> nn.Module:
         """What stands where a decoder layer of the family has its FFN."""

@@ -25,6 +25,7 @@ from modekit.errors import CheckpointError
 from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
 from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
+from modekit.planning.channels import Channels
 from modekit.planning.native import NativeShape
 from modekit.planning.shape import other_record
 from modekit.run import QUIET, Run
@@ -59,12 +60,42 @@ class NativeMixture(LoadedMixture):
             yield from (each for each in self.ffn(layer).parameters() if id(each) not in gates)
 
     def constants(self) -> Iterator[nn.Parameter]:
-        """Those of the architecture's row that are no buffers in memory."""
+        """Those of the architecture's row that are no buffers in memory; where whole experts are carried, the layer in front
+        and the gates, too, which must say the same in every layer.
+        """
+        if self._carrying is not None:
+            yield from decoder_layers(self.model)[0].parameters()
+            yield from self.gates()
         named = dict(self.model.named_parameters())
         for layer, constant in itertools.product(range(self.checkpoint.layers), self.native.constants):
             name = in_layer(layer, constant.name)
             if name in named:
                 yield named[name]
+
+    @property
+    def _carrying(self) -> Channels | None:
+        """The channels, where they carry more than the router's evidence."""
+        shape = self.checkpoint.shape
+        channels = shape.channels if isinstance(shape, NativeShape) else None
+        return channels if channels is not None and channels.carry is not None else None
+
+    def own_corner(self, name: str, parameter: nn.Parameter) -> tuple[slice, ...] | None:
+        """Without the channels, heads and hidden units through which whole experts are carried. Gate and up in one tensor,
+        (E, 2 F, D), are told apart: four slices of (E, 2, F, D).
+        """
+        channels = self._carrying
+        if channels is None:
+            return None
+        if parameter.ndim == 3:
+            units = channels.expert_hidden + channels.more_units
+            if parameter.shape[1:] == (2 * units, channels.hidden + channels.spare):
+                return (slice(None), slice(None), slice(channels.expert_hidden), slice(channels.hidden))
+            return (slice(None), slice(channels.hidden), slice(channels.expert_hidden))
+        pad = channels.pad_of(name, (*parameter.shape[:-1], channels.hidden), self.native.family.parts)
+        if pad is None:
+            return None
+        ends = (*(pad.rows,) * (parameter.ndim - 1), pad.columns)
+        return tuple(slice(size - end) for size, end in zip(parameter.shape, ends, strict=True))
 
     def ffn(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.native.block_module)

@@ -76,8 +76,8 @@ class BatchPart:
 
 def shares(corpora: Sequence[DomainSequences], settings: TrainSettings) -> list[float]:
     """Share of the tokens that each corpus gets: they sum to 1."""
-    weights = [corpus.tokens if settings.mix == "proportional" else 1 for corpus in corpora]
-    sizes = [weight if corpus.expert != GENERIC else 0 for weight, corpus in zip(weights, corpora, strict=True)]
+    exponent = {"equal": 0.0, "proportional": 1.0, "temperature": 1.0 / settings.mix_temperature}[settings.mix]
+    sizes = [corpus.tokens**exponent if corpus.expert != GENERIC else 0.0 for corpus in corpora]
     generic = sum(corpus.expert == GENERIC for corpus in corpora)
     rest = 1.0 - (settings.generic_share if generic else 0.0)
     total = sum(sizes)

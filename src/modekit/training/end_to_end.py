@@ -66,9 +66,10 @@ def _trainable(request: Request, run: Run) -> PreTrainedModel:
     """The mixture in memory, frozen but for what is to move."""
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
-    mixture_of(mixture, checkpoint).prepare_training()
-    but: tuple[Group, ...] = ("routers",) if settings.is_joint else ()
-    make_trainable(mixture, names_of(moving_of(mixture, checkpoint), settings.what, but=but))
+    loaded = mixture_of(mixture, checkpoint)
+    loaded.prepare_training()
+    but: tuple[Group, ...] = ("routers",) if settings.is_joint or checkpoint.record.carry is not None else ()
+    make_trainable(loaded, names_of(moving_of(mixture, checkpoint), settings.what, but=but))
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixture.enable_input_require_grads()
@@ -82,7 +83,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
     if asked is not None and asked > experts:
         most = f"at most {experts}, or 0 for all"
         raise TrainingError("there are fewer experts", where="train_top_k", found=asked, expected=most, remedy="lower it")
-    moves_routers = {"routers", "all"} & set(settings.what) and not settings.is_joint
+    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and not settings.is_joint
     alone = own == 1 and experts > 1 and not has_no_router(checkpoint) and bool(moves_routers)
     top_k = 2 if asked is None and alone else asked
     if "balance" in settings.losses and 1 < experts <= (top_k or own):

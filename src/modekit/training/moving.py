@@ -7,14 +7,17 @@ Tensors that a native architecture wants and that must stay zero are in none.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
+from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.places import ATTENTION
 from modekit.sources.family import Stack
@@ -90,7 +93,22 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[Group, lis
     return groups
 
 
-def make_trainable(model: PreTrainedModel, names: Collection[str]) -> None:
-    """Freeze a model but for the parameters of these names."""
-    for name, parameter in model.named_parameters():
+def make_trainable(mixture: LoadedMixture, names: Collection[str]) -> None:
+    """Freeze a model but for the parameters of these names. Of those that carry whole experts, gradients reach only what the
+    base has, too: the channels compute what they were built for, whatever moves beside them.
+    """
+    for name, parameter in mixture.model.named_parameters():
         parameter.requires_grad_(name in names)
+        corner = mixture.own_corner(name, parameter) if name in names else None
+        if corner is not None:
+            register: Callable[[Callable[[torch.Tensor], torch.Tensor]], object] = parameter.register_hook  # which has no types
+            register(partial(_within, corner))
+
+
+def _within(corner: tuple[slice, ...], gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient that is zero outside of a corner."""
+    kept = torch.zeros_like(gradient)
+    split = (gradient.shape[0], 2, -1, gradient.shape[-1])  # gate and up
+    inside, every = (kept.view(split), gradient.reshape(split)) if len(corner) > gradient.ndim else (kept, gradient)
+    inside[corner] = every[corner]
+    return kept

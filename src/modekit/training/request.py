@@ -65,11 +65,11 @@ class Request:
                 "set one first: modekit fit OUT method=routing top_k=2",
             ),
             (
-                checkpoint.record.carry is not None,
+                checkpoint.record.carry is not None and (asked or settings.weight_decay > 0),
                 "this mixture carries whole experts through channels that must stay as they are",
                 folder,
-                "output.carry",
-                "train the experts and build it again; `modekit fit OUT` fits the router",
+                "its router" if asked else "weight_decay",
+                "train what is beside them: what=[attention,experts,head]; `modekit fit OUT` fits the router",
             ),
         ]
 

@@ -69,7 +69,8 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps over which rates rise.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     train_top_k: int | None = Field(None, ge=0, description="Experts per token in training alone; 0: all.")
-    mix: Literal["equal", "proportional"] = Field("equal", description="Tokens per domain: equal, or proportional to its text.")
+    mix: Literal["equal", "proportional", "temperature"] = Field("equal", description="Tokens per domain (docs/training.md).")
+    mix_temperature: float = Field(2.0, ge=1, description="mix=temperature: domains count by size^(1 / this).")
     generic: list[str] = Field([], description="Text of no domain.")
     generic_share: float = Field(0.1, gt=0, lt=1, description="Share of the tokens for generic text.")
     randomise: float = Field(0.0, ge=0, lt=1, description="Probability of a random label.")
@@ -96,6 +97,7 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         dead = {
             "temperature": not DISTILLS & set(self.losses),
             "teacher": not DISTILLS & set(self.losses),
+            "mix_temperature": self.mix != "temperature",
             "generic_share": not self.generic,
             "randomise": self.randomise > 0 and not self._reads_label,
             "randomise_to": self.randomise == 0,
