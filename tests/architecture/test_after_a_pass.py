@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import VOCAB, Workshop
 from modekit.loaded.load import load_model
 from pair_models import built, inputs, logits_of, write_models, written
 
@@ -22,13 +21,6 @@ ONCE = {"modules": "all", "router": {"fit": "random", "seed": 3, "granularity": 
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two full models."""
     return write_models(tmp_path_factory.mktemp("after"), str(request.param))
-
-
-def decoder_only(shop: Workshop, root: Path) -> Any:
-    """A mixture of the modekit architecture without an encoder."""
-    recipe = {**shop.recipe, "base_model": str(shop.root / "base")}
-    experts = [{**each, "model": str(shop.root / each["model"]), "text": None} for each in shop.recipe["experts"]]
-    return load_model(Workshop(root, recipe).build(experts=experts, output={"format": "modekit"}))
 
 
 def loss_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -61,11 +53,6 @@ def check_that_no_expert_stays(model: Any, said: dict[str, torch.Tensor], expert
 
 def test_an_expert_that_a_layer_is_run_again_with_does_not_stay(folder: Path) -> None:
     check_that_no_expert_stays(load_model(built(folder, ONCE, "one", "two")), inputs(), "one")
-
-
-def test_nor_does_an_expert_stay_in_a_decoder_only_model(shared_workshop: Workshop, tmp_path: Path) -> None:
-    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
-    check_that_no_expert_stays(decoder_only(shared_workshop, tmp_path), {"input_ids": ids}, "law")
 
 
 def test_an_encoder_that_was_run_again_does_not_run_on(folder: Path) -> None:
@@ -137,11 +124,3 @@ def test_an_interrupted_pass_is_over(folder: Path, stack: str, how: str) -> None
         "beams": lambda: written(model, said, num_beams=2),
     }
     check_that_others_run(model, layer, said, calls[how])
-
-
-@pytest.mark.parametrize("how", ["a pass", "generate"])
-def test_an_interrupted_pass_of_a_decoder_only_model_is_over(shared_workshop: Workshop, tmp_path: Path, how: str) -> None:
-    model = decoder_only(shared_workshop, tmp_path)
-    said = {"input_ids": torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))}
-    calls = {"a pass": lambda: logits_of(model, said), "generate": lambda: model.generate(**said, max_new_tokens=3)}
-    check_that_others_run(model, model.model.layers[1], said, calls[how])

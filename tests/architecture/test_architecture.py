@@ -24,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
@@ -154,12 +153,6 @@ def routed(request: pytest.FixtureRequest, built: Build) -> PreTrainedModel:
     return opened(built(method="gating", router=ROUTERS[request.param]))
 
 
-@pytest.fixture(params=FAMILIES)
-def of_family(request: pytest.FixtureRequest, built: Build) -> PreTrainedModel:
-    """Mixtures of families of odd shapes, with a context router and a choice of two experts per token."""
-    return opened(built(request.param, method="routing", top_k=2, router=ROUTERS["two contexts"]))
-
-
 # --- opening and saving
 
 
@@ -270,11 +263,8 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     ("family", "experts", "mixture"),
     [
         ("llama", MIXED, {"method": "gating", "router": ROUTERS["two contexts"]}),
-        ("llama with a tied head", WHOLE, {"method": "routing", "top_k": 2}),
         ("llama with a tied head", WHOLE, EVERYTHING),
         ("phi3", LOW, {"method": "linear", "weights": {"low": 1, "part": 3}}),
-        ("gemma3_text", WHOLE, EVERYTHING),
-        ("llama", MIXED, {"method": "routing", "top_p": 0.6, "router": {**TOKEN, "per": "feature"}}),
     ],
 )
 def test_saving_and_reloading_changes_no_bit(
@@ -338,13 +328,6 @@ def test_token_by_token_is_the_whole_pass(routed: PreTrainedModel, ids: torch.Te
     close(in_pieces(routed, ids, [7, 1, 2, 5]), logits_of(routed, ids))
 
 
-def test_token_by_token_is_the_whole_pass_in_every_family(of_family: PreTrainedModel, ids: torch.Tensor) -> None:
-    expected = logits_of(of_family, ids)
-    close(in_pieces(of_family, ids, [9, 1]), expected)
-    text = greedy(of_family, ids)
-    assert torch.equal(text, greedy(of_family, ids, use_cache=False))
-
-
 def test_everything_mixed_is_the_whole_pass_too(built: Build, ids: torch.Tensor) -> None:
     for family in ("llama with a tied head", "gemma3_text", "phi3"):
         model = opened(built(family, WHOLE, **EVERYTHING))
@@ -378,18 +361,6 @@ def test_right_padding_changes_nothing_before_it(routed: PreTrainedModel) -> Non
         logits = routed(input_ids=ids.flip(1), attention_mask=mask.flip(1)).logits
     for row, prompt in enumerate(prompts()):
         close(logits[row, : len(prompt)], logits_of(routed, prompt.flip(0)[None])[0])
-
-
-def test_the_order_of_a_batch_changes_nothing(routed: PreTrainedModel) -> None:
-    ids, mask = left_padded(prompts())
-    order = torch.tensor([2, 0, 3, 1])
-    with torch.inference_mode():
-        logits = routed(input_ids=ids, attention_mask=mask).logits
-        other = routed(input_ids=ids[order], attention_mask=mask[order]).logits
-    real = mask[order].bool()
-    close(other[real], logits[order][real], atol=1e-6)
-    texts, others = greedy(routed, ids, attention_mask=mask), greedy(routed, ids[order], attention_mask=mask[order])
-    assert torch.equal(texts[order], others)
 
 
 def test_beams_and_samples_are_those_of_whole_passes(routed: PreTrainedModel) -> None:
@@ -436,17 +407,6 @@ def test_the_cache_of_a_context_router_can_be_repeated_and_selected(built: Build
         cache.batch_select_indices(torch.tensor([3, 0]))
         logits = model(input_ids=ids[[1, 0], 10:], past_key_values=cache).logits
     close(logits, logits_of(model, ids)[[1, 0], 10:])
-
-
-def test_positional_arguments_are_read_like_named_ones(built: Build, ids: torch.Tensor) -> None:
-    model = opened(built(method="gating", router=ROUTERS["context"])).model
-    padded, mask = left_padded(prompts())
-    with torch.inference_mode():
-        by_name = model(input_ids=padded, attention_mask=mask).last_hidden_state
-        assert_close(model(padded, mask).last_hidden_state, by_name)
-        cache = model(ids[:, :10], use_cache=True).past_key_values
-        by_place = model(ids[:, 10:], None, None, cache).last_hidden_state
-        close(by_place, model(ids).last_hidden_state[:, 10:])
 
 
 @pytest.mark.parametrize("router", [ROUTERS["context"], ROUTERS["two contexts"], PREFIX], ids=["context", "two", "prefix"])
@@ -625,18 +585,6 @@ def test_gradient_checkpointing_changes_no_gradient(routed: PreTrainedModel, ree
         close(others[name], gradients[name])
 
 
-def test_gradient_checkpointing_beside_a_common_expert(built: Build) -> None:
-    common = {"expert": "base", "weight": 0.5, "apart": True}
-    model = opened(built(method="gating", router=ROUTERS["context"], always_on=common))
-    ids, mask = left_padded(prompts())
-    loss, gradients = trained_step(model, [{"input_ids": ids, "attention_mask": mask}])
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again, others = trained_step(model, [{"input_ids": ids, "attention_mask": mask}])
-    assert again == pytest.approx(loss, abs=1e-6)
-    for name in gradients:
-        close(others[name], gradients[name])
-
-
 @pytest.mark.parametrize("common", [{}, {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}], ids=["", "common"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "tuple"])
 def test_hidden_states_and_attentions_are_given(built: Build, ids: torch.Tensor, common: dict[str, Any], named: bool) -> None:
@@ -704,13 +652,6 @@ def test_half_precision(routed: PreTrainedModel, ids: torch.Tensor, tmp_path: Pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half").eval()
     assert again.dtype == dtype
     assert_close(logits_of(again, ids), logits)
-
-
-def test_autocast_runs_and_trains(routed: PreTrainedModel, ids: torch.Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = routed(input_ids=ids, labels=ids).loss
-    loss.backward()
-    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("router", ["two contexts", "context per feature"])
@@ -785,15 +726,6 @@ def test_from_a_config_on_no_device_with_weights_by_name(built: Build, ids: torc
         )[0]
         close(hidden, reference(input_ids=ids[:1]).last_hidden_state)
     assert not config.base_model_tp_plan and not model.tp_plan
-
-
-def test_the_tokenizer_and_the_pipeline_open(built: Build) -> None:
-    from transformers import pipeline
-
-    out = built(method="gating", router=ROUTERS["context"])
-    assert AutoTokenizer.from_pretrained(out)("a").input_ids
-    texts = pipeline("text-generation", model=str(out))(["a fever", "law"], max_new_tokens=4, do_sample=False, batch_size=2)
-    assert all(text[0]["generated_text"] for text in texts)
 
 
 def test_experts_are_named_or_refused(built: Build, ids: torch.Tensor) -> None:

@@ -9,8 +9,7 @@ import copy
 import json
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +22,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from conftest import character_tokenizer, save, tiny_model
+from conftest import character_tokenizer
 from modekit.architecture.modekit_router import causal_average, select
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import (
-    CheckpointError,
     MismatchError,
     ModekitError,
     RecipeError,
     SourceError,
-    TextError,
     UnsupportedError,
 )
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.passes import inputs_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
-from modekit.text.document import Pair
-from modekit.text.sequences import encode, make_batches
 from pair_models import inputs, logits_of, pair_model, pair_tokenizer, written
 from refusal import run_python
 
@@ -273,17 +267,6 @@ def test_routers_on_one_side_alone_write_what_one_pass_says(bench: Bench, where:
     assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 2:])
 
 
-def test_threads_take_turns(bench: Bench) -> None:
-    """What one thread writes is not what another one's source says: generate runs the encoder by itself."""
-    model = load_model(bench.build(random_gates(granularity="sequence", per="model")))
-    sources = [{name: value[row : row + 1] for name, value in inputs("left").items()} for row in range(3)]
-    alone = [written(model, source) for source in sources]
-    with ThreadPoolExecutor(3) as threads:
-        for _ in range(4):
-            found = threads.map(lambda source: written(model, source), sources)
-            assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
-
-
 def test_an_encoder_that_is_called_by_itself_says_the_same(bench: Bench) -> None:
     """With arguments by place or by name; its output is gone on from."""
     model, said = load_model(bench.build(random_gates(granularity="sequence", per="model"))), inputs()
@@ -332,19 +315,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (
         ("base", pair_model("bart")),
         ("one", pair_model("bart", 1)),
-        ("wide", pair_model("bart", encoder_ffn_dim=64)),
         ("deep", pair_model("bart", decoder_layers=3)),
     ):
         model.save_pretrained(root / name)
-    save(tiny_model(), root / "causal")
     return root
 
 
 @pytest.mark.parametrize(
     ("mixture", "expert", "kind", "says"),
     [
-        ({}, "causal", MismatchError, r"another family[\s\S]*e1[\s\S]*causal"),
-        ({}, "wide", MismatchError, "encoder_ffn_dim"),
         ({}, "deep", MismatchError, "tensors that the base model lacks"),
         (
             {"modules": "decoder", "router": {"fit": "random", "granularity": "sequence", "per": "model"}},
@@ -407,81 +386,45 @@ def test_a_base_whose_config_is_older_than_its_experts(tmp_path: Path, model_typ
     assert torch.equal(logits_of(model, inputs()), logits_of(own, inputs()))
 
 
-def test_a_pair_that_is_longer_than_the_model(tmp_path: Path) -> None:
-    batch = next(make_batches(encode(pair_tokenizer(), [Pair("a" * 200, "b")], max_tokens=999, sequence_length=400)))
-    with pytest.raises(TextError, match="more tokens than the model has positions"):
-        inputs_of(pair_model("bart"), batch)
+def write_three(folders: Path, root: Path) -> None:
+    """A base and two experts of one kind, to be changed."""
+    for name in ("base", "one", "two"):
+        shutil.copytree(folders / ("one" if name == "two" else name), root / name)
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "values"),
-    [
-        ("config.json", "forced_bos_token_id", (5, 7)),
-        ("generation_config.json", "decoder_start_token_id", (2, 7)),
-    ],
+    ("file", "key"), [("config.json", "forced_bos_token_id"), ("generation_config.json", "decoder_start_token_id")]
 )
-def test_models_that_write_other_languages_are_refused(
-    folders: Path, tmp_path: Path, file: str, key: str, values: tuple[object, object]
-) -> None:
+def test_models_that_write_other_languages_are_refused(folders: Path, tmp_path: Path, file: str, key: str) -> None:
     """One that says nothing is taken to be as the others."""
-    for name in ("base", "one", "two"):
-        shutil.copytree(folders / ("one" if name == "two" else name), tmp_path / name)
-    for name, value in zip(("one", "two"), values, strict=True):
+    write_three(folders, tmp_path)
+    for name, value in (("one", 5), ("two", 7)):
         path = tmp_path / name / file
-        said = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**said, key: value}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     mixture = {"router": {"fit": "random"}}
-    with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*{key}") as caught:
+    with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*{key}"):
         planned(tmp_path, mixture, "one", "two")
-    assert str(values[0]) in str(caught.value.expected) or str(values[1]) in str(caught.value.expected)
-    path = tmp_path / "two" / file
-    said = {**json.loads(path.read_text())}
+    said = json.loads(path.read_text())
     del said[key]
     path.write_text(json.dumps(said))
     planned(tmp_path, mixture, "one", "two")
 
 
-def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path) -> None:
-    """As opus-mt of two directions: the same architecture and size, other tokens."""
-    for name in ("base", "one", "two"):
-        shutil.copytree(folders / ("one" if name == "two" else name), tmp_path / name)
-        (tmp_path / name / "vocab.json").write_text(json.dumps({"</s>": 0, "a": 1, "b" if name != "two" else "ü": 2}))
-    with pytest.raises(MismatchError, match="tokenizer differs from the base model's in 2 tokens"):
-        planned(tmp_path, {"router": {"fit": "random"}}, "one", "two")
-
-
 @pytest.mark.parametrize("file", ["spiece.model", "target_vocab.json"])
 def test_tokenizer_files_that_differ_are_refused(folders: Path, tmp_path: Path, file: str) -> None:
     """The base's would be copied for all. Where both have a tokenizer.json, that is what is read, and it says it all."""
+    write_three(folders, tmp_path)
     for name in ("base", "one", "two"):
-        shutil.copytree(folders / ("one" if name == "two" else name), tmp_path / name)
         (tmp_path / name / "tokenizer.json").unlink(missing_ok=True)
         (tmp_path / name / file).write_text('{"a": 1}')
     mixture = {"router": {"fit": "random"}}
     planned(tmp_path, mixture, "one", "two")
     (tmp_path / "two" / file).write_text('{"a": 2}')
-    with pytest.raises(MismatchError, match=f"another {file} than the base model's") as caught:
+    with pytest.raises(MismatchError, match=f"another {file} than the base model's"):
         planned(tmp_path, mixture, "one", "two")
-    assert "two" in str(caught.value.where)
     for name in ("base", "two"):
         character_tokenizer().save_pretrained(tmp_path / name)
     planned(tmp_path, mixture, "one", "two")
-    for name in ("base", "two"):
-        (tmp_path / name / "tokenizer.json").unlink()
-    (tmp_path / "two" / file).unlink()
-    planned(tmp_path, mixture, "one", "two")
-
-
-def test_all_files_of_a_tokenizer_go_along(folders: Path, tmp_path: Path) -> None:
-    for name in ("base", "one"):
-        shutil.copytree(folders / name, tmp_path / name)
-    files = {"source.spm", "target.spm", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "target_vocab.json"}
-    for name in files:
-        (tmp_path / "base" / name).write_text("{}")
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
-    build(make_plan(recipe, tmp_path), tmp_path / "out")
-    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_file_that_is_no_sentencepiece_model(tmp_path: Path) -> None:
@@ -527,29 +470,3 @@ def test_layers_are_named_with_their_stack(folders: Path, said: list[str], mixed
     plan = make_plan(parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture}, where="test"), folders)
     found = {slot.name.removeprefix("model.").replace(".layers", "").rpartition(".fc1")[0] for slot in plan.slots}
     assert found == mixed
-
-
-Damage = Callable[[dict[str, Any]], object]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda config: config["modekit"]["places"]["model.encoder.layers.0.fc1"].update(calls=["fc1", "nothing"]),
-        lambda config: config["modekit"].update(dense_type="marian2"),
-        lambda config: config["modekit"].update(variant="gated"),
-        lambda config: config.update(encoder_layers=10**9),
-        lambda config: config.update(d_model="wide"),
-        lambda config: config.pop("decoder_ffn_dim"),
-    ],
-)
-def test_a_damaged_config_is_a_checkpoint_error(folders: Path, tmp_path: Path, damage: Damage) -> None:
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
-    out = tmp_path / "out"
-    build(make_plan(recipe, folders), out)
-    config = json.loads((out / "config.json").read_text())
-    damage(config)
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError):
-        _ = open_checkpoint(out).tensors

@@ -29,18 +29,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import VOCAB, save, tiny_model
 from modekit.architecture.modekit_router import causal_average
 from modekit.building.build import build
-from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.loaded.shapes import expert_view, mixture_of
+from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.router import FITS, Router
-from modekit.routing.inputs import DomainStatistics, GateInput, capture_domain
-from modekit.routing.linear import fit_gates
+from modekit.recipes.router import FITS
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
-from modekit.text.sequences import Batch, TokenSequence, make_batches
-from refusal import tree
 from rounding import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -711,103 +706,3 @@ def test_causal_averages_are_the_sums_one_by_one(
         part, state = causal_average(values[:, start:end], mask[:, start:end], decay, state, prefix=prefix)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1).double(), expected, atol=1e-5, rtol=1e-4)
-
-
-# --- promise 5: the same recipe twice gives the same bytes
-
-TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
-    "native": ("llama", [BASE, ONE, TWO], {"router": {"fit": "logistic", "tokens_per_domain": 64}}, "auto"),
-    "native with adapters": ("qwen3", [ONE, PLAIN, DORA], {"backbone": "average", "router": {"fit": "random"}}, "native"),
-    "modekit": (
-        "phi3",
-        [BASE, ONE, PLAIN, UNEVEN, DORA, PART],
-        {
-            "modules": ["q", "k", "v", "mlp"],
-            "router": {"fit": "logistic", "granularity": "context", "tokens_per_domain": 64},
-        },
-        "modekit",
-    ),
-    "everything": (
-        "gemma3_text",
-        [ONE, PLAIN, TWO],
-        {
-            "modules": "all",
-            "router": {"fit": "logistic", "granularity": "sequence", "per": "model", "tokens_per_domain": 64},
-        },
-        "auto",
-    ),
-    "arrow": ("gemma2", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
-}
-
-
-@pytest.mark.parametrize("name", TWICE)
-def test_the_same_recipe_twice_gives_the_same_bytes_and_is_proven(name: str) -> None:
-    model_type, kinds, mixture, form = TWICE[name]
-    bench = bench_of(model_type)
-    recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture, "output": {"format": form}}
-    with tempfile.TemporaryDirectory(dir=bench.root) as folder:
-        for out in ("a", "b"):
-            build(make_plan(parse_recipe(recipe), bench.root), Path(folder) / out)
-        checks = verify(open_checkpoint(Path(folder) / "a"))
-        assert is_proven(checks), checks
-        first, second = (tree(Path(folder) / out) for out in ("a", "b"))
-    assert [path for path in first.keys() | second.keys() if first.get(path) != second.get(path)] == []
-    assert "modekit.json" in first and "model-router.safetensors" in first
-
-
-# --- promise 7: neither padding nor the order of batches changes a fit, or a mixture
-
-READS: dict[str, dict[str, Any]] = {
-    "token": {},
-    "context": {"granularity": "context", "decay": [0, 0.7, 1.0]},
-    "sequence": {"granularity": "sequence", "prefix": 6},
-}
-BATCHES: dict[str, Callable[[list[TokenSequence], int], Iterator[Batch]]] = {
-    "one by one": lambda sequences, tokens: make_batches(sequences, tokens=1),
-    "small, last first": lambda sequences, tokens: iter(list(make_batches(sequences, tokens=70))[::-1]),
-    "other pads": lambda sequences, tokens: make_batches(sequences, tokens=tokens, pad_id=7),
-    "wider": lambda sequences, tokens: (wider(batch) for batch in make_batches(sequences, tokens=tokens)),
-}
-
-
-def wider(batch: Batch) -> Batch:
-    """A batch with seven more pads on the right of every row."""
-    more = (0, 7)
-    return Batch(
-        nn.functional.pad(batch.input_ids, more, value=9), nn.functional.pad(batch.mask, more, value=False), batch.rows
-    )
-
-
-def captured(checkpoint: Checkpoint, sequences: list[list[TokenSequence]]) -> list[DomainStatistics]:
-    """Statistics of each expert's sequences."""
-    view, router, found = expert_view(checkpoint), checkpoint.record.recipe.mixture.router, []
-    for place, own in enumerate(sequences):
-        view.use_expert(place)
-        read = GateInput(router.averages, router.prefix_tokens)
-        found.append(capture_domain(view, own, [], read=read, keep_tokens=64))
-    return found
-
-
-@pytest.mark.parametrize("reads", READS)
-@pytest.mark.parametrize("per", ["layer", "feature", "model"])
-def test_padding_and_batch_order_never_change_a_fit(reads: str, per: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = bench_of("qwen2")
-    mixture = {"modules": ["mlp", "o"], "router": {"fit": "random", "per": per, **READS[reads]}}
-    recipe = {"base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "mixture": mixture}
-    generator = torch.Generator().manual_seed(2)
-    sequences = [
-        [TokenSequence(tuple(torch.randint(3, VOCAB, (size,), generator=generator).tolist()), 1) for size in sizes]
-        for sizes in ([5, 31, 12, 40], [9, 2, 40, 33], [17, 24, 8, 30])
-    ]
-    with built(bench, recipe) as (checkpoint, _):
-        expected = captured(checkpoint, sequences)
-        for batches in BATCHES.values():
-            monkeypatch.setattr("modekit.routing.inputs.make_batches", batches)
-            for ours, theirs in zip(captured(checkpoint, sequences), expected, strict=True):
-                for one, other in zip(ours.slots, theirs.slots, strict=True):
-                    torch.testing.assert_close(one.sum_D, other.sum_D, rtol=1e-5, atol=1e-4)
-                    torch.testing.assert_close(one.sample_ND, other.sample_ND, rtol=2e-3, atol=2e-3)
-            for fit in ("centroid", "logistic"):
-                gates = [fit_gates(Router(fit=fit), each) for each in (captured(checkpoint, sequences), expected)]
-                for one, other in zip(*gates, strict=True):
-                    torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3 * float(other.abs().max()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,15 +118,6 @@ def test_cache_and_left_padding_are_the_whole_pass(opened: Opened, gate: str, id
     assert torch.equal(text, model.generate(padded, attention_mask=mask, **settings)[:, 6:])
 
 
-@EVERY
-def test_it_is_proven_saved_and_loaded(shop: Workshop, gate: str, ids: torch.Tensor, tmp_path: Path) -> None:
-    out = built(shop, gate)
-    assert is_proven(verify(open_checkpoint(out)))
-    model = load_model(out, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "again")
-    close(logits(load_model(tmp_path / "again", dtype=torch.float32), ids), logits(model, ids), atol=1e-6)
-
-
 # --- scores
 
 
@@ -229,11 +219,6 @@ def test_what_makes_no_sense_together_is_refused(shop: Workshop, mixture: dict[s
     assert says in refused(shop, **{"router": LOGISTIC, **mixture})
 
 
-@pytest.mark.parametrize("gate", ["hash", "cosine", "groups"])
-def test_no_native_architecture_says_it(shop: Workshop, gate: str) -> None:
-    assert "output.format native cannot say" in refused(shop, output={"format": "native"}, **GATES[gate])
-
-
 def test_a_refit_goes_from_one_to_the_next(shop: Workshop, ids: torch.Tensor) -> None:
     shop.build("walk", mixture=GATES["groups"], output={"format": "modekit"})
     for changes in (
@@ -261,17 +246,3 @@ def test_experts_come_and_go(shop: Workshop, gate: str, ids: torch.Tensor) -> No
     assert is_proven(verify(checkpoint, reload=False))
     found = weights(load_model(checkpoint.folder, dtype=torch.float32), ids)
     assert all(each.shape[-1] == 2 for each in found.values())
-
-
-@pytest.mark.parametrize("gate", ["cosine", "attention", "threshold"])
-def test_training_lowers_the_loss(opened: Opened, gate: str, ids: torch.Tensor) -> None:
-    model = copy.deepcopy(opened(gate)).train()
-    moving = [each for name, each in model.named_parameters() if name.endswith("router.gate")]
-    optimizer, losses = torch.optim.Adam(moving, lr=0.02), []
-    for _ in range(12):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.01, losses

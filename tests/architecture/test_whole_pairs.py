@@ -6,8 +6,6 @@ The reference of fixed weights is the weight average: with one input, every modu
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from architecture.test_encoder_decoder import KINDS, NAMES
@@ -32,8 +30,6 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.experts import average_of
 from modekit.loaded.load import load_model
-from modekit.members.change import write_change
-from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from pair_models import inputs, logits_of, make_pair_workshop, pair_model, pair_tokenizer, written
@@ -211,38 +207,6 @@ def test_adapters_are_peft_s_models(bench: Bench) -> None:
     assert torch.equal(logits_of(model, four()), logits_of(bench.made["one"], four()))
 
 
-# --- as any other mixture
-
-
-def test_full_models_as_low_rank_changes_of_whole_models(bench: Bench) -> None:
-    """Embeddings and positions are no linear maps: they stay the base's."""
-    said = [{"name": name, "model": f"./{name}", "as": "lora", "rank": 4} for name in NAMES[:2]]
-    out = bench.build({"router": ONCE}, *said)
-    places = open_checkpoint(out).shape.mixture.places
-    assert all(place.ranks == [4, 4] or not any(place.ranks) for place in places.values())
-    assert not any(
-        any(place.ranks) for name, place in places.items() if "embed" in name or "shared" in name or "relative" in name
-    )
-    assert torch.isfinite(logits_of(load_model(out), four())).all()
-
-
-def test_it_is_proven_saved_copied_and_pickled(bench: Bench, tmp_path: Path) -> None:
-    out = bench.build({"router": ONCE})
-    assert is_proven(verify(open_checkpoint(out)))
-    model = load_model(out)
-    expected = logits_of(model, four())
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
-    assert torch.equal(logits_of(again, four()), expected)
-    other = copy.deepcopy(model)
-    other.use_expert("one")
-    assert torch.equal(logits_of(other, four()), logits_of(bench.made["one"], four()))
-    assert torch.equal(logits_of(model, four()), expected)
-    stream = io.BytesIO()
-    pickle.dump(model, stream)
-    assert torch.equal(logits_of(pickle.loads(stream.getvalue()), four()), expected)
-
-
 # --- routers that are fitted, and what is done with a mixture
 
 
@@ -282,30 +246,6 @@ def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop,
         assert score.loss == pytest.approx(rows[domain].scores[domain].loss, rel=1e-4)
         assert score.loss == pytest.approx(rows["mixture"].scores[domain].loss, rel=1e-4) or not by_tokens
     assert not any("no longer where" in note for note in inspect(checkpoint, **SMALL).notes)
-
-
-def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:
-    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]}
-    whole = borrow(pair_workshop, tmp_path)
-    every = whole.build("ALL", mixture=mixture)
-    two = whole.build("TWO", mixture=mixture, experts=whole.recipe["experts"][:2])
-    last = whole.recipe["experts"][2]
-    checkpoint = open_checkpoint(two)
-    new = NewExpert({"model": last["model"], "text": [last["text"]]}, tmp_path)
-    write_change(checkpoint, add_expert(checkpoint, last["name"], new), tmp_path / "THREE")
-    assert contents(tmp_path / "THREE") == contents(every)
-    checkpoint = open_checkpoint(tmp_path / "THREE")
-    write_change(checkpoint, remove_expert(checkpoint, last["name"]), tmp_path / "AGAIN")
-    assert contents(tmp_path / "AGAIN") == contents(two)
-    assert is_proven(verify(open_checkpoint(tmp_path / "AGAIN")))
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(out.glob("*"))
-        if path.suffix == ".safetensors" or path.name == "config.json"
-    }
 
 
 def test_a_bias_of_the_logits_that_the_base_lacks_is_not_lost(tmp_path: Path) -> None:

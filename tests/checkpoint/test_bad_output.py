@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
-import resource
 import shutil
-import signal
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import Workshop, write_text
+from conftest import Workshop
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
 from modekit.files.marker import CHANGED, Lock, WorkFolder
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
-from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
+from refusal import borrow, copy_expert, refuse, refuse_build, tree
 
 FFN = "model.layers.2.mlp.down_proj.weight"
-COMMAND = "import sys; from modekit.cli import main; sys.argv = ['modekit', *sys.argv[1:]]; main()"
 
 
 @pytest.fixture
@@ -59,12 +53,6 @@ def test_an_ordinary_folder_is_never_overwritten(bench: Workshop, name: str) -> 
     message = refuse_build(bench, "--overwrite")
     assert "holds something else" in message
     assert "move it away" in message
-
-
-def test_an_ordinary_file_is_never_overwritten(bench: Workshop) -> None:
-    (bench.root / "OUT").write_text("mine")
-    refuse_build(bench)
-    assert "holds something else" in refuse_build(bench, "--overwrite")
 
 
 def test_neighbours_with_common_names_are_left_alone(bench: Workshop) -> None:
@@ -108,19 +96,6 @@ def test_a_name_that_the_file_system_refuses(bench: Workshop, name: str) -> None
     assert tree(bench.root) == before
 
 
-def test_a_parent_that_is_not_writable(bench: Workshop) -> None:
-    recipe = bench.write()
-    locked = bench.root / "locked"
-    locked.mkdir()
-    locked.chmod(0o500)
-    # Root may write anywhere but into /proc.
-    out = Path("/proc/modekit/OUT") if os.geteuid() == 0 and sys.platform == "linux" else locked / "OUT"
-    message = refuse("build", recipe, out)
-    assert str(out) in message
-    assert "cannot be written" in message
-    assert not list(locked.iterdir())
-
-
 @pytest.mark.parametrize("name", ["/", "", "loop"])
 def test_a_path_that_no_folder_can_have(bench: Workshop, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The root, an empty path, a link to itself."""
@@ -134,53 +109,6 @@ def test_a_path_that_no_folder_can_have(bench: Workshop, monkeypatch: pytest.Mon
 
 
 # A full disk, Ctrl-C
-
-
-@pytest.mark.parametrize(("router", "limit"), [({"fit": "centroid"}, 60_000), ({"fit": "lexical"}, 40_000)])
-def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, Any], limit: int) -> None:
-    texts = write_text(bench.root / "long", documents=400)  # of which a lexical fit keeps more than the limit
-    experts = [{**expert, "text": str(texts[expert["name"]])} for expert in bench.recipe["experts"]]
-    recipe = bench.write(output={"shard_size": "20KB"}, mixture={"router": router}, experts=experts)
-    before = tree(bench.root)
-    done = run_python(
-        COMMAND,
-        "build",
-        recipe,
-        bench.root / "OUT",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    message = checked(done.returncode, done.stdout, done.stderr)
-    assert "File too large" in message
-    assert tree(bench.root) == before
-
-
-@pytest.mark.parametrize(("moment", "exists"), [("write_tensor", False), ("write_index", True), ("fit_router", True)])
-def test_ctrl_c(bench: Workshop, moment: str, exists: bool) -> None:
-    if exists:
-        bench.build()
-    recipe = bench.write()
-    before = tree(bench.root)
-    interrupt = (
-        "import os, signal, threading, modekit.building.build, modekit.files.staging\n"
-        f"real = modekit.building.build.{moment}\n"
-        "def interrupted(*args, **kwargs):\n"
-        "    result = real(*args, **kwargs)\n"
-        "    if threading.current_thread() is threading.main_thread():\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return result\n"
-        f"modekit.building.build.{moment} = interrupted\n"
-    )
-    done = run_python(
-        interrupt + COMMAND,
-        "build",
-        recipe,
-        bench.root / "OUT",
-        *(["--overwrite"] if exists else []),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    message = checked(done.returncode, done.stdout, done.stderr, expected=130)
-    assert "interrupted; nothing was left behind" in message
-    assert tree(bench.root) == before
 
 
 # Folders that are no checkpoint, or no longer
@@ -259,27 +187,6 @@ def test_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path, command: str, fi
     assert str(folder) in message
     assert file in message or "gate" in message
     assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_record_that_was_edited(checkpoint: Path, tmp_path: Path, command: str) -> None:
-    folder = shutil.copytree(checkpoint, tmp_path / "OUT")
-    record = json.loads((folder / "modekit.json").read_text())
-    for key, value in (("native_type", "switch"), ("recipe", {}), ("format", 3), ("unknown", 1)):
-        (folder / "modekit.json").write_text(json.dumps({**record, key: value}))
-        assert "modekit.json" in refuse(command, folder)
-
-
-def test_a_linear_checkpoint_opens_again(bench: Workshop) -> None:
-    for mixture in (
-        {"method": "linear"},
-        {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}},
-        {"method": "gating", "router": {"fit": "random"}, "backbone": {"method": "average"}},
-        {"router": {"fit": "random"}, "backbone": {"method": "ties", "density": 0.5}},
-    ):
-        checkpoint = open_checkpoint(bench.build(mixture=mixture))
-        assert checkpoint.record.recipe.digest() == checkpoint.record.recipe_digest
-        assert checkpoint.config["num_experts_per_tok"] == checkpoint.record.recipe.top_k
 
 
 def test_where_nothing_can_be_written_what_is_there_is_read(

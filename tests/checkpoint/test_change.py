@@ -50,20 +50,6 @@ def test_old_or_new_whatever_the_moment(built: Path) -> None:
     assert states == {"routing", "linear"}  # some moments left the old one, some the new one
 
 
-def test_a_full_disk_changes_nothing(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "OUT"
-    shutil.copytree(built, out)
-    before = tree(out)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("modekit.files.change.write_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        refit(open_checkpoint(out), CHANGES)
-    assert tree(out) == before
-
-
 def test_a_link_in_the_changes_place_is_not_followed(built: Path, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "OUT", tmp_path / "elsewhere"
     shutil.copytree(built, out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import modekit
-from adapter_folders import export_adapter, lora, write_adapter
+from adapter_folders import lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
@@ -143,38 +142,6 @@ def test_another_tokenizer_makes_every_row_anew(bench: Workshop) -> None:
     assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
 
 
-def test_a_table_that_somebody_else_wrote_is_no_score(bench: Workshop) -> None:
-    out = bench.build()
-    expected = losses(open_checkpoint(out))
-    file = out / "results" / "eval.json"
-    said = json.loads(file.read_text())
-    for row in said["rows"]:
-        for score in row["domains"].values():
-            score["loss"] = 1.0
-    file.write_text(json.dumps(said))
-    assert losses(open_checkpoint(out)) == expected
-
-
-def test_an_expert_that_was_replaced_is_exported_anew(tmp_path: Path) -> None:
-    save(tiny_model(), tmp_path / "base")
-    texts = write_text(tmp_path / "text", ("medicine", "law"))
-    for seed, name in enumerate(texts):
-        write_adapter(tmp_path / name, lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
-    experts = [{"name": name, "adapter": f"./{name}", "text": str(text)} for name, text in texts.items()]
-    recipe = {"base_model": "./base", "experts": experts, "mixture": {"top_k": 1, "router": {"fit": "random"}}}
-    checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
-    export_adapter(checkpoint, "law", tmp_path / "exported")
-    weights = tmp_path / "exported" / "adapter_model.safetensors"
-    before = weights.read_bytes()
-    assert export_adapter(checkpoint, "law", tmp_path / "exported").expert == "law"  # it is there: nothing is made
-    other_weights(tmp_path / "law")
-    checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT", overwrite=True)
-    with pytest.raises(modekit.ModekitError, match="exists"):
-        export_adapter(checkpoint, "law", tmp_path / "exported")
-    export_adapter(checkpoint, "law", tmp_path / "exported", overwrite=True)
-    assert weights.read_bytes() != before
-
-
 def test_a_training_of_other_weights_is_not_gone_on_with(bench: Workshop) -> None:
     out = bench.build()
     folder = TrainingFolder(bench.root / "TRAINED")
@@ -189,18 +156,3 @@ def test_a_training_of_other_weights_is_not_gone_on_with(bench: Workshop) -> Non
     built_again(bench, out)
     with pytest.raises(modekit.ModekitError, match="what it started from is no longer the same"):
         take()
-
-
-def test_a_copy_is_the_same_mixture(bench: Workshop) -> None:
-    out = bench.build()
-    shutil.copytree(out, bench.root / "COPY")
-    assert open_checkpoint(bench.root / "COPY").identity == open_checkpoint(out).identity
-
-
-def test_another_table_in_the_embedding_is_another_mixture(bench: Workshop) -> None:
-    out = bench.build(mixture={"top_k": 1, "router": {"fit": "lexical"}})
-    before = open_checkpoint(out)
-    assert before.identity["evidence_sha256"] == before.record.router.evidence != ""
-    changed = before.record.router.model_copy(update={"report": {"evidence_sha256": "0" * 64}})
-    other = Checkpoint(out, before.record.model_copy(update={"router": changed}))
-    assert other.identity != before.identity

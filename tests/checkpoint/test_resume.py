@@ -24,7 +24,6 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
 from modekit.files.marker import CHANGE_LOCK
 from modekit.files.output import JOURNAL
-from modekit.files.staging import staging
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
@@ -222,16 +221,6 @@ def test_killing_the_replacement_of_an_old_folder_loses_neither(bench: Workshop,
 # Starting over
 
 
-def test_a_source_that_changed_after_the_kill(bench: Workshop, small: Workshop) -> None:
-    law = save(tiny_model(seed=1, num_hidden_layers=1), bench.root / "law")
-    bench.recipe["experts"][1]["model"] = "./law"
-    out = bench.root / "OUT"
-    assert build_and_die(plan_of(bench), out, in_tensor(out), 15)
-    save(tiny_model(seed=8, num_hidden_layers=1), law)
-    build(plan_of(bench), out)
-    assert tree(out) == tree(bench.build("FRESH"))
-
-
 def test_a_source_that_changed_in_place_and_says_the_old_time(bench: Workshop, small: Workshop) -> None:
     law = save(tiny_model(seed=1, num_hidden_layers=1), bench.root / "law") / "model.safetensors"
     bench.recipe["experts"][1]["model"] = "./law"
@@ -310,21 +299,3 @@ def test_a_folder_that_is_being_written_is_left_to_its_writer(tmp_path: Path, sy
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "OUT").iterdir()} == {".modekit", "record"}  # no journal and no lock
     assert {path.name for path in tmp_path.iterdir()} == {"OUT"}
-
-
-def test_a_lock_dies_with_its_process_and_holds_nobody_up(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path\n"
-        "from modekit.files.staging import Staging\n"
-        "Staging(Path(sys.argv[1]), 'mine', 'model', replace='nothing', sync=True)\n"
-        "os._exit(9)\n"
-    )
-    assert run_python(code, tmp_path / "OUT").returncode == KILLED
-    with staging(tmp_path / "OUT", "mine", "model") as stage:
-        (stage.folder / "record").write_text("mine")
-    assert {path.name for path in (tmp_path / "OUT").iterdir()} == {".modekit", "record"}
-    (tmp_path / "LEFT.partial").mkdir()
-    (tmp_path / "LEFT.partial" / "lock").touch()  # a kill before the journal was begun
-    with staging(tmp_path / "LEFT", "mine", "model"):
-        pass
-    assert {path.name for path in (tmp_path / "LEFT").iterdir()} == {".modekit"}

@@ -16,7 +16,7 @@ from conftest import Workshop
 from damage import NO_FILES, in_time, no_file
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
-from modekit.errors import CheckpointError, ModekitError, SourceError
+from modekit.errors import CheckpointError, SourceError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
@@ -232,15 +232,6 @@ def test_a_base_that_cannot_be_made_is_an_error(copied: Callable[[str], Path], k
         expert_view(open_checkpoint(folder))
 
 
-def test_a_model_whose_name_no_path_can_have(copied: Callable[[str], Path]) -> None:
-    """What is written for other people names models by what the record calls them."""
-    folder = copied("modekit")
-    record = json.loads((folder / "modekit.json").read_text())
-    record["sources"][1]["spec"] = "\0"
-    (folder / "modekit.json").write_text(json.dumps(record))
-    assert "spec: String should match" in refuse("verify", folder)
-
-
 # The router
 
 
@@ -256,14 +247,6 @@ def test_another_router_is_refused_where_it_would_decide(copied: Callable[[str],
     assert code == 1 and "is not the one that modekit.json records" in stdout
     modekit("fit", folder, "fit=random", "seed=1")
     assert open_checkpoint(folder).gates()
-
-
-def test_a_longer_router_file_is_another(copied: Callable[[str], Path]) -> None:
-    folder = copied("native")
-    with (folder / ROUTER_FILE).open("ab") as stream:
-        stream.write(b"\0" * 100)
-    with pytest.raises(ModekitError):
-        open_checkpoint(folder)
 
 
 def test_gates_of_another_shape_are_refused(copied: Callable[[str], Path]) -> None:

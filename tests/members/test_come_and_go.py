@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from peft import LoraConfig
 
 from adapter_folders import lora, train_adapter, write_adapter
-from conftest import VOCAB, Workshop, make_workshop, save, tiny_model, write_text
+from conftest import Workshop, make_workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -278,17 +277,6 @@ def test_another_model_in_the_place_of_the_backbones_expert(shop: Workshop, tmp_
     check_same(replaced.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
 
 
-def test_prompts_of_another_model_are_read(shop: Workshop, tmp_path: Path) -> None:
-    said = recipe(KINDS["native lexical"], WHOLE)
-    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
-    prompts = ["fever and dose"]
-    replaced = write_change(
-        out, replace_expert(out, "law", NewExpert({"model": "./code", "prompts": prompts}, shop.root)), tmp_path / "new"
-    )
-    said["experts"][1] |= {"model": "./code", "prompts": prompts}
-    check_same(replaced.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
-
-
 def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, tmp_path: Path) -> None:
     shutil.copytree(shop.root / "text", tmp_path / "text")
     said = recipe(KINDS["native logistic"], WHOLE)
@@ -298,19 +286,6 @@ def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, 
     wanted = write_change(out, remove_expert(out, "code"), tmp_path / "wanted")
     (tmp_path / "text" / "law.jsonl").write_text((tmp_path / "text" / "medicine.jsonl").read_text())
     check_same(write_change(out, remove_expert(out, "code"), tmp_path / "removed").folder, wanted.folder)
-
-
-def test_the_history_says_who_came_and_went(shop: Workshop, tmp_path: Path) -> None:
-    out = built(shop, KINDS["native random"], WHOLE[:2], tmp_path / "OUT").folder
-    assert "history" not in json.loads((out / "modekit.json").read_text())
-    write_change(open_checkpoint(out), add_expert(open_checkpoint(out), "code", new(shop, "code")), out)
-    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
-    record = open_checkpoint(out).record
-    assert [(each.what, each.expert, each.was) for each in record.history] == [
-        ("add", "code", None),
-        ("remove", "law", "./law"),
-    ]
-    assert record.recipe.names == ["medicine", "code"]
 
 
 def test_what_others_put_into_the_folder_stays(shop: Workshop, tmp_path: Path) -> None:
@@ -339,16 +314,3 @@ def test_given_weights_follow(shop: Workshop, tmp_path: Path) -> None:
     del said["experts"][2]["text"]
     check_same(added.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "joint").folder)
     assert is_proven(verify(open_checkpoint(added.folder), reload=False))
-
-
-def test_vocabulary_of_the_texts(shop: Workshop) -> None:
-    """The tokenizer of the tests reads them all: else the fits above would see nothing but unknown tokens."""
-    assert max(ord(sign) for path in (shop.root / "text").iterdir() for sign in path.read_text()) < 32 + VOCAB
-
-
-def test_recipes_are_kept_as_they_were_written(shop: Workshop, tmp_path: Path) -> None:
-    kind = KINDS["native logistic"]
-    before = built(shop, kind, WHOLE[:2], tmp_path / "somewhere" / "else" / "OUT")
-    added = write_change(before, add_expert(before, "code", new(shop, "code")), tmp_path / "added")
-    said = added.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    assert yaml.safe_dump(said) == yaml.safe_dump(recipe(kind, WHOLE))

@@ -84,15 +84,6 @@ def test_labels_that_somebody_wrote_into_config_are_one_clear_error(shop: Worksh
     model.use_expert(["law", "code"])
 
 
-def test_without_labels_config_and_record_say_nothing_of_them(shop: Workshop, tmp_path: Path) -> None:
-    for output in ("modekit", "native"):
-        folder = built(shop, tmp_path / output, {}, output).folder
-        assert not any('"labels":' in (folder / name).read_text() for name in ("config.json", "modekit.json"))
-        assert open_checkpoint(folder).record.recipe.other_labels == {}
-    native = built(shop, tmp_path / "labelled", LABELS, "native")
-    assert native.record.recipe.expert_of("court") == 1 and is_proven(verify(native, reload=False))
-
-
 def test_labels_go_with_their_experts(shop: Workshop, tmp_path: Path) -> None:
     before = built(shop, tmp_path / "OUT", LABELS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 
-import modekit
 import modekit.building.build as building
-from conftest import Workshop, character_tokenizer, save, tiny_model
-from modekit.building.build import build
+from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import CheckpointError, ModekitError, OutputError, RecipeError
-from modekit.files.staging import staging
-from modekit.members.change import before_change, write_change
+from modekit.errors import CheckpointError, ModekitError
+from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
@@ -76,26 +72,6 @@ def test_a_model_that_does_not_fit(bench: Workshop, tmp_path: Path, kind: str) -
     out = bench.build()
     make(tmp_path / "stranger")
     assert said in refuse_change(bench, "add", out, "--name", "tax", "--model", tmp_path / "stranger")
-
-
-def test_a_tokenizer_of_its_own(bench: Workshop, tmp_path: Path) -> None:
-    out = bench.build()
-    save(tiny_model(seed=5), tmp_path / "tax")
-    tokenizer = json.loads((tmp_path / "tax" / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (tmp_path / "tax" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "tokenizer differs" in refuse_change(bench, "add", out, "--name", "tax", "--model", tmp_path / "tax")
-
-
-def test_the_tokenizer_of_the_base_has_changed(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    shutil.copytree(shared_workshop.root / "base", tmp_path / "base")
-    out = bench.build(base_model="./base")
-    tokenizer = character_tokenizer()
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "base")
-    assert "tokenizer.json is another, or gone" in refuse_change(bench, "remove", out, "law")
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "replace"])
@@ -169,16 +145,6 @@ def test_an_adapter_beside_whole_models_of_a_native_mixture(bench: Workshop, tmp
     assert "would need another architecture" in message
 
 
-def test_a_model_that_is_gone_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    shutil.copytree(shared_workshop.root / "medicine", tmp_path / "medicine")
-    bench.recipe["experts"][0]["model"] = "./medicine"
-    out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
-    shutil.rmtree(tmp_path / "medicine")
-    message = refuse_change(bench, "remove", out, "law")
-    assert "an expert's model is missing or has changed" in message and "medicine" in message
-
-
 def test_a_model_that_changed_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:
     bench = borrow(shared_workshop, tmp_path)
     shutil.copytree(shared_workshop.root / "medicine", tmp_path / "medicine")
@@ -194,12 +160,6 @@ def test_neither_model_nor_adapter(bench: Workshop) -> None:
     assert "modekit.json is missing" in message and tree(bench.root) == before
     out = bench.build()
     assert "give either 'model' or 'adapter'" in refuse_change(bench, "add", out, "--name", "tax")
-
-
-def test_a_text_that_is_none(bench: Workshop) -> None:
-    out = bench.build()
-    with pytest.raises(RecipeError, match="text"):
-        modekit.add(out, {"name": "tax", "model": bench.recipe["base_model"], "text": [7]})
 
 
 def test_what_would_undo_a_training(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -218,31 +178,6 @@ def test_what_would_undo_a_training(shared_workshop: Workshop, tmp_path: Path) -
     }
     assert train(open_checkpoint(out), train_settings(asked, where="test"), evaluate_tokens=None).improved
     assert "this change would undo that" in refuse_change(bench, "remove", out, "law")
-
-
-def test_two_at_once(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    out = bench.build()
-    before = tree(out)
-    with (
-        pytest.raises(OutputError, match="another process is writing"),
-        staging(out, "another", "checkpoint", replace="in place"),
-    ):
-        write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
-    assert tree(out) == before
-    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
-    assert open_checkpoint(out).names == ["medicine", "code"]
-
-
-def test_one_after_the_other_but_planned_together(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    out = bench.build()
-    late = before_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"))
-    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "code"), out)
-    after = tree(out)
-    with pytest.raises(CheckpointError, match="another command has changed"):
-        build(late.plan, out, update=late)
-    assert tree(out) == after
 
 
 def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,28 +202,6 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
     monkeypatch.setattr(building, "write_shards", with_notes)
     write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert (out / "notes.txt").read_text() == "mine" and open_checkpoint(out).names == ["medicine", "code"]
-
-
-def test_a_weight_without_effect(bench: Workshop, shared_workshop: Workshop) -> None:
-    out = bench.build()
-    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "weight=2")
-    assert "'weights' has no effect" in message
-
-
-def test_a_checkpoint_of_a_later_version(bench: Workshop, shared_workshop: Workshop) -> None:
-    out = bench.build()
-    record = json.loads((out / "modekit.json").read_text())
-    (out / "modekit.json").write_text(json.dumps({**record, "format": 2}))
-    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"))
-    assert "of another version" in message
-
-
-@pytest.mark.parametrize("history", [[{"what": "stole", "expert": "law", "on": "2026-01-01"}], [{"what": "add"}], "x", [1]])
-def test_a_damaged_history(bench: Workshop, history: object) -> None:
-    out = bench.build()
-    record = json.loads((out / "modekit.json").read_text())
-    (out / "modekit.json").write_text(json.dumps({**record, "history": history}))
-    assert "modekit.json is damaged" in refuse_change(bench, "remove", out, "law")
 
 
 def test_the_folder_itself_as_out(bench: Workshop, shared_workshop: Workshop) -> None:

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from conftest import DOMAINS, Workshop
+from conftest import Workshop
 from damage import in_time, no_file
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import CheckpointError, OutputError
+from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.results import Results, Row, Score
+from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.members.licences import front_matter
 from modekit.report.card import make_card
 from modekit.report.page import make_page
 from modekit.report.push import pack
 from modekit.report.sections import make_content
-from modekit.routing.inputs import load_statistics
 from refusal import borrow, refuse
 
 HOSTILE = "a\n---\n# <script>x()</script> | `b` ``` [c](javascript:d) ![](http://e) <!-- \x1b[2J\u202e"
@@ -76,58 +75,11 @@ def test_a_card_and_a_page_of_hostile_names(checkpoint: Checkpoint) -> None:
     assert page.count("<script") == 2 and "&lt;script&gt;" in page
 
 
-def test_a_licence_front_matter_of_hostile_values(checkpoint: Checkpoint, shared_workshop: Workshop) -> None:
-    import yaml
-
-    matter = dict.fromkeys(("license", "license_name", "license_link"), HOSTILE)
-    folder = checkpoint.folder.parent / "evil"
-    folder.mkdir()
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(matter)}---\n")
-    said = say(checkpoint, lambda record: [source.update(folder="../evil") for source in record["sources"]])
-    card = make_card(said)
-    (said.folder / "README.md").write_bytes(card.contents["README.md"])
-    read = ModelCard.load(said.folder / "README.md")
-    assert read.data.license == "other" and read.text.startswith("\n# OUT\n")
-    assert make_page(said, make_content(said)).count("<script") == 2
-
-
 @pytest.mark.parametrize("content", ["---" + "\n" * 900_000, "---\n" + "\n--- x" * 150_000, "---\n" + "[" * 60_000 + "\n---\n"])
 def test_a_front_matter_that_never_ends(tmp_path: Path, content: str) -> None:
     (tmp_path / "README.md").write_text(content)
     with in_time():
         assert front_matter(tmp_path / "README.md") == {}
-
-
-TABLE = Results(
-    [
-        Row(name, "mixture" if name == "mixture" else "expert", 10, 5, {"law": Score(3.0, blocks=(1.0, 2.0))}, "x")
-        for name in ("law", "mixture")
-    ],
-    ["law"],
-    [],
-    notes=["a note"],
-)
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("rows",), None),
-        (("rows", 0, "name"), "a\nb"),
-        (("rows", 0, "kind"), "<b>"),
-        (("rows", 0, "total_parameters"), 10**400),
-        (("rows", 0, "domains", "law", "loss"), 10**400),
-        (("rows", 0, "domains", "law", "blocks"), ["a"]),
-    ],
-)
-def test_results_of_other_types_are_no_results(checkpoint: Checkpoint, path: tuple[Any, ...], value: Any) -> None:
-    data = json.loads(json.dumps(TABLE.as_data()))
-    holder: Any = data
-    for key in path[:-1]:
-        holder = holder[key]
-    holder[path[-1]] = value
-    with in_time(), pytest.raises(ValueError, match=r"^.{1,400}$"):
-        Results.from_data(data)
 
 
 def test_damaged_results_are_run_anew(checkpoint: Checkpoint) -> None:
@@ -189,15 +141,3 @@ def test_a_snapshot_of_the_hubs_cache_is_pushed(checkpoint: Checkpoint, tmp_path
             shutil.copy(file, blobs / blob)
             (snapshot / file.name).symlink_to(f"../../blobs/{blob}")
     assert "config.json" in pack(open_checkpoint(snapshot)).files
-
-
-# Statistics
-
-
-def test_statistics_of_another_kind_are_damaged_or_none(checkpoint: Checkpoint) -> None:
-    for name in DOMAINS:
-        file = checkpoint.folder / "router" / f"{name}.safetensors"
-        assert load_statistics(file) is not None
-        no_file(file, "pipe")
-        with in_time(), pytest.raises(CheckpointError, match="not a regular file"):
-            load_statistics(file)

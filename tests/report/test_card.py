@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
-from modekit.members.licences import front_matter, sources_of
+from modekit.members.licences import sources_of
 from modekit.report.card import Card, make_card
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
@@ -101,16 +100,6 @@ def test_a_front_matter_is_read_and_not_trusted(mine: Workshop) -> None:
         assert (source.licence, source.licence_name) == expected, matter
 
 
-def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:
-    (mine.root / "law" / "LICENSE").write_text(GPL)
-    says(mine.root / "law", license="mit")
-    assert sources_of(open_checkpoint(mine.build()))[2].said == "mit"
-    (mine.root / "law" / "README.md").write_text("---\n" + "x" * 2**20 + "\n---\n")
-    assert front_matter(mine.root / "law" / "README.md") == {}
-    shutil.rmtree(mine.root / "law")
-    assert sources_of(open_checkpoint(mine.root / "OUT"))[2].said_by == "the folder is missing"
-
-
 def test_hub_models_are_named(mine: Workshop) -> None:
     """A checkpoint whose base and law expert the recipe names by hub ids, as a record says after a build; two say nothing."""
     says(mine.root / "medicine", license="mit")
@@ -124,16 +113,6 @@ def test_hub_models_are_named(mine: Workshop) -> None:
     assert data["license"] == "other"
     assert any(note.startswith("no licence was found for base model") for note in make_card(hub).notes)
     assert "base_model" not in card_of(checkpoint)[0]
-
-
-def test_texts_that_are_hub_data_sets_are_named(mine: Workshop) -> None:
-    experts = [{**expert} for expert in mine.recipe["experts"]]
-    checkpoint = open_checkpoint(mine.build(experts=experts))
-    recipe = checkpoint.record.recipe
-    changed = [recipe.experts[0].model_copy(update={"text": ["org/papers"]}), *recipe.experts[1:]]
-    record = checkpoint.record.model_copy(update={"recipe": recipe.model_copy(update={"experts": changed})})
-    data, _ = card_of(Checkpoint(checkpoint.folder, record))
-    assert data["datasets"] == ["org/papers"]
 
 
 @pytest.mark.parametrize(
@@ -216,22 +195,3 @@ def test_the_recipe_in_it_is_the_recipe(mine: Workshop) -> None:
     _, text = card_of(checkpoint)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(recipe) == json.loads((checkpoint.folder / "modekit.json").read_text())["recipe"]
-
-
-def test_what_others_wrote_is_text_in_it(mine: Workshop) -> None:
-    """A folder whose name is markup, and a licence whose name closes the table."""
-    hostile = "a|b`<script>alert(1)</script>](javascript:x)"
-    folder = mine.root / "law"
-    says(folder, license="other", license_name="| x |\n\n# <script>alert(2)</script> ``` ---", license_link="javascript:x")
-    checkpoint = open_checkpoint(mine.build())
-    sources = [
-        source.model_copy(update={"spec": hostile}) if source.spec == "./law" else source
-        for source in checkpoint.record.sources
-    ]
-    _, text = card_of(Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"sources": sources})))
-    page = (checkpoint.folder / "LICENSE.md").read_text()
-    for shown in (text, page):
-        outside = re.sub(r"```.*?```", "", shown, flags=re.DOTALL)
-        assert "<script>" not in outside and "\n# <" not in outside and "](javascript" not in outside
-        rows = [line for line in outside.splitlines() if line.startswith("| expert law")]
-        assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)

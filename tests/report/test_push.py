@@ -14,7 +14,6 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM
 
 from conftest import Workshop, logits_of
-from kills import changed_paths
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
@@ -90,15 +89,6 @@ def test_a_training_names_no_path(shared_workshop: Workshop, tmp_path: Path) -> 
     assert isinstance(content, bytes) and str(tmp_path) not in content.decode()
     said = json.loads(content)["training"][0]["settings"]
     assert (said["teacher"], said["generic"]) == ("./big", ["./a.txt"])
-
-
-def test_a_push_changes_no_file_so_that_a_kill_leaves_the_mixture_as_it_was(
-    shared_workshop: Workshop, tmp_path: Path, hub: Path
-) -> None:
-    out = made(shared_workshop, tmp_path)
-    write_report(open_checkpoint(out))
-    assert changed_paths(lambda: push(pack(open_checkpoint(out)), "me/mine"), hub)
-    assert not changed_paths(lambda: push(pack(open_checkpoint(out)), "me/mine"), out)
 
 
 def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:

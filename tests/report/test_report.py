@@ -466,26 +466,6 @@ def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
     make_page(checkpoint, content)
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (["per_domain", "law", "shares", 0], [0.5]),
-        (["similarity"], [[1.0]]),
-        (["per_domain", "law", "shares", 0, 0], 7.0),
-    ],
-)
-def test_an_inspection_whose_parts_do_not_fit_is_left_out(workshop: Workshop, path: list[Any], value: Any) -> None:
-    folder = workshop.root / "MISFIT"
-    checkpoint = open_checkpoint(folder if folder.exists() else workshop.build("MISFIT"))
-    data = at = inspection_of(checkpoint)
-    for part in path[:-1]:
-        at = at[part]
-    at[path[-1]] = value
-    put(checkpoint, "inspect.json", data)
-    content = make_content(checkpoint)
-    assert not content.samples and "inspect.json is damaged" in content.missing[1]
-
-
 @pytest.fixture(scope="module")
 def pairs_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a mixture of models with an encoder, whose routers stand in both of its stacks."""
