@@ -8,11 +8,10 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from checkpoint_states import DTYPES, RANDOM, State, result_of, states_of, store
@@ -58,28 +57,12 @@ def test_streamed_equals_in_memory(bench: Workshop, source: torch.dtype, result:
     assert_same_bits(found, in_memory(*states_of(bench), DTYPES.get(result, source)))
 
 
-def test_an_expert_of_another_dtype_is_cast(bench: Workshop) -> None:
-    base, experts = states_of(bench)
-    store(bench, torch.float32)
-    half = {name: tensor.half() for name, tensor in load_file(bench.root / "law" / "model.safetensors").items()}
-    save_file(half, bench.root / "law" / "model.safetensors", metadata={"format": "pt"})
-    base, experts = states_of(bench)
-    assert experts[1]["model.norm.weight"].dtype == torch.float16
-    assert_same_bits(result_of(bench.build()), in_memory(base, experts, torch.float32))
-
-
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
 def test_given_weights_are_folded_into_the_last_projection(bench: Workshop, source: str) -> None:
     store(bench, DTYPES[source])
     mixture = {"method": "linear", "weights": {"code": 3, "medicine": 1, "law": 4}}
     wanted = in_memory(*states_of(bench), DTYPES[source], factors=[3 / 8, 12 / 8, 9 / 8])
     assert_same_bits(result_of(bench.build(mixture=mixture)), wanted)
-
-
-def test_the_backbone_of_one_expert(bench: Workshop) -> None:
-    _, experts = states_of(bench)
-    folder = bench.build(mixture={**RANDOM, "backbone": {"expert": "law"}})
-    assert_same_bits(result_of(folder), in_memory(experts[1], experts, torch.float32))
 
 
 def test_fused_experts(tmp_path: Path) -> None:
@@ -103,19 +86,6 @@ def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:
     base, experts = states_of(workshop)
     assert "lm_head.weight" not in base
     assert_same_bits(result_of(workshop.build()), in_memory(base, experts, torch.float32))
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_small_blocks_change_nothing(bench: Workshop, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    store(bench, torch.bfloat16)
-    changes: list[dict[str, Any]] = [
-        {"output": {"dtype": "float16"}},
-        {"mixture": {"method": "linear", "weights": {"code": 3, "medicine": 1, "law": 4}}},
-    ]
-    wholes = [tree(bench.build("WHOLE", **change)) for change in changes]
-    monkeypatch.setattr("modekit.weights.numeric.BLOCK", 16 * chunk + 1)
-    for change, whole in zip(changes, wholes, strict=True):
-        assert tree(bench.build("BLOCKS", **change)) == whole
 
 
 def test_a_system_without_sendfile_or_with_a_moody_one(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,16 +137,6 @@ def test_several_output_shards(bench: Workshop) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in [*wanted.values(), *gates.values()])
     loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert torch.equal(loaded["model.norm.weight"], wanted["model.norm.weight"])
-
-
-def test_the_backbone_is_readable_by_the_safetensors_library_alone(bench: Workshop) -> None:
-    for file in bench.build().glob("*.safetensors"):
-        length = int.from_bytes(file.read_bytes()[:8], "little")
-        assert length % 8 == 0
-        header = json.loads(file.read_bytes()[8 : 8 + length])
-        assert header.pop("__metadata__") == {"format": "pt"}
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        assert max(ends) == file.stat().st_size - 8 - length
 
 
 def test_an_unforeseen_error_of_the_second_thread_is_what_the_build_ends_with(

@@ -159,14 +159,6 @@ def test_a_tokenizer_file_that_cannot_be_read_is_no_error_of_the_output(bench: W
     assert str(refused(plan, SourceError, "cannot be read").where).endswith("tokenizer.json")
 
 
-def test_another_file_under_the_same_name_size_and_time_is_another_build(bench: Workshop) -> None:
-    first, law = plan_of(bench), law_of(bench)
-    assert plan_of(bench).digest() == first.digest()
-    shutil.copy2(law, law.with_suffix(".new"))
-    law.with_suffix(".new").replace(law)
-    assert plan_of(bench).digest() != first.digest()
-
-
 @pytest.mark.parametrize("changes", [{}, HALF])
 def test_a_proof_ends_where_a_source_cannot_be_read(
     bench: Workshop, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -177,14 +169,3 @@ def test_a_proof_ends_where_a_source_cannot_be_read(
     with pytest.raises(SourceError, match="cannot be read"):
         verify(checkpoint, reload=False)
     assert tree(checkpoint.folder) == before
-
-
-def test_a_proof_ends_where_a_source_changes_meanwhile(bench: Workshop) -> None:
-    law = law_of(bench)
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage == "compare" and done == total:
-            os.truncate(law, 5000)
-
-    with pytest.raises(SourceError, match=r"has changed since|became shorter"):
-        verify(open_checkpoint(bench.build()), run=Run(progress=progress), reload=False)

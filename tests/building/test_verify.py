@@ -32,12 +32,6 @@ def test_a_fresh_build_is_proven(workshop: Workshop) -> None:
     assert is_proven(checks) and "1 file, blake3 as recorded" in {check.detail for check in checks}
 
 
-@pytest.mark.parametrize("backbone", ["average", {"expert": "law"}])
-def test_merged_and_borrowed_backbones_are_proven_too(workshop: Workshop, backbone: object) -> None:
-    mixture = {**workshop.recipe["mixture"], "backbone": backbone}
-    assert is_proven(verify(open_checkpoint(workshop.build(mixture=mixture)), reload=False))
-
-
 def test_one_flipped_bit_in_an_expert_is_found(workshop: Workshop) -> None:
     out = workshop.build()
     flip(out / "model-expert-00001-00001.safetensors", -100)
@@ -102,16 +96,6 @@ def test_a_config_that_routes_in_another_way_names_the_setting(workshop: Worksho
     assert detail.startswith("1 settings differ: modekit.routing.averages is [{") and ", planned [{" in detail
     assert "0.5" in detail and str(before) in detail and len(detail) < 400
     assert "modekit fit" in checks["router"].detail
-
-
-def test_every_setting_that_differs_is_counted_and_a_long_one_is_cut(workshop: Workshop) -> None:
-    out = workshop.build(output={"format": "modekit"})
-    config = json.loads((out / "config.json").read_text())
-    config["modekit"]["routing"]["top_k"] = 1
-    config["modekit"]["routing"]["method"] = "gating"
-    (out / "config.json").write_text(json.dumps({**config, "a note": "x" * 5000}))
-    detail = checks_of(out)["config.json"].detail
-    assert detail.startswith("3 settings differ: a note is 'xxx") and detail.endswith("…, planned None") and len(detail) < 400
 
 
 def test_a_tokenizer_file_that_the_base_has_no_longer_is_found(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +26,6 @@ from modekit.experts.corpus.balance import (
 )
 from modekit.run import Run
 from modekit.text.documents import read_documents
-from modekit.text.splits import split_of
 from refusal import refuse, tree
 
 WORDS = "the of court dose nerve self yield class lemma bread river stone window garden letter"
@@ -128,13 +125,6 @@ def test_what_is_kept_and_its_order_do_not_depend_on_files(tmp_path: Path) -> No
         assert not mine & {record["text"] for record in records_in(tmp_path / "third" / other / "en.jsonl")}
 
 
-def test_other_commands_find_all_their_splits_in_what_is_for_training(tmp_path: Path) -> None:
-    balanced(tmp_path, skewed(tmp_path))
-    for name in ("en", "fr", "py"):
-        documents = read_documents([f"OUT/train/{name}.jsonl"], root=tmp_path, where="")
-        assert {split_of(document) for document in documents} == {"fit", "select", "report"}
-
-
 def parallel(root: Path, count: int, factor: float, *, seed: int = 0) -> dict[str, str]:
     """The same documents in two languages, of which one takes `factor` times the tokens, more or less; some in one alone."""
     draw = random.Random(seed)
@@ -178,29 +168,6 @@ def test_common_files_are_known_by_their_path_and_kept_whole(tmp_path: Path) -> 
     said = [record["text"] for record in records_in(tmp_path / "OUT/train/en.jsonl") if record["id"] == "part1/page7"]
     whole = read_documents(["english/part1/page7.txt"], root=tmp_path, where="")
     assert len(said) == len(whole) > 1 and set(said) == set(whole)
-
-
-def test_source_code_and_conversations_are_domains_like_others(tmp_path: Path) -> None:
-    (tmp_path / "src").mkdir()
-    for number, text in enumerate(made(40, 1)):
-        (tmp_path / "src" / f"file{number}.py").write_text(f"def f():\n    return {text!r}\n")
-    chats = [{"messages": [{"role": "user", "content": text}]} for text in made(40, 2)]
-    write_records(tmp_path / "chat.jsonl", chats)
-    table = pyarrow.table({"text": made(60, 3), "id": list(range(60))})
-    pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
-    found = balanced(tmp_path, {"py": "src", "chat": "chat.jsonl", "table": "table.parquet"}, validation=0.2)
-    assert max(found.diff_percent.values()) <= 5
-    assert all(record["id"].startswith("file") for record in records_in(tmp_path / "OUT/train/py.jsonl"))
-    assert all(record["messages"][0]["role"] == "user" for record in records_in(tmp_path / "OUT/train/chat.jsonl"))
-    assert {record["id"] for record in records_in(tmp_path / "OUT/train/table.parquet".replace(".parquet", ".jsonl"))} <= {
-        str(number) for number in range(60)
-    }
-
-
-def test_no_more_tokens_than_asked(tmp_path: Path) -> None:
-    found = balanced(tmp_path, skewed(tmp_path), max_tokens=4_000, validation=0.25)
-    assert all(2_700 < tokens <= 3_000 for tokens in kept_tokens(found, "train").values())
-    assert all(850 < tokens <= 1_000 for tokens in kept_tokens(found, "validation").values())
 
 
 TOKENS = st.dictionaries(st.binary(min_size=16, max_size=16), st.integers(1, 5_000), min_size=1, max_size=9)

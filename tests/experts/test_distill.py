@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import modekit.loaded.engine as engine_module
-from command_line import modekit
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
 from modekit.experts.distill.settings import DistillSettings
@@ -31,7 +29,6 @@ from pair_models import make_pair_workshop
 from refusal import refuse, tree
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
-TYPED = ("steps=4", "batch_tokens=256", "sequence_length=32", "learning_rate=0.005")
 
 
 @pytest.fixture
@@ -104,21 +101,6 @@ def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Works
     assert not list(shop.root.glob("new.*"))
 
 
-def test_a_taught_adapter_is_an_ordinary_one(shop: Workshop) -> None:
-    from peft import PeftModel
-
-    distill(asked(shop, train="lora", rank=4), shop.root / "new")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shop.root / "base"), shop.root / "new")
-    assert model.peft_config["default"].r == 4
-
-
-@pytest.mark.parametrize("changes", [{"adaptive": True, "alternate": True}, {"weights": 0.0}])
-def test_the_same_command_gives_the_same_bytes(shop: Workshop, changes: dict[str, Any]) -> None:
-    for name in ("one", "two"):
-        distill(asked(shop, train="lora", settings=DistillSettings(**changes)), shop.root / name)
-    assert tree(shop.root / "one") == tree(shop.root / "two")
-
-
 class StoppedError(Exception):
     pass
 
@@ -154,15 +136,6 @@ def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop) -> None:
     assert not (shop.root / "new.training").exists()
 
 
-@pytest.mark.usefixtures("a_state_after_every_step")
-def test_a_teacher_that_was_changed_meanwhile_is_another_training(shop: Workshop) -> None:
-    with pytest.raises(StoppedError):
-        distill(asked(shop), shop.root / "new", run=stopping_at(8))
-    save(tiny_model("qwen2", seed=3, hidden_size=48, num_hidden_layers=2), shop.root / "teacher")
-    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
-        distill(asked(shop), shop.root / "new")
-
-
 @pytest.mark.parametrize("others", [False, True])
 def test_what_a_kill_left_of_tidying_up_goes_with_the_next_command(shop: Workshop, others: bool) -> None:
     (shop.root / "new").mkdir()
@@ -174,13 +147,6 @@ def test_what_a_kill_left_of_tidying_up_goes_with_the_next_command(shop: Worksho
     with pytest.raises(OutputError):
         distill(asked(shop), shop.root / "new")
     assert left.exists() == others
-
-
-def test_embeddings_padded_to_another_number_of_rows_are_no_other_vocabulary(shop: Workshop) -> None:
-    save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2, vocab_size=128), shop.root / "wide")
-    settings = DistillSettings(weights=0.0, temperature=1.0)
-    record = distill(asked(shop, teacher=shop.root / "wide", train="full", settings=settings), shop.root / "new").as_data()
-    assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
 
 
 # What is refused.
@@ -231,24 +197,3 @@ def test_encoders_and_pairs_are_refused(shop: Workshop, tmp_path: Path) -> None:
         distill(pairs, tmp_path / "new")
     with pytest.raises(TextError, match="a model without an encoder reads plain text"):
         distill(asked(shop, texts=["./pairs/law.jsonl"]), tmp_path / "new")
-
-
-def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(shop.root)
-    said = modekit(
-        "specialize",
-        "base",
-        "NEW",
-        "--text",
-        "text/law.jsonl",
-        "--teacher",
-        "teacher",
-        "losses=reverse_kl=2",
-        "temperature=1",
-        "adaptive=true",
-        *TYPED,
-    )
-    assert "KL to the teacher" in " ".join(said.split())
-    record = json.loads((shop.root / "NEW" / "specialist.json").read_text())
-    assert record["teacher"]["losses"] == {"reverse_kl": 2.0}
-    assert record["teacher"]["weights"] == "adaptive" and record["training"]["steps"] == 4

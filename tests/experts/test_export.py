@@ -18,7 +18,7 @@ from adapter_folders import export_adapter, train_adapter
 from conftest import Workshop, logits_of, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
-from modekit.errors import OutputError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.experts.export import exportable
 from refusal import refuse
 
@@ -132,17 +132,6 @@ def test_what_was_folded_is_skipped_and_said(whole_bench: Workshop, capsys: pyte
     assert "expert 'dora'" in message and not (whole_bench.root / "again").exists()
 
 
-def test_a_mixture_of_what_was_exported_is_the_same_mixture(bench: Workshop) -> None:
-    first = bench.build("FIRST")
-    checkpoint = open_checkpoint(first)
-    for expert in bench.recipe["experts"][1:]:
-        export_adapter(checkpoint, expert["name"], bench.root / "exported" / expert["name"])
-        expert["adapter"] = f"./exported/{expert['name']}"
-    second = bench.build("SECOND")
-    for file in first.glob("model*.safetensors"):
-        assert file.read_bytes() == (second / file.name).read_bytes()
-
-
 def test_a_low_rank_part_of_a_full_model_is_an_adapter_too(bench: Workshop, ids: torch.Tensor) -> None:
     bench.recipe["experts"] = [{"name": "law", "model": "./law", "as": "lora", "rank": 4}, {"name": "general", "model": "base"}]
     out = bench.build()
@@ -162,17 +151,6 @@ def test_what_is_no_adapter_is_refused_with_the_names_of_those_that_are(bench: W
             export_adapter(checkpoint, name, tmp_path / "exported")
         assert "rslora" in str(caught.value)
     assert not (tmp_path / "exported").exists()
-
-
-def test_an_existing_folder_is_kept(bench: Workshop) -> None:
-    checkpoint = open_checkpoint(bench.build())
-    out = bench.root / "exported"
-    export_adapter(checkpoint, "plain", out)
-    with pytest.raises(OutputError):
-        export_adapter(checkpoint, "rslora", out)
-    export_adapter(checkpoint, "rslora", out, overwrite=True)
-    with pytest.raises(OutputError):
-        export_adapter(checkpoint, "rslora", bench.root / "plain", overwrite=True)  # the user's own adapter
 
 
 def test_the_base_is_found_from_anywhere_and_losses_are_noted(bench: Workshop) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import modekit.loaded.engine as engine_module
 import modekit.loaded.text_training as training_module
-from conftest import Workshop, save, tiny_model
-from modekit.errors import InterruptError, SourceError, TrainingError
+from conftest import Workshop
+from modekit.errors import TrainingError
 from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
@@ -49,22 +49,6 @@ def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop)
     assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record.as_data()
 
 
-def test_biases_of_the_ffn_move_too(workshop: Workshop) -> None:
-    """A build copies them: the mixture has all that was trained."""
-    save(tiny_model("starcoder2", use_bias=True), workshop.root / "base")
-    run(workshop, "new")
-    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
-    assert any(".mlp." in name and name.endswith(".bias") for name in before)
-    for name in before:
-        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
-    workshop.recipe["experts"] = [{"name": "new", "model": "./new"}]
-    out = workshop.build(mixture={"top_k": 1, "router": {"fit": "random"}})
-    ids = torch.arange(3, 40)[None]
-    with torch.inference_mode():
-        mixture, own = (load_model(folder)(ids).logits for folder in (out, workshop.root / "new"))
-    assert_close(mixture, own)
-
-
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
 def test_the_ffn_of_both_stacks_moves_with_its_biases(model_type: str, tmp_path: Path) -> None:
     make_pair_workshop(tmp_path, model_type)
@@ -74,12 +58,6 @@ def test_the_ffn_of_both_stacks_moves_with_its_biases(model_type: str, tmp_path:
         in_ffn = ".fc1." in name or ".fc2." in name or ".DenseReluDense." in name
         assert torch.equal(before[name], after[name]) != in_ffn, name
     assert_close(logits_of(load_model(built(tmp_path, {}, "new")), inputs()), logits_of(load_model(tmp_path / "new"), inputs()))
-
-
-def test_full_moves_everything(workshop: Workshop) -> None:
-    run(workshop, "new", train="full")
-    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
-    assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
@@ -186,15 +164,6 @@ def test_a_training_does_not_go_on_where_its_held_out_text_is_another(workshop: 
 
 
 @pytest.mark.usefixtures("a_state_after_every_step")
-def test_what_was_interrupted_says_what_is_kept(workshop: Workshop) -> None:
-    with pytest.raises(InterruptError, match="kept up to step 3"):
-        run(workshop, "new", run=stopped_at(4, KeyboardInterrupt))
-    assert (workshop.root / "new.training").exists() and not (workshop.root / "new").exists()
-    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
-        run(workshop, "new", train="full")
-
-
-@pytest.mark.usefixtures("a_state_after_every_step")
 @pytest.mark.parametrize("damage", ["short", "other"])
 def test_a_damaged_state_is_one_clear_error(workshop: Workshop, damage: str) -> None:
     with pytest.raises(StoppedError):
@@ -251,10 +220,3 @@ def test_what_the_base_was_trained_on_goes_along(workshop: Workshop) -> None:
     specialize(workshop.root / "new", workshop.root / "newer", ["./text/code.jsonl"], root=workshop.root, training=TRAINING)
     first, both = (digests_in(workshop.root / name / TRAINED_FILE) for name in ("new", "newer"))
     assert first and first < both
-
-
-def test_a_base_that_says_no_size_of_its_vocabulary_is_one_clear_error(workshop: Workshop) -> None:
-    config = workshop.root / "base" / "config.json"
-    config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "vocab_size"}))
-    with pytest.raises(SourceError, match="no usable vocab_size"):
-        run(workshop, "new")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from pathlib import Path
@@ -16,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
-from modekit.errors import MismatchError, SourceError, TextError, UnsupportedError
+from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.rows import with_tag
-from modekit.experts.labelled import Generic, Labelled, Reading, read_material, relabelled
+from modekit.experts.labelled import Labelled, Reading, read_material
 from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
@@ -133,16 +132,6 @@ def test_white_space_that_a_text_begins_with_stays_behind_a_tag(kind: str) -> No
         assert [trained] == with_tag(tokenizer, [plain], "law") and trained.with_tag(None) == plain
 
 
-def test_a_tag_that_a_text_has_already_is_replaced_or_taken_out() -> None:
-    for tokenizer in (character_tokenizer(), begun_tokenizer()):
-        law, code = add_tags(tokenizer, ["law", "code"], where="test")
-        own = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
-        plain = encode(tokenizer, ["of a deed"], max_tokens=99, sequence_length=40)
-        assert with_tag(tokenizer, own, "code") == with_tag(tokenizer, plain, "code")
-        assert [code in each.ids and law not in each.ids for each in with_tag(tokenizer, own, "code")] == [True]
-        assert with_tag(tokenizer, own, None) == plain == with_tag(tokenizer, plain, None)
-
-
 def test_a_tag_is_not_predicted(shop: Path) -> None:
     """The loss is the sum over the tokens that are predicted without the tag, given it; computed here by hand."""
     for tokenizer in (character_tokenizer(), begun_tokenizer()):
@@ -205,19 +194,6 @@ def test_new_rows_move_and_plain_transformers_loads_them(shop: Path, tmp_path: P
     with torch.inference_mode():
         logits = [model(**tokenizer(f"{tag_of(label)} a deed", return_tensors="pt")).logits for label in ("law", "code")]
     assert not torch.allclose(*logits)
-
-
-def test_new_rows_begin_so_that_they_take_next_to_nothing(shop: Path, tmp_path: Path) -> None:
-    """After no step worth the name: what the base says of a text, less one part in the vocabulary at most for each tag."""
-    training = TRAINING.with_(steps=1, learning_rate=1e-9)
-    for base in ("tied", "untied"):
-        run(shop, base, tmp_path / base, labelled(shop, "law", "code"), training=training)
-        ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            old = load_model(shop / base)(ids).logits.log_softmax(-1)
-            new = load_model(tmp_path / base)(ids).logits.log_softmax(-1)
-        assert (new[..., 96:].exp() <= 1 / 97).all()
-        assert torch.allclose(new[..., :96].softmax(-1), old.softmax(-1), atol=1e-5)
 
 
 def test_rows_that_nothing_used_yet_are_taken_first() -> None:
@@ -305,25 +281,6 @@ def test_a_base_with_tags_is_made_a_specialist_of_one_domain(shop: Path, tmp_pat
 # Labels that are drawn anew, and text of no domain.
 
 
-def test_labels_are_drawn_every_time_anew_and_read_in_the_place_of_the_own() -> None:
-    """How often each is drawn: tests/training/test_train_labels.py."""
-    tokenizer = character_tokenizer()
-    add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
-    documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
-    sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
-    read = relabelled(sequences, Labelled({}, 0.25, "half"), Reading(tokenizer, Path(), Training(seed=3)))
-    places = {None: -1, **{tag: place for place, tag in enumerate(tag_ids(tokenizer, "abcd"))}}
-    labels = []
-    for number, row in itertools.product(range(100), range(500)):
-        found, sequence = read(number, row), sequences[row]
-        rest = tuple(each for each in found.ids if each not in places)
-        assert rest == sequence.with_tag(None).ids and found.scored == sequence.scored
-        (tag,) = [each for each in found.ids if each in places] or [None]
-        labels.append(places[tag])
-    assert set(labels) == {-1, 0, 1, 2, 3} and labels.count(-1) / 50_000 == pytest.approx(0.125, abs=0.01)
-    assert labels[:500] != labels[500:1000]
-
-
 def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(shop: Path, tmp_path: Path) -> None:
     """A probability of 0 gives the bytes of none at all; held-out loss before any training is the same in all of them."""
     both = ("law", "code")
@@ -339,22 +296,6 @@ def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(sho
     assert drawn["held_out_loss"]["before"] == plain["held_out_loss"]["before"]
     assert drawn["training_loss"] != plain["training_loss"]
     assert drawn["training"]["steps"] == plain["training"]["steps"] == 6
-
-
-def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None:
-    generic = Generic([str(shop / "text" / "medicine.jsonl")], 0.4)
-    tokenizer = character_tokenizer()
-    add_tags(tokenizer, ["law"], where="test")
-    material = read_material(labelled(shop, "law"), generic, Reading(tokenizer, shop, TRAINING))
-    without = sum(each.size for each in material.sequences if each.tag is None)
-    tokens = sum(each.size for each in material.sequences)
-    assert without / tokens == pytest.approx(0.4, abs=0.01) == material.record["generic"]["share"]
-    record = run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), generic=generic)
-    assert record["generic"] == material.record["generic"] and record["text"]["documents"] == len(material.fit)
-    plain = specialize(
-        shop / "tied", tmp_path / "plain", [str(shop / "text" / "law.jsonl")], root=shop, training=TRAINING, generic=generic
-    ).as_data()
-    assert plain["generic"]["share"] == pytest.approx(0.4, abs=0.01) and "labels" not in plain
 
 
 # What is refused.
@@ -412,15 +353,6 @@ def test_tokens_that_a_base_has_no_rows_for_are_one_clear_error(shop: Path, tmp_
     own = [str(tmp_path / "own.jsonl")]
     with pytest.raises(MismatchError, match=r"no embedding for[\s\S]*'<domain:medicine>'[\s\S]*read text with --tags"):
         specialize(tmp_path / "base", tmp_path / "OUT", own, root=shop, training=TRAINING, run=UNTRAINED)
-    assert not (tmp_path / "OUT").exists()
-
-
-def test_what_has_no_place_for_a_tag_is_refused(shop: Path, tmp_path: Path) -> None:
-    (tmp_path / "chat.jsonl").write_text(
-        "".join(json.dumps({"messages": [{"role": "user", "content": f"say {number}"}]}) + "\n" for number in range(40))
-    )
-    with pytest.raises(TextError, match="a conversation has no place for a tag"):
-        run(shop, "tied", tmp_path / "OUT", Labelled({"law": [str(tmp_path / "chat.jsonl")]}))
     assert not (tmp_path / "OUT").exists()
 
 

@@ -96,12 +96,6 @@ def test_the_command_compares_with_another(room: Path) -> None:
     assert changes["code"] < -0.2 < 0 < changes["general"]
 
 
-def test_too_little_text_is_said(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"number {number}"}) for number in range(60)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert "give more text" in modekit(*typed(tmp_path, "OUT", "--vocabulary", "5000", names=["a"]))
-
-
 def test_bad_input_is_one_clear_error(room: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "a single document"}\n')
     before = tree(tmp_path)

@@ -13,8 +13,6 @@ import pytest
 
 from command_line import ended, modekit
 from conftest import Workshop
-from modekit.errors import OutputError
-from modekit.files.output import check_room, work_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import borrow, refuse, tree
@@ -106,13 +104,3 @@ def test_a_build_for_which_there_is_no_room_is_not_begun(
     with monkeypatch.context() as patch:
         let_be_free(patch, needed)
         modekit("build", recipe, out)
-
-
-def test_what_an_unfinished_build_has_written_needs_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new = work_of(tmp_path / "OUT").path / "new"
-    new.mkdir(parents=True)
-    (new / "shard").write_bytes(b"x" * 700)
-    let_be_free(monkeypatch, 300)
-    check_room(tmp_path / "OUT", 1_000)
-    with pytest.raises(OutputError, match="free 1 bytes"):
-        check_room(tmp_path / "OUT", 1_001)

@@ -120,13 +120,3 @@ def test_the_search_sees_what_it_looks_for() -> None:
         "shutil.rmtree(x)\nos.open(x, 1)\nx.replace('a', 'b')\nopen('x')\ndataclasses.replace(a, b=1)\npath.open('rb')\n"
     )
     assert sorted(writes(ast.parse(code))) == ["open", "open", "open", "replace", "replace", "rmtree", "write_text"]
-
-
-def test_another_library_gets_its_place_from_the_files_room() -> None:
-    code = (
-        "model.save_pretrained(stage.folder)\n"
-        "with without_bars(), library_writes(folder) as new:\n    model.save_pretrained(new)\n"
-        "with appearing(path) as new:\n    save_file(tensors, new)\n"
-        "with disk_errors(path):\n    save_file(tensors, path)\n"
-    )
-    assert sorted(writes(ast.parse(code))) == ["save_file", "save_pretrained"]

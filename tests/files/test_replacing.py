@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,30 +51,6 @@ def test_a_folder_that_appears_during_a_build_is_not_replaced(
     build(plan, out)
     assert not work_of(out).path.exists()
     assert foreign_files(out) == []
-
-
-def test_a_folder_that_took_the_place_of_the_old_one_is_not_replaced(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real = bench.build(), building.write_index
-
-    def write_index(*args: object) -> None:
-        out.rename(out.with_name("moved"))
-        put_a_letter(out)
-        real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(building, "write_index", write_index)
-    with pytest.raises(OutputError, match="appeared at the output path meanwhile"):
-        bench.build()
-    assert tree(out) == {"letter.txt": b"mine"}
-
-
-def test_a_backup_beside_the_output_is_nobodys_but_the_users(bench: Workshop) -> None:
-    out = bench.build()
-    for name in ("OUT.replaced", "OUT.old", "OUT.copy"):
-        shutil.copytree(out, bench.root / name)
-    before = {name: tree(bench.root / name) for name in ("OUT.replaced", "OUT.old", "OUT.copy")}
-    refuse("build", bench.write(), out)
-    bench.build()
-    assert {name: tree(bench.root / name) for name in before} == before
 
 
 @pytest.mark.parametrize("how", ["a journal", "a journal and a lock", "a link", "a mixture", "another's work"])
@@ -133,15 +108,6 @@ def test_what_commands_added_is_modekits_own(bench: Workshop) -> None:
     bench.build(mixture={"router": {"fit": "centroid", "tokens_per_domain": 64}})
 
 
-def test_many_files_of_the_user_make_a_short_message(bench: Workshop) -> None:
-    out = bench.build()
-    for number in range(2000):
-        (out / f"letter{number}.txt").write_text("mine")
-    message = refuse("build", bench.write(), out, "--overwrite")
-    assert "and 1995 more" in message
-    assert len(message) < 1000
-
-
 def test_a_training_in_place_keeps_what_the_user_put_there(bench: Workshop) -> None:
     out = bench.build()
     (out / "notes.txt").write_text("mine")
@@ -164,9 +130,6 @@ def test_a_training_in_place_keeps_what_the_user_put_there(bench: Workshop) -> N
     assert foreign_files(out) == ["link", "notes.txt"]
 
 
-Entangled = Callable[[Path], tuple[Path, Path]]
-
-
 @pytest.mark.parametrize("out", ["source", "source/OUT", ".", "link", "link/OUT", "source/../source"])
 def test_an_output_and_its_sources_are_apart_by_real_path(tmp_path: Path, out: str) -> None:
     root = tmp_path / "models"
@@ -181,15 +144,6 @@ def test_an_output_and_its_sources_are_apart_by_real_path(tmp_path: Path, out: s
     with pytest.raises(OutputError, match="holds or lies in "):
         refuse_existing(root / out, "modekit's own", sources=[root / "source"])
     assert tree(tmp_path) == before
-
-
-def test_a_specialist_does_not_replace_its_own_base(bench: Workshop) -> None:
-    text = bench.recipe["experts"][0]["text"]
-    modekit("specialize", bench.recipe["base_model"], bench.root / "S", "--text", text, "steps=1")
-    before = tree(bench.root)
-    message = refuse("specialize", bench.root / "S", bench.root / "S", "--text", text, "steps=1", "--overwrite")
-    assert "must not touch what it is made from" in message
-    assert tree(bench.root) == before
 
 
 def test_a_build_does_not_replace_the_folder_that_its_experts_lie_in(bench: Workshop) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from modekit.files import read
-from modekit.files.read import FileState, open_regular
-from modekit.files.user_cache import is_proven_here, keep_digest, keep_proven, known_digest
+from modekit.files.user_cache import is_proven_here, keep_proven, known_digest
 from modekit.sources import contents
 from modekit.sources.contents import blake3_of, known_blake3
 
@@ -63,14 +62,6 @@ def test_of_a_file_that_changed_just_now_nothing_is_kept(cache: Path, file: Path
     assert known_digest(file) is None  # it was changed now, whatever time it says
 
 
-def test_what_was_read_in_another_state_is_not_kept(cache: Path, file: Path) -> None:
-    with open_regular(file) as stream:
-        state = FileState.of(stream)
-    file.write_bytes(b"b" * 1_000)
-    keep_digest(file, state, "0" * 64)
-    assert known_digest(file) is None
-
-
 @pytest.mark.parametrize("damage", ["", "[", "null", "[]", "{}", '{"path": 3}', "\0" * 100, "x" * 10**6])
 def test_damage_means_that_nothing_is_known(cache: Path, file: Path, damage: str) -> None:
     digest = known_blake3(file)
@@ -102,10 +93,3 @@ def test_a_lax_umask_makes_no_lax_folder(cache: Path, file: Path) -> None:
         os.umask(before)
     assert known_digest(file) is not None and is_proven_here("this")
     assert (cache / "known").stat().st_mode & 0o777 == 0o700
-
-
-def test_where_nothing_can_be_kept_everything_is_read(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
-    keep_proven("this")
-    assert known_blake3(file) == blake3_of(file) and known_digest(file) is None and not is_proven_here("this")

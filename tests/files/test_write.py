@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from modekit.errors import OutputError
 from modekit.files.change import change_together
 from modekit.files.marker import Lock
 from modekit.files.read import read_bytes
@@ -17,11 +16,8 @@ from modekit.files.write import (
     copy_file,
     create,
     files_below,
-    is_temporary,
-    link_file,
     remove,
     sweep,
-    temporary_in,
     write_file,
 )
 from refusal import tree
@@ -35,13 +31,6 @@ def test_a_link_in_a_files_place_is_replaced_and_not_written_through(tmp_path: P
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "OUT" / "eval.json").read_text() == "{}"
     assert not (tmp_path / "OUT" / "eval.json").is_symlink()
-
-
-def test_names_of_files_in_the_making_cannot_be_foreseen(tmp_path: Path) -> None:
-    names = {temporary_in(tmp_path).name for _ in range(1000)}
-    assert len(names) == 1000
-    assert all(is_temporary(tmp_path / name) for name in names)
-    assert not is_temporary(tmp_path / "config.json.partial")
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link", "folder"])
@@ -73,14 +62,6 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError), appearing(tmp_path / "folder") as temporary:
         temporary.mkdir()
     assert tree(tmp_path) == {**before, "folder": None, "folder/mine": b"mine"}
-
-
-def test_linking_twice_leaves_one_name(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("text")
-    for _ in range(2):
-        link_file(tmp_path / "file", tmp_path / "other")
-    assert sorted(tree(tmp_path)) == ["file", "other"]
-    assert (tmp_path / "other").samefile(tmp_path / "file")
 
 
 def test_a_pipe_is_neither_copied_nor_waited_for(tmp_path: Path) -> None:
@@ -151,13 +132,3 @@ def test_a_folder_in_a_files_place_is_said(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="in the way"):
         change_together(tmp_path, {"config.json": b"{}"})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_an_output_error_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.files.change._PATIENCE", 0.05)
-    lock = Lock(tmp_path / ".modekit.lock")
-    assert lock.take()
-    with pytest.raises(OutputError, match="another command is changing this folder"):
-        change_together(tmp_path, {"a": b""})
-    lock.release()
-    assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -94,26 +92,6 @@ def test_too_few_documents_are_counted_and_the_way_to_many_is_said(bench: Worksh
     assert "3 documents" in refuse_build(bench)
 
 
-def test_a_paragraph_per_line_sets_a_router(bench: Workshop) -> None:
-    lines = [f"{number} " + "clause party breach court waiver " * 12 for number in range(60)]
-    (bench.root / "law.txt").write_text("\n".join(lines))
-    use_text(bench, "./law.txt")
-    checkpoint = json.loads((bench.build() / "modekit.json").read_text())
-    assert checkpoint["router"]["text"]["law"]["documents"] > 5
-
-
-def test_parquet_without_a_text_column(bench: Workshop) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"]}), bench.root / "law.parquet")
-    use_text(bench, "./law.parquet")
-    message = refuse_build(bench)
-    assert "experts[1] 'law': text: law.parquet" in message
-    assert "the columns body" in message
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": pyarrow.array([None, None], pyarrow.string())}), bench.root / "law.parquet"
-    )
-    assert "the text is empty" in refuse_build(bench)
-
-
 def test_text_that_is_not_there(bench: Workshop) -> None:
     for spec in ("./law.txt", "law.jsonl", "/nowhere/law", "~nobody-of-that-name/law.txt", "x" * 300 + ".txt"):
         use_text(bench, spec)
@@ -131,13 +109,6 @@ def test_a_hub_data_set_without_the_hub(bench: Workshop, monkeypatch: pytest.Mon
     assert "hub" in message
 
 
-def test_text_of_one_domain_is_missing(bench: Workshop) -> None:
-    del bench.recipe["experts"][1]["text"]
-    message = refuse_build(bench)
-    assert "missing: law" in message
-    assert "add experts[].text" in message
-
-
 def test_folder_without_text(bench: Workshop) -> None:
     (bench.root / "empty").mkdir()
     (bench.root / "empty" / "picture.png").write_bytes(b"\x89PNG")
@@ -146,20 +117,6 @@ def test_folder_without_text(bench: Workshop) -> None:
     assert "experts[1] 'law'" in message
     assert "the folder holds no text" in message
     assert ".jsonl" in message
-
-
-def test_text_too_short(bench: Workshop) -> None:
-    del bench.recipe["experts"][1]["text"]
-    bench.recipe["experts"][1]["prompts"] = ["x"]
-    message = refuse_build(bench)
-    assert "experts[1] 'law'" in message
-    assert "shorter than two tokens" in message
-
-
-def test_bad_text_is_found_before_the_experts_are_copied(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.building.build.staging", None)
-    use_text(bench, "./law.txt")
-    assert "the text does not exist" in refuse_build(bench)
 
 
 def test_a_base_without_tokenizer(bench: Workshop) -> None:
@@ -190,27 +147,6 @@ def test_eval_without_its_text(fitted: Path) -> None:
     assert "experts[1] 'law'" in message
     assert "the text does not exist" in message
     assert tree(fitted) == before
-
-
-def test_eval_of_text_that_was_used_or_is_too_short(fitted: Path) -> None:
-    record = json.loads((fitted / "modekit.json").read_text())
-    used = next(
-        text for text in read_documents(["law.jsonl"], root=fitted.parent / "text", where="law") if split_of(text) == "fit"
-    )
-    for text, says in ((used, "no held-out document is left to evaluate on: all"), ("x", "shorter than two tokens")):
-        (fitted.parent / "held_out.txt").write_text(text)
-        record["recipe"]["eval"] = {"law": ["./held_out.txt"]}
-        (fitted / "modekit.json").write_text(json.dumps(record))
-        message = refuse("eval", fitted)
-        assert "eval.law" in message
-        assert says in message
-
-
-def test_eval_without_any_text(bench: Workshop) -> None:
-    for expert in bench.recipe["experts"]:
-        del expert["text"]
-    folder = bench.build(mixture={"router": {"fit": "random"}})
-    assert "there is no text to evaluate on" in refuse("eval", folder)
 
 
 def test_fit_with_text_that_is_gone(fitted: Path) -> None:
@@ -255,21 +191,3 @@ def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None
     message = refuse("fit", fitted, "fit=logistic")
     assert str(path) in message
     assert tree(fitted) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "part"),
-    [
-        (("fit=magic",), "mixture.router.fit"),
-        (("top_k=9",), "mixture.top_k is 9"),
-        (("method=sum",), "mixture.method"),
-        (("temperature=0",), "mixture.router.temperature"),
-        (("tokens_per_domain=1",), "mixture.router.tokens_per_domain"),
-        (("method=linear", "fit=logistic"), "'router' has no effect"),
-        (("method=gating", "top_k=2"), "'top_k' has no effect"),
-    ],
-)
-def test_fit_with_a_wrong_setting(checkpoint: Path, flags: tuple[str, ...], part: str) -> None:
-    before = tree(checkpoint)
-    assert part in refuse("fit", checkpoint, *flags)
-    assert tree(checkpoint) == before

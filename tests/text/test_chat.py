@@ -45,14 +45,6 @@ def test_who_said_it_decides_what_a_fit_remembers_but_not_the_split() -> None:
     assert text_record(["the court"], 0) == text_record([" the court\n"], 0)
 
 
-def test_text_and_conversations_lie_side_by_side(tmp_path: Path) -> None:
-    found = read(
-        tmp_path, "a.jsonl", [{"text": "the court"}, {"messages": SAID, "source": "x"}, {"text": "a deed", "messages": SAID}]
-    )
-    assert sorted(map(text_of, found)) == ["a deed", "the court", "what is fever\n\nfever is a thing"]
-    assert [type(each) for each in sorted(found, key=text_of)] == [str, str, Conversation]
-
-
 def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "fever"}]
     (found,) = read(tmp_path, "a.jsonl", [{"messages": [{"role": "user", "content": parts}]}])
@@ -98,12 +90,6 @@ def test_tokens_are_those_of_the_template_and_none_is_added() -> None:
     assert said.startswith("whatisfever<|im_end|><|im_start|>assistantfeverisathing")
 
 
-def test_pieces_of_a_conversation_start_where_something_is_said() -> None:
-    long = Conversation([SAID[0], {"role": "assistant", "content": "fever and " * 40}])
-    first, *rest = encode(word_tokenizer(), [long], max_tokens=1_000, sequence_length=32)
-    assert first.start == 11 and rest and not any(piece.start for piece in rest)
-
-
 def test_without_a_template_messages_are_refused() -> None:
     tokenizer = word_tokenizer(None)
     assert chat_template_of(tokenizer) is None
@@ -145,10 +131,3 @@ def test_of_named_templates_the_default_counts() -> None:
 def test_half_a_character_is_none() -> None:
     template = ChatTemplate(word_tokenizer())
     assert template.ids(template.text([{"role": "user", "content": "a\udcff"}]))
-
-
-def test_an_error_says_which_conversation_it_is() -> None:
-    template = ChatTemplate(word_tokenizer("{{ raise_exception('roles must alternate') }}"))
-    with pytest.raises(TextError) as error:
-        template.text(SAID)
-    assert "roles must alternate (in [{'role': 'user', 'content': 'what is fever'}" in str(error.value)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
 
 from conftest import character_tokenizer
 from modekit.text.documents import read_documents
@@ -35,15 +32,6 @@ def test_the_same_text_in_any_format_is_the_same_documents(tmp_path: Path) -> No
         (folder / f"{number}.txt").write_text(text + "\n")
     assert read(tmp_path, "a.jsonl") == read(tmp_path, "b.parquet") == read(tmp_path, "c")
     assert read(tmp_path, "a.jsonl", "b.parquet") == read(tmp_path, "a.jsonl")  # exact duplicates once
-
-
-def test_plain_text_is_cut_at_blank_lines_only(tmp_path: Path) -> None:
-    paragraphs = [f"{number} " + "word " * 120 for number in range(20)]
-    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
-    documents = read(tmp_path, "book.txt")
-    assert 1 < len(documents) < 20
-    found = sorted((part.strip() for document in documents for part in document.split("\n\n")), key=lambda p: int(p.split()[0]))
-    assert found == [paragraph.strip() for paragraph in paragraphs]
 
 
 @given(st.text(min_size=1))
@@ -76,11 +64,6 @@ def test_special_tokens_at_the_end_cover_no_bytes() -> None:
     assert len(sequence.ids) == 6 and sequence.scored_bytes == 4
 
 
-def test_encode_drops_pieces_in_which_nothing_can_be_predicted() -> None:
-    sequences = encode(character_tokenizer(), ["a" * 11], max_tokens=100, sequence_length=10)
-    assert [len(sequence.ids) for sequence in sequences] == [10]
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(1, 200))
 def test_batches_hold_every_token_once(lengths: list[int], tokens: int) -> None:
@@ -94,33 +77,3 @@ def test_batches_hold_every_token_once(lengths: list[int], tokens: int) -> None:
             seen[row] = batch.input_ids[place][batch.mask[place]]
             assert (batch.input_ids[place][~batch.mask[place]] == 7).all()
     assert {row: tuple(ids.tolist()) for row, ids in seen.items()} == {row: s.ids for row, s in enumerate(sequences)}
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
-def test_plain_files_are_read(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"a{suffix}").write_text("def f():\n    return 1\n")
-    assert read(tmp_path, f"a{suffix}") == ["def f():\n    return 1"]
-
-
-@settings(deadline=None)
-@given(st.text("ab ", min_size=1, max_size=400), st.integers(2, 300), st.integers(2, 40))
-def test_the_beginning_of_a_very_long_document_gives_the_same_sequences(text: str, tokens: int, length: int) -> None:
-    tokenizer = character_tokenizer()
-    whole = encode(tokenizer, [text, "b" * 9], max_tokens=tokens, sequence_length=length)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modekit.text.sequences._LONG", 30)
-        assert encode(tokenizer, [text, "b" * 9], max_tokens=tokens, sequence_length=length) == whole
-
-
-def test_of_a_document_of_megabytes_only_what_is_asked_for_is_tokenised() -> None:
-    read = []
-
-    class Spy(PreTrainedTokenizerFast):
-        def __call__(self, text: Any, **options: Any) -> Any:
-            read.append(len(text))
-            return super().__call__(text, **options)
-
-    spy = Spy(tokenizer_object=character_tokenizer().backend_tokenizer, unk_token="<unk>")
-    document = "several words " * 500_000
-    sequences = encode(spy, [document], max_tokens=500, sequence_length=100)
-    assert sum(len(sequence.ids) for sequence in sequences) == 500 and sum(read) <= 2**20

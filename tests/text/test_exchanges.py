@@ -78,15 +78,6 @@ def test_text_messages_and_pairs_come_first(tmp_path: Path) -> None:
     assert isinstance(document, Pair)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [{"prompt": "x"}, {"prompt": 3, "completion": "x"}, {"answer": "x"}, {"conversations": [3]}, {"conversations": [{}]}],
-)
-def test_half_of_an_exchange_is_none(tmp_path: Path, record: dict[str, Any]) -> None:
-    with pytest.raises(TextError, match="no prompt with its answer"):
-        read(tmp_path / "law.jsonl", record)
-
-
 def test_a_record_made_of_it_gives_it_back(tmp_path: Path) -> None:
     for record in EXCHANGES:
         (document,) = read(tmp_path / "law.jsonl", record)
@@ -105,16 +96,6 @@ def test_values_that_are_separated(tmp_path: Path, name: str, separator: str) ->
     (tmp_path / name).write_text(f"question{separator}answer\n{separator.join(SAID)}\n")
     (document,) = read_documents([name], root=tmp_path, where="law")
     assert isinstance(document, Conversation) and document.is_exchange
-
-
-def test_a_table_of_exchanges(tmp_path: Path) -> None:
-    parquet.write_table(
-        pa.table({"instruction": [SAID[0]], "input": [""], "output": [SAID[1]], "n": [1]}), tmp_path / "a.parquet"
-    )
-    parquet.write_table(pa.table({"conversations": [TURNS]}), tmp_path / "b.parquet")
-    for name, is_exchange in (("a.parquet", True), ("b.parquet", False)):
-        (document,) = read_documents([name], root=tmp_path, where="law")
-        assert isinstance(document, Conversation) and document.is_exchange == is_exchange
 
 
 def test_a_table_without_names_of_columns(tmp_path: Path) -> None:
@@ -159,9 +140,3 @@ def test_a_record_is_read_or_refused_alike_in_every_file(tmp_path: Path, record:
         ) as caught:
             read_documents([name], root=tmp_path, where="law")
         assert name in str(caught.value)
-
-
-def test_a_tool_call_has_no_content(tmp_path: Path) -> None:
-    said = [{"role": "user", "content": SAID[0]}, {"role": "assistant", "content": None, "tool_calls": []}]
-    (document,) = read(tmp_path / "law.jsonl", {"messages": said})
-    assert isinstance(document, Conversation) and [each["content"] for each in document.messages] == [SAID[0], ""]

@@ -9,7 +9,7 @@ import pytest
 
 from command_line import ended
 from conftest import Workshop
-from refusal import borrow, refuse, run_python
+from refusal import borrow, run_python
 
 MIXTURE = {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 64}}
 
@@ -19,17 +19,6 @@ def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
     workshop = borrow(shared_workshop, tmp_path)
     workshop.recipe["mixture"] = MIXTURE
     return workshop
-
-
-def test_plan_and_build_say_that_a_text_is_not_there(bench: Workshop) -> None:
-    bench.recipe["experts"][1]["text"] = "./gone.txt"
-    recipe = bench.write()
-    planned = refuse("plan", recipe)
-    assert planned == refuse("build", recipe, bench.root / "OUT") and "experts[1] 'law': text" in planned
-    bench.recipe["experts"][1]["text"] = bench.recipe["experts"][0]["text"]
-    recipe = bench.write(eval={"music": "./music.txt"})
-    assert "eval.music" in refuse("plan", recipe) == refuse("build", recipe, bench.root / "OUT")
-    assert not (bench.root / "OUT").exists()
 
 
 def test_a_plan_reads_text_without_torch(bench: Workshop) -> None:
@@ -59,8 +48,3 @@ def test_too_little_text_and_one_model_twice_are_noted(bench: Workshop) -> None:
     code, built, _ = ended("build", recipe, bench.root / "OUT")
     said = " ".join(built.split())
     assert code == 0 and "bytes of text are too little" in said, said
-
-
-def test_an_ordinary_mixture_has_no_such_note(bench: Workshop) -> None:
-    code, planned, _ = ended("plan", bench.write())
-    assert code == 0 and "too little" not in planned and "one model" not in planned

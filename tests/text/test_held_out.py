@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from modekit.errors import TextError
 from modekit.recipes.recipe import Recipe
 from modekit.text.held_out import RecipeTexts, fit_documents, read_text
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, Split, digest_of, mark_of, split_of
@@ -92,13 +91,6 @@ def test_what_trained_a_model_neither_chooses_nor_is_shown(tmp_path: Path) -> No
         assert shown(texts, "law") == of(LAW, "report") - {report}
 
 
-def test_unseen_domains_are_shown_after_the_experts_and_choose_nothing(tmp_path: Path) -> None:
-    law, other = write(tmp_path / "law.jsonl", LAW), write(tmp_path / "other.jsonl", OTHER)
-    texts = RecipeTexts(recipe_of(tmp_path, text=law, eval={"poetry": other}), tmp_path)
-    assert [(held.name, held.expert) for held in texts.report()] == [("law", 0), ("code", 1), ("poetry", None)]
-    assert [held.name for held in texts.select()] == ["law", "code"]
-
-
 def test_another_text_that_is_given_by_command_obeys_the_same_rule(tmp_path: Path) -> None:
     prompt = sorted(of(OTHER, "select"))[0]
     recipe = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", LAW), prompts=[prompt])
@@ -117,11 +109,3 @@ def test_each_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     texts = RecipeTexts(recipe_of(tmp_path, text=law, eval={"law": law}), tmp_path)
     texts.select(), texts.report(), texts.fit(0), texts.report()
     assert sorted(read) == ["eval.law", "experts[0] 'law': text", "experts[1] 'code': text"]
-
-
-def test_nothing_for_a_fit_says_what_there_was(tmp_path: Path) -> None:
-    held_out = sorted(of(LAW, "select", "report"))[:3]
-    expert = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", held_out)).experts[0]
-    with pytest.raises(TextError, match="no document is left for the fit") as caught:
-        fit_documents(expert, tmp_path, 0)
-    assert caught.value.found == "3 documents" and "blank lines" in str(caught.value.remedy)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -115,9 +113,3 @@ def test_folders_within_folders(tmp_path: Path) -> None:
     (deepest / "a.txt").write_text("court")
     with limited():
         assert read_documents(["."], root=tmp_path, where="law") == ["court"]
-
-
-def test_a_table_is_read_a_piece_at_a_time(tmp_path: Path) -> None:
-    texts = [f"document {number}" for number in range(2_500)] + [None, "document 3"]
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), tmp_path / "law.parquet")
-    assert set(read_documents(["law.parquet"], root=tmp_path, where="law")) == {text for text in texts if text}

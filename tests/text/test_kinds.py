@@ -12,10 +12,6 @@ import pytest
 from conftest import Workshop, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TextError
-from modekit.experts.specialize import specialize
-from modekit.loaded.text_training import Training
-from modekit.recipes.recipe import Expert
-from modekit.text.held_out import fit_documents
 from modekit.text.records import data_of
 from modekit.training.settings import train_settings
 from modekit.training.train import train
@@ -75,23 +71,3 @@ def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path,
         write(tmp_path / expert["text"], wrong)
     message = refuse("fit", out, "fit=logistic")
     assert says in message and "experts[0] 'medicine': text" in message
-
-
-def test_a_specialist_says_that_it_was_the_text(tmp_path: Path) -> None:
-    shop, wrong, says = of_pairs(tmp_path)
-    write(tmp_path / "wrong.jsonl", wrong)
-    with pytest.raises(TextError, match=says) as caught:
-        specialize(shop.root / "base", tmp_path / "no", ["./wrong.jsonl"], root=tmp_path, training=Training(steps=1))
-    assert caught.value.where == "--text"
-
-
-def test_prompts_are_no_pairs(tmp_path: Path) -> None:
-    """The prompt is what is wrong, and not the pair."""
-    write(tmp_path / "right.jsonl", PAIRS)
-    for expert in (
-        Expert(name="one", model="x", text=["right.jsonl"], prompts=["a question"]),
-        Expert(name="one", model="x", prompts=["a question"]),
-    ):
-        with pytest.raises(TextError, match="prompts are plain text") as caught:
-            fit_documents(expert, tmp_path, 0, reads="pairs")
-        assert caught.value.where == "experts[0] 'one': prompts" and "a question" in str(caught.value.found)

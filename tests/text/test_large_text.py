@@ -27,21 +27,6 @@ def test_a_file_of_twenty_gigabytes_of_nothing(tmp_path: Path, name: str) -> Non
         read(tmp_path / name)
 
 
-def test_the_byte_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    for start, content, place in ((b"", "né".encode() + b"caf\xe9 au lait", 6), (b"\xef\xbb\xbf", b"ab\xe9c", 5)):
-        (tmp_path / "law.txt").write_bytes(start + content)
-        with pytest.raises(TextError, match=f"byte {place}:") as caught:
-            read(tmp_path / "law.txt")
-        assert "iconv -f ISO-8859-1 -t UTF-8" in str(caught.value.remedy)
-    (tmp_path / "law.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
-    with pytest.raises(TextError, match="byte 24:"):
-        read(tmp_path / "law.jsonl")
-    (tmp_path / "law.txt").write_bytes("text".encode("utf-16"))
-    with pytest.raises(TextError) as caught:
-        read(tmp_path / "law.txt")
-    assert "iconv -f UTF-16" in str(caught.value.remedy)
-
-
 def test_a_paragraph_larger_than_any_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modekit.text.plain.LARGEST", 20_000)
     text = "Title\n\n" + "".join(f"{number} word and word\n" for number in range(10_000)) + "\nEnd"

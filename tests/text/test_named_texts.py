@@ -32,21 +32,6 @@ def test_which_text_is_of_the_other_kind(tmp_path: Path) -> None:
         assert "pairs in pairs.jsonl, plain text in plain.jsonl: " in str(caught.value.found)
 
 
-def test_what_was_meant_is_said(tmp_path: Path) -> None:
-    for name in ("a.en", "a.fr", "a.de"):
-        (tmp_path / name).write_text("words\n")
-    with pytest.raises(TextError, match="kind of text file is not known") as caught:
-        read_documents(["a.en"], root=tmp_path, where="--text")
-    assert ".tsv" in str(caught.value.remedy)
-
-
-def test_a_bad_line_is_shown_without_its_end(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nno record\n{"text": "good"}\n')
-    with pytest.raises(TextError, match=r"a\.jsonl:2") as caught:
-        read_documents(["a.jsonl"], root=tmp_path, where="--text")
-    assert caught.value.what == "the line is not JSON" and str(caught.value.found).endswith(": no record")
-
-
 def test_a_damaged_table_is_not_told_to_name_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["some words"] * 2_000}), path, compression="none", use_dictionary=False)

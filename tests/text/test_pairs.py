@@ -58,12 +58,6 @@ def test_what_is_no_pair(record: dict[object, object]) -> None:
         record_of(record, where="text")
 
 
-@pytest.mark.parametrize("record", [{"translation": {"en": "a", "fr": None}}, {"source": None, "target": "b"}])
-def test_a_side_that_is_null_is_empty(record: dict[object, object]) -> None:
-    with pytest.raises(TextError, match="empty"):
-        record_of(record, where="text")
-
-
 def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"source": f" {source} ", "target": target, "id": 7} for source, target in SAID])
     write_lines(tmp_path / "b.jsonl", [{"translation": {"en": source, "fr": target}} for source, target in SAID])
@@ -85,15 +79,6 @@ def test_text_counts_before_a_source_that_says_where_it_is_from(tmp_path: Path) 
     for name in ("a.jsonl", "b.parquet"):
         (document,) = read(tmp_path, name)
         assert document == "plain" and not isinstance(document, Pair)
-
-
-def test_an_empty_side_is_an_error_that_says_where(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", [{"source": "a", "target": "b"}, {"source": "c", "target": " "}])
-    with pytest.raises(TextError, match=r"empty target[\s\S]*a\.jsonl:2"):
-        read(tmp_path, "a.jsonl")
-    parquet.write_table(pa.table({"source": ["a", ""], "target": ["b", "c"]}), tmp_path / "b.parquet")
-    with pytest.raises(TextError, match=r"empty source[\s\S]*b\.parquet: row 2"):
-        read(tmp_path, "b.parquet")
 
 
 @pytest.mark.parametrize(

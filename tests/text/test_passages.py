@@ -35,11 +35,6 @@ def test_text_with_blank_lines_is_cut_as_ever(paragraphs: list[str]) -> None:
     assert list(passages(lambda: lines_of(stream, where="text"))) == at_blank_lines(text)
 
 
-def test_a_long_paragraph_between_blank_lines_stays_whole() -> None:
-    long = "word\n" * 3_000
-    assert max(len(passage) for passage in passages(lambda: StringIO(f"Title\n\n{long}\n\nEnd", newline="\n"))) > len(long)
-
-
 def test_a_paragraph_per_line_gives_many_documents(tmp_path: Path) -> None:
     lines = [f"{number} {PARAGRAPH * 10}" for number in range(100)]
     (tmp_path / "book.txt").write_text("\n".join(lines) + "\n\n")

@@ -17,11 +17,10 @@ from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.document import Pair
 from modekit.text.records import data_of
-from modekit.text.sequences import encode, none_fits
 from modekit.training.settings import train_settings
 from modekit.training.texts import read_texts
 from pair_models import make_pair_workshop, pair_tokenizer
-from refusal import refuse, refuse_build
+from refusal import refuse_build
 
 TOO_LONG = "no pair is short enough to be read"
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -68,22 +67,3 @@ def test_whatever_compares_says_so(shop: Workshop) -> None:
     checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}, eval={"law": "./long.jsonl"}))
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*eval\.law"):
         held_out_domains(checkpoint, tokens_per_domain=1_000, sequence_length=128)
-
-
-def test_an_eval_that_set_the_router_is_not_called_too_short(shop: Workshop) -> None:
-    """One pair that the fit has read: `eval` is read whole, so that more documents of the same text change nothing."""
-    pair = {"source": "0 fever", "target": "FEVER 0"}
-    (shop.root / "one.jsonl").write_text(json.dumps(pair))
-    law = shop.root / "law.jsonl"
-    law.write_text(f"{law.read_text().strip()}\n{json.dumps(pair)}")
-    out = shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}, eval={"law": "./one.jsonl"})
-    message = refuse("eval", out)
-    assert "no held-out document is left to evaluate on: all of them set the router" in message
-    assert "eval.law" in message and "give other text under eval" in message and "more documents" not in message
-
-
-def test_what_is_said_of_documents_without_a_sequence() -> None:
-    pairs, tokenizer = [Pair("a" * 20, "b")], pair_tokenizer()
-    assert encode(tokenizer, pairs, max_tokens=100, sequence_length=10) == []
-    assert "1 longer pair" in str(none_fits(pairs, 10, where="here"))
-    assert "shorter than two tokens" in str(none_fits(["x"], 10, where="here"))

@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError
-from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.rows import ALONE
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import flow_of
 from modekit.loaded.shapes import mixture_of
@@ -174,12 +172,3 @@ def test_what_a_joint_training_cannot_do_is_said(
 ) -> None:
     with pytest.raises(ModekitError, match=wanted):
         train(mixture(workshop, **of_mixture), settings(**said), root=workshop.root)
-
-
-def test_the_table_of_a_mixture_with_a_common_expert_has_a_row_without_it(workshop: Workshop) -> None:
-    checkpoint = mixture(workshop, **COMMON)
-    results = evaluate(checkpoint, tokens_per_domain=256, sequence_length=32)
-    with_it, without = (results.row(name).scores["law"].loss for name in ("mixture", ALONE))
-    assert [row.name for row in results.rows][-2:] == ["mixture", ALONE]
-    assert with_it != without
-    assert ALONE not in [row.name for row in evaluate(mixture(workshop), tokens_per_domain=256, sequence_length=32).rows]

@@ -151,25 +151,6 @@ def test_a_sequence_is_read_with_the_tag_of_its_label(tagged_workshop: Workshop,
         assert int(item["targets"]) == sum(sequence.scored for sequence in read)
 
 
-def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_workshop: Workshop) -> None:
-    """They are read and not predicted, in training as in a table."""
-    file, out = tagged_workshop.root / "own-tags.jsonl", tagged_workshop.build("own", mixture=ROUTED)
-    lines = (tagged_workshop.root / "text" / "law.jsonl").read_text().splitlines()
-    file.write_text("".join(json.dumps({"text": f"<domain:law> {json.loads(line)['text']}"}) + "\n" for line in lines))
-    checkpoint, texts = open_checkpoint(out), {"law": [str(file)]}
-    said = settings(batch_tokens=600)
-    corpora = [text.corpus for text in read_texts(checkpoint, said, texts, tagged_workshop.root, run=QUIET)]
-    parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=True)
-    read = [corpora[draw.corpus].sequences[draw.sequence] for row in parts[0].rows for draw in row]
-    assert {each.silent for each in read} == {None, 1}
-    objective = Objective(load_model(out), checkpoint, said, teachers=[], train_top_k=None, packed=True)
-    with torch.no_grad():
-        found = float(objective(**Batches(corpora, parts, pad_id=0)[0]))
-    wanted = score_domain(load_model(out), Domain("all", None, read), lambda _: None).loss
-    assert found == pytest.approx(wanted, rel=1e-4)
-    train(checkpoint, said, evaluate_tokens=None, texts=texts)
-
-
 def check_rows(corpora: list[DomainSequences], rows: Any, item: dict[str, torch.Tensor]) -> int:
     """Compare every sequence of some rows with its own; how many had their label changed."""
     changed = 0
@@ -209,19 +190,6 @@ def test_a_teacher_is_asked_about_what_is_read(tagged_workshop: Workshop, tmp_pa
         real = item["real"][number]
         taught = teachers[draw.corpus].logits(item["position"][number][real], torch.device("cpu"))  # type: ignore[union-attr]
         assert torch.allclose(taught, logits[number][real], atol=2e-2 * float(logits.abs().max()))
-
-
-def test_states_are_compared_by_text_with_its_own_tag(tagged_workshop: Workshop, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tagged_workshop.build("compared", mixture=ROUTED))
-    said = settings(tags=True, randomise=0.5)
-    texts = read_texts(checkpoint, said, {}, tmp_path, run=QUIET)
-    for text in texts:
-        assert {each.ids[each.tag] for each in text.select} == {TAGS[text.corpus.expert]}
-    done = train(checkpoint, said, evaluate_tokens=None)
-    model = load_model(tagged_workshop.build("compared", mixture=ROUTED))
-    for text in texts:
-        loss = score_domain(model, text.held_out, lambda _: None).loss
-        assert done.record.select_loss[text.corpus.name]["before"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:

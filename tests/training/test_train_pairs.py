@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM
 
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import TextError, TrainingError
-from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.passes import losses_of
 from modekit.loaded.shapes import mixture_of
-from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches, plan_parts
@@ -119,34 +113,3 @@ def test_every_parameter_is_in_the_group_that_its_family_says(pair_workshop: Wor
     attention = ("self_attn", "encoder_attn", "SelfAttention", "EncDecAttention")
     assert groups["attention"] and all(any(part in name for part in attention) for name in groups["attention"])
     assert groups["head"] == groups["embeddings"]
-
-
-@pytest.mark.parametrize("what", ["mlp", "lora", "full"])
-def test_specialists_of_pairs(pair_workshop: Workshop, tmp_path: Path, what: Any) -> None:
-    text = pair_workshop.recipe["experts"][0]["text"]
-    training = Training(steps=12, batch_tokens=256, sequence_length=64, learning_rate=5e-3)
-    base_folder = pair_workshop.root / "base"
-    said = specialize(base_folder, tmp_path / "new", [text], root=pair_workshop.root, train=what, training=training)
-    assert (said.held_out_loss.after or 9e9) < (said.held_out_loss.before or 0)
-    base = AutoModelForSeq2SeqLM.from_pretrained(base_folder)
-    if what == "lora":
-        assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
-        PeftModel.from_pretrained(base, tmp_path / "new")
-        return
-    other = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
-    moved = {name for name, p in other.named_parameters() if not torch.equal(p, base.get_parameter(name))}
-    ffn = {name for name, p in base.named_parameters() if any(f in name for f in ("fc1", "fc2", "DenseReluDense"))}
-    assert moved == ffn if what == "mlp" else moved > ffn
-
-
-def test_what_cannot_be_trained_is_said(pair_workshop: Workshop, tmp_path: Path) -> None:
-    shop = borrow(pair_workshop, tmp_path)
-    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 2, "router": {"fit": "random"}}))
-    distilled = settings(losses={"lm": 1.0, "forward_kl": 1.0})
-    with pytest.raises(TrainingError, match="distilled"):
-        train(checkpoint, distilled)
-    plain = tmp_path / "plain.jsonl"
-    plain.write_text("".join(json.dumps({"text": f"one text of many {number}"}) + "\n" for number in range(80)))
-    with pytest.raises(TextError, match="needs pairs"):
-        specialize(pair_workshop.root / "base", tmp_path / "no", [str(plain)], root=tmp_path, training=Training(steps=1))
-    assert not (tmp_path / "no").exists()
