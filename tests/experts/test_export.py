@@ -124,7 +124,7 @@ def test_what_was_folded_is_skipped_and_said(whole_bench: Workshop, capsys: pyte
         "dora: not exported: parts of it are no low-rank changes (DoRA, biases): ./dora has them",
         "general: not exported: it is the base",
         "law: not exported: it is a full model",
-        "head: LoRA, rank 2, 3 modules only what the mixture mixes is here",
+        "head: LoRA, rank 2, 3 modules note: only what the mixture mixes is here",
     ):
         assert line in said
     assert {path.name for path in (whole_bench.root / "exported").iterdir()} == {"rslora", "head"}
