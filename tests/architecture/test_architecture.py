@@ -399,16 +399,6 @@ def test_a_cached_prompt_goes_on_as_if_it_had_been_read(routed: PreTrainedModel,
     assert torch.equal(greedy(routed, longer, attention_mask=mask, past_key_values=first.past_key_values), expected)
 
 
-def test_the_cache_of_a_context_router_can_be_repeated_and_selected(built: Build, ids: torch.Tensor) -> None:
-    model = opened(built(method="gating", router=ROUTERS["two contexts"]))
-    with torch.inference_mode():
-        cache = model(input_ids=ids[:, :10], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([3, 0]))
-        logits = model(input_ids=ids[[1, 0], 10:], past_key_values=cache).logits
-    close(logits, logits_of(model, ids)[[1, 0], 10:])
-
-
 @pytest.mark.parametrize("router", [ROUTERS["context"], ROUTERS["two contexts"], PREFIX], ids=["context", "two", "prefix"])
 def test_assistants_are_refused_where_tokens_cannot_be_taken_back(built: Build, ids: torch.Tensor, router: Any) -> None:
     model, assistant = opened(built(method="gating", router=router)), opened(built() / "base")

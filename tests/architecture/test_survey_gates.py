@@ -24,7 +24,6 @@ from modekit.recipes.read import load_recipe
 from modekit.recipes.router import Router
 from modekit.routing.inputs import DomainStatistics, SlotStatistics
 from modekit.routing.linear import fit_gates
-from modekit.routing.refit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LITTLE: dict[str, Any] = {"tokens_per_domain": 512, "sequence_length": 96, "keep_tokens": 256}
@@ -217,21 +216,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("mixture", "says"), REFUSED, ids=[says for _, says in REFUSED])
 def test_what_makes_no_sense_together_is_refused(shop: Workshop, mixture: dict[str, Any], says: str) -> None:
     assert says in refused(shop, **{"router": LOGISTIC, **mixture})
-
-
-def test_a_refit_goes_from_one_to_the_next(shop: Workshop, ids: torch.Tensor) -> None:
-    shop.build("walk", mixture=GATES["groups"], output={"format": "modekit"})
-    for changes in (
-        {"threshold": 0.25, "router": {"fit": "cosine", "dimensions": 2}},
-        {"top_k": 1, "router": {"fit": "hash"}},
-        {"method": "gating", "router": {"granularity": "context", "fit": "attention", **LITTLE}},
-        {"method": "routing", "groups": 3, "router": {"fit": "logistic", "granularity": "token"}},
-    ):
-        checkpoint = refit(open_checkpoint(shop.root / "walk"), changes)
-        assert is_proven(verify(checkpoint, reload=False))
-        assert torch.isfinite(logits(load_model(checkpoint.folder), ids)).all()
-    mixture = checkpoint.record.recipe.mixture
-    assert (mixture.top_k, mixture.threshold, mixture.groups) == (None, None, 3)
 
 
 @pytest.mark.parametrize("gate", ["hash", "attention"])

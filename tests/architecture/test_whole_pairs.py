@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -190,21 +190,6 @@ def test_fixed_weights_are_the_weight_average(bench: Bench) -> None:
         expected = logits_of(average, four(pads))
         torch.testing.assert_close(logits_of(model, four(pads)), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
     assert torch.equal(written(model, four(), num_beams=3), written(average, four(), num_beams=3))
-
-
-def test_adapters_are_peft_s_models(bench: Bench) -> None:
-    """They stay low-rank; a full model among them is whole."""
-    said = [{"name": name, "adapter": f"./{name}"} for name in ("small", "wide")]
-    out = bench.build({"router": ONCE}, *said, {"name": "one", "model": "./one"})
-    assert is_proven(verify(open_checkpoint(out)))
-    model = load_model(out)
-    for name in ("small", "wide"):
-        own = PeftModel.from_pretrained(copy.deepcopy(bench.made["base"]), bench.root / name).eval()
-        model.use_expert(name)
-        expected = logits_of(own, four())
-        torch.testing.assert_close(logits_of(model, four()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
-    model.use_expert("one")
-    assert torch.equal(logits_of(model, four()), logits_of(bench.made["one"], four()))
 
 
 # --- routers that are fitted, and what is done with a mixture

@@ -15,13 +15,12 @@ from filelock import FileLock
 from pools import tiny_pool
 
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.text.splits import split_of
-from peers import page, parts, plot
+from peers import page
 from peers.bounds import BOUNDS
 from peers.choose import choose
 from peers.measured import OTHER, measured, over_ours
 from peers.peer import Formula, Made, Pool, Unsuitable
-from peers.pool import Scored, open_pool, read_text, texts_of_kind, write_text
+from peers.pool import Scored, open_pool, read_text, write_text
 from peers.row import Row, path_of, run
 from peers.score import counts, score, scores, texts_of
 
@@ -134,31 +133,6 @@ def test_gaps_shares_and_bold() -> None:
     assert "| worse | s | 1.00 | 0.0 | 1 | 2 | 3.00 |  |" in second
 
 
-def test_a_pool_of_parts_has_one_table_and_says_whether_its_experts_gain_over_each_other() -> None:
-    rows = [
-        _row("base", 4.0, 3.0, 2.0),
-        _row("own expert (oracle)", 3.0, 1.0, 2.0),
-        _row("modekit, plain checkpoint", 3.5, 2, 2),
-    ]
-    other = _row("best other expert (oracle)", 3.05, 1.04, 2.0)
-    hard = [replace(row, kind="full-eight") for row in [*rows, other]]
-    said, _, *lines = page.table(hard, "full-eight").splitlines()
-    assert said == (
-        "Own experts: 1.50 nats per token below the base. The best other expert closes 0.97 of that. "
-        "**These experts gain nothing over each other.**"
-    )
-    assert (
-        lines[4] == "| **modekit, plain checkpoint** | **0.500** | +0.000 | 0.50, 0.50 | 1.000 | 1.00 | 0.50 | 0.0 | 1 | vLLM |"
-    )
-    assert len(lines) == 6 and not page.table(hard[:3], "full-eight").splitlines()[0].endswith("other.**")
-    names = [f"{name}{part}" for name in "ab" for part in range(4)]
-    many = [
-        replace(row, losses={"music": 2.0, **{name: row.losses[name[0]] for name in names}}, accuracy=dict.fromkeys(names, 0.2))
-        for row in hard[:2]
-    ]
-    assert "| 1.00 to 1.00 |" in page.table(many, "full-eight")
-
-
 def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "PAGE", tmp_path / "scoreboard.md")
     monkeypatch.setattr(page, "ROWS", tmp_path / "kept" / "rows.jsonl")
@@ -186,12 +160,6 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pyte
     }
 
 
-def test_the_picture_has_every_row_in_order() -> None:
-    rows = [_row("base", 4.0, 3.0, 2.0), _row("own expert (oracle)", 3.0, 1.0, 2.0), _row("worse", 9.0, 3.0, 2.0)]
-    assert [each.name for each in plot.points(rows, "full")] == ["own expert (oracle)", "base", "worse"]
-    assert plot.picture(rows, "full").count(">3</text>") == 2 + 1  # two panels and the list
-
-
 @pytest.fixture
 def folder(pool: Pool, tmp_path: Path) -> Path:
     """What whole.py leaves, of the tiny models."""
@@ -209,39 +177,6 @@ def test_a_pool_keeps_the_report_split_from_peers(folder: Path) -> None:
         parts = [read_text(each[name]) for each in (scored.pool.text, scored.pool.select, scored.report)]
         assert sum(map(len, parts)) == 60 == len({*parts[0], *parts[1], *parts[2]}) and all(parts)
     assert len(read_text(scored.report[UNSEEN])) == 60
-
-
-def test_an_expert_that_is_there_twice_has_half_of_the_text_each(folder: Path) -> None:
-    once, twice = (open_pool(folder, kind, 0, folder / "out") for kind in ("full", "full-twice"))
-    assert list(twice.pool.whole) == [*DOMAINS, "law-again"] and twice.pool.whole["law"] == twice.pool.whole["law-again"]
-    halves = [read_text(twice.pool.text[name]) for name in ("law", "law-again")]
-    assert sorted([*halves[0], *halves[1]]) == sorted(read_text(once.pool.text["law"])) and twice.report == once.report
-
-
-def test_parts_of_a_domain_are_as_large_and_stay_in_their_split() -> None:
-    documents = [f"{word} number {number}" for number in range(20) for word in ("fever", "artery")]
-    first, second = parts.halves(documents)
-    assert {each.split()[0] for each in first} == {"fever"} and {each.split()[0] for each in second} == {"artery"}
-    found = parts.cut(dict.fromkeys(DOMAINS, documents), 2)
-    assert len(found) == 16 and {len(part) for part in found.values()} == {10}
-    entry = "Lip, labium: a fold of tissue. Ear: the organ of hearing; it hears. Head: the upper part of the body."
-    text = parts.asked(entry)
-    assert split_of(text) == split_of(entry) and "a fold of tissue" in text and "Ear:" not in text and " lip" in text
-    styles = parts.styles({"medicine": [entry] * 4, "law": [entry, "You may copy: no."], "code": ["class A", "def a"]})
-    assert [len(each) for each in styles.values()] == [2, 2, 1, 1, 1, 1] and styles["law-entry"] == [entry]
-
-
-def test_a_pool_of_parts_reads_its_own_text(folder: Path) -> None:
-    for name in DOMAINS:
-        write_text([f"{word} {name} {number}" for number in range(60) for word in "ab"], folder / "text" / f"{name}.jsonl")
-    names = texts_of_kind(folder, "full-eight")
-    assert [*names] == [f"{name}-{part}" for name in sorted(DOMAINS) for part in (1, 2)]
-    for name in names:
-        (folder / "seed0" / f"full-eight-{name}").symlink_to(folder / "seed0" / "base")
-    scored = open_pool(folder, "full-eight", 0, folder / "out")
-    assert [*scored.pool.text] == [*names] and [*scored.report] == [*names, UNSEEN]
-    every = [read_text(each[name]) for name in names for each in (scored.pool.text, scored.pool.select, scored.report)]
-    assert sum(map(len, every)) == len({each for part in every for each in part}) == 480
 
 
 def test_the_best_other_expert_is_never_ones_own(pool: Pool) -> None:

@@ -175,19 +175,3 @@ def test_who_comes_and_goes_leaves_the_others(tmp_path: Path) -> None:
     for file in sorted(without.folder.glob("*.safetensors")):
         assert (removed.folder / file.name).read_bytes() == file.read_bytes(), file.name
     assert is_proven(verify(removed))
-
-
-def test_codes_stay_codes_in_another_dtype_and_are_no_adapter(tmp_path: Path) -> None:
-    models(tmp_path)
-    checkpoint = mixed(tmp_path, experts())
-    rounded = load_model(checkpoint.folder, dtype=torch.bfloat16)
-    codes = rounded.get_submodule("lm_head").differences[0].codes
-    assert codes.dtype == torch.uint8
-    wanted = logits(load_model(checkpoint.folder), "one")
-    assert (logits(rounded, "one").float() - wanted).abs().max() < 0.05 * wanted.abs().max()
-    assert "few bits" in without_vllm(checkpoint)
-
-
-def without_vllm(checkpoint: Checkpoint) -> str:
-    places = {name: place for name, place in checkpoint.shape.mixture.places.items() if name != "lm_head"}
-    return checkpoint.shape.mixture.model_copy(update={"places": places}).without_vllm or ""

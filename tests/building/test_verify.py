@@ -32,6 +32,12 @@ def test_a_fresh_build_is_proven(workshop: Workshop) -> None:
     assert is_proven(checks) and "1 file, blake3 as recorded" in {check.detail for check in checks}
 
 
+@pytest.mark.parametrize("backbone", ["average", {"expert": "law"}])
+def test_merged_and_borrowed_backbones_are_proven_too(workshop: Workshop, backbone: object) -> None:
+    mixture = {**workshop.recipe["mixture"], "backbone": backbone}
+    assert is_proven(verify(open_checkpoint(workshop.build(mixture=mixture)), reload=False))
+
+
 def test_one_flipped_bit_in_an_expert_is_found(workshop: Workshop) -> None:
     out = workshop.build()
     flip(out / "model-expert-00001-00001.safetensors", -100)

@@ -20,7 +20,7 @@ from modekit.files.staging import Staging
 from modekit.routing import write_text
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text import written
-from refusal import borrow, refuse, tree
+from refusal import refuse, tree
 
 ADAPTERS_ALONE = {"fit": "arrow", "granularity": "context"}
 INTERNAL = (".modekit", "recipe.yaml", "self-text")
@@ -203,18 +203,6 @@ def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.Mon
     said = refuse("mix", "base", *words, "-o", "NEW")
     assert message in said and "../" not in said  # paths as they were typed
     assert set(tree(shop)) == before
-
-
-@pytest.mark.parametrize(("form", "what"), [("native", "of another family than the base"), ("modekit", "is a mixture")])
-def test_a_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path, form: str, what: str) -> None:
-    out = borrow(small_workshop, tmp_path).build(mixture={"router": {"fit": "random"}}, output={"format": form})
-    said = refuse("mix", out, *(small_workshop.root / name for name in ("law", "code")), "-o", tmp_path / "NEW")
-    assert what in said and "trust" not in said
-
-
-def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(shop)
-    assert "missing: code, general" in refuse("mix", "mute", "law", "code", *texts(law="law"), "-o", "NEW")
 
 
 def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

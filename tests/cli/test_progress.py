@@ -63,57 +63,6 @@ def test_a_phase_that_reports_nothing_is_still_seen(clock: Clock) -> None:
     assert said == [*starts, "1:01  train: 10 %", "1:46  train: 10 %"]
 
 
-def test_a_phase_that_nobody_counts_has_no_share_and_no_time(clock: Clock) -> None:
-    said: list[str] = []
-    lines = Lines(said.append, clock)
-    lines("load a model", 0, 1)
-    clock.now += 40
-    lines.tick()
-    assert said == ["0:00  load a model", "0:40  load a model"]
-    lines("load a model", 1, 1)
-    clock.now += 30
-    lines.tick()
-    assert said[2:] == ["1:10  after load a model: still at work"]
-
-
-def test_what_goes_on_after_all_is_done_is_not_said_to_be_done(clock: Clock) -> None:
-    """No "100 %, 0:00 left" for minutes: a phase that is done is over."""
-    said: list[str] = []
-    lines = Lines(said.append, clock)
-    lines("build", 0, 100)
-    clock.now += 10
-    lines("build", 100, 100)
-    clock.now += 30
-    lines.tick()
-    lines("write to the disk", 0, 1)
-    assert said == ["0:00  build: 0 %", "0:40  after build: still at work", "0:40  write to the disk"]
-
-
-def test_no_time_is_said_without_evidence(clock: Clock) -> None:
-    said: list[str] = []
-    lines = Lines(said.append, clock)
-    lines("train", 0, 100)
-    clock.now += 2
-    lines("train", 50, 100)  # too short to tell
-    clock.now += 100
-    lines.tick()
-    assert not any("left" in line for line in said[:1])
-    assert said[-1] == "1:42  train: 50 %, 1:42 left"
-
-
-def test_the_time_left_grows_while_nothing_advances(clock: Clock) -> None:
-    said: list[str] = []
-    lines = Lines(said.append, clock)
-    lines("read law", 0, 100)
-    clock.now += 60
-    lines("read law", 50, 100)
-    for _ in range(4):
-        clock.now += 60
-        lines.tick()
-    left = [re.sub(".*, ", "", line) for line in said[1:]]
-    assert left == [f"{minutes}:00 left" for minutes in range(1, 6)]
-
-
 def test_the_time_is_said_after_the_first_step_with_its_loss(clock: Clock) -> None:
     said: list[str] = []
     lines = Lines(said.append, clock)
@@ -137,17 +86,6 @@ def test_phases_that_share_their_work_share_the_estimate(clock: Clock) -> None:
         "0:10  score law: 50 %, 0:50 left",
         "0:40  score law: 80 %, 0:20 left",
     ]
-
-
-def test_a_phase_that_begins_anew_is_timed_anew(clock: Clock) -> None:
-    said: list[str] = []
-    lines = Lines(said.append, clock)
-    lines("compare", 90, 100)
-    clock.now += 300
-    lines("compare", 1, 100)
-    clock.now += 30
-    lines("compare", 11, 100)
-    assert said[-1] == "5:30  compare: 11 %, 4:27 left"
 
 
 def test_lines_go_to_the_standard_error_have_80_columns_and_hold_no_control_characters() -> None:

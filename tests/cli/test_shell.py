@@ -59,11 +59,6 @@ def test_debugging_lets_it_through(monkeypatch: pytest.MonkeyPatch) -> None:
         ended_by(KeyError("x"), "verify")
 
 
-def test_other_exits_keep_their_codes() -> None:
-    assert ended_by(SystemExit(3), "verify")[0] == 3
-    assert ended_by(ModekitError("no"), "verify")[0] == 2
-
-
 def test_an_error_of_the_system_says_what_ran() -> None:
     code, _, stderr = ended_by(OSError(28, "No space left on device"), "--x", "fit", "OUT")
     assert code == 2 and stderr.splitlines()[:2] == ["error: No space left on device", "  where:    modekit fit"]
@@ -124,16 +119,3 @@ def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], 
         shell.main()
     shown = capsys.readouterr()
     assert end.value.code == 2 and "balance" in shown.out + shown.err and "error" not in shown.err
-
-
-def test_a_number_out_of_range_is_said_in_words() -> None:
-    assert "'--tokens': must be greater than or equal to 64" in ended("eval", "OUT", "--tokens", "0")[2]
-
-
-def test_a_recipe_or_a_number_without_end_where_a_mixture_or_a_scale_belongs(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("base_model: base\n")
-    assert "modekit.json" in ended("eval", tmp_path / "recipe.yaml")[2]
-    assert (
-        "must be less than or equal to 1000" in ended("densify", tmp_path, tmp_path / "D", "--by", "sum", "--scale", "inf")[2]
-    )
-    assert "an expert without a path" in ended("mix", "base", "", "-o", tmp_path / "NEW")[2]

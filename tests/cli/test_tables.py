@@ -88,13 +88,6 @@ def test_eval(shown: Callable[..., str]) -> None:
     assert "10.123 / 24919.4" in shown(None, printing.print_result, results())
 
 
-def test_a_table_that_fits_is_one_table(shown: Callable[..., str]) -> None:
-    small = Results([Row("base", "base", 10**6, 10**6, {"law": Score(3.0)}, "x")], ["law"], [])
-    text = plain(shown(80, printing.print_result, small))
-    assert [line.split() for line in text.splitlines()[-2:]] == [["base", "3.000", "3.000", "-", "1.00M"], ["20.1", "1.00M"]]
-    assert len(text.splitlines()) == 7  # the title, two of the sentence, two of titles
-
-
 def test_plan(shown: Callable[..., str]) -> None:
     figures = {
         "architecture": "ModekitForCausalLM",
@@ -174,13 +167,6 @@ def test_inspect(shown: Callable[..., str]) -> None:
     check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], printing.print_result, found)
 
 
-def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
-    layers: list[int | str] = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
-    said = inspection_of(["law"], layers).markdown()
-    places = [said.index(str(layer)) for layer in layers]
-    assert places == sorted(places)
-
-
 def test_data(shown: Callable[..., str]) -> None:
     share = Share(found_tokens=9_876_543, documents=99_999, tokens=8_999_999)
     splits = {"train": share, "validation": share}
@@ -216,12 +202,3 @@ def test_names_are_shown_and_not_obeyed(shown: Callable[..., str]) -> None:
 )
 def test_small_figures_keep_their_digits(value: float, said: str) -> None:
     assert three_digits(value) == said
-
-
-def test_a_word_is_cut_only_where_it_is_longer_than_a_line(shown: Callable[..., str]) -> None:
-    result = "MixtralForCausalLM (also runs in vLLM and llama.cpp), 561.99M parameters, 194.02M active per token"
-    expert = "law (/models/law), medicine (/models/of-others/" + "long-name-" * 9 + ")"
-    drawn = shown(80, printing.print_rows, [("result", result), ("expert", expert)])
-    words = drawn.split()
-    assert {"561.99M", "194.02M", "(/models/law),"} <= {*words} and "(/models/of-others/long-name-long-name-" in drawn
-    assert all(len(line) <= 80 for line in drawn.splitlines())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,8 +18,8 @@ from chatting import TEMPLATE
 from command_line import ended
 from conftest import _WORDS
 from domain_mixtures import adapter_experts, built, model_experts
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.printing import console_for, visible
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.cli.printing import console_for
 from modekit.engines.chat import AnswerToken, Chat, ChatAnswer, ChatSettings
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.passes import traced_losses
@@ -132,16 +130,6 @@ def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
     assert len(drawn) == 2
 
 
-def test_what_cannot_be_streamed_or_drawn_is_the_likeliest(mixtures: dict[str, Checkpoint], tmp_path: Path) -> None:
-    """Beams of the base's generation_config.json, and a temperature of nothing."""
-    expected = answered(mixtures["lexical"], QUESTION)[0].text
-    assert answered(mixtures["lexical"], QUESTION, temperature=0)[0].text == expected
-    folder = shutil.copytree(mixtures["lexical"].folder, tmp_path / "OUT")
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**config, "num_beams": 3, "num_return_sequences": 2}))
-    assert answered(open_checkpoint(folder), QUESTION)[0].text == expected
-
-
 def ended_with(said: str | bytes, *args: object) -> tuple[object, str, str]:
     """`modekit ARGS` with a text on its standard input."""
     with pytest.MonkeyPatch.context() as patch:
@@ -154,27 +142,6 @@ def test_lines_of_a_pipe_are_questions(mixtures: dict[str, Checkpoint]) -> None:
     assert code == 0 and stderr.count("of 4 tokens]") == 3 and "law 100%" in stderr
     code, _, stderr = ended_with("word " * 400, "chat", mixtures["lexical"].folder)
     assert code == 2 and "no room for an answer" in stderr and "--context" in stderr
-
-
-def test_a_question_that_failed_was_not_asked(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a template that wants the turns to alternate would refuse every later one."""
-    talk = Chat(mixtures["lexical"], ChatSettings(max_tokens=2))
-    before = talk.ask("heart", lambda _: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(talk._model, "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
-        with pytest.raises(RuntimeError):
-            talk.ask("tort", lambda _: None)
-    after = talk.ask("deed", lambda _: None)
-    assert len(after.prompt) > len(before.prompt)
-    assert "tort" not in load_tokenizer(mixtures["lexical"].folder).decode(after.prompt)
-
-
-def test_what_scripts_need_is_shown_as_it_is() -> None:
-    french, japanese = "d\u00e9j\u00e0\u00a0vu\u202f!", "\u6771\u4eac\u3000\u99c5"
-    persian, emoji = "\u0645\u06cc\u200c\u062e", "\U0001f469\u200d\U0001f52c"
-    for text in (french, japanese, persian, emoji):
-        assert visible(text) == text
-    assert visible("\u202eabc\x1b") == "\\u202eabc\\x1b"
 
 
 @pytest.mark.parametrize("command", [["chat"], ["route", "-"], ["inspect", "--text", "-"]])
@@ -253,8 +220,3 @@ def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> 
             os.waitpid(pid, 0)
         os.close(terminal)
     assert os.waitstatus_to_exitcode(found[1]) == 0
-
-
-def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
-    code, _, stderr = ended("chat", tmp_path)
-    assert code == 2 and "modekit.json" in stderr

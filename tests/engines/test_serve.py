@@ -174,24 +174,6 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
     assert asked(served, "/health")[0] == 200
 
 
-def test_a_text_in_parts_is_the_text(running: tuple[ServedMixture, Checkpoint]) -> None:
-    served, checkpoint = running
-    answers = []
-    for content in ("the heart", [{"type": "text", "text": "the"}, {"type": "text", "text": "heart"}]):
-        body = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": content}], "max_tokens": COUNT}
-        status, answer = asked(served, "/v1/chat/completions", {**body, "temperature": 0})
-        assert status == 200, answer
-        answers.append(answer["choices"][0]["message"]["content"])
-    assert answers[0] == answers[1] or served.engine != "transformers"  # others put lines between parts
-
-
-def test_a_temperature_draws(running: tuple[ServedMixture, Checkpoint]) -> None:
-    served, checkpoint = running
-    good = {"model": checkpoint.folder.name, "prompt": "the heart", "max_tokens": COUNT, "temperature": 1.5}
-    drawn = [asked(served, "/v1/completions", {**good, "seed": seed})[1]["choices"][0]["text"] for seed in (1, 1, 2, 3)]
-    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
-
-
 def test_an_answer_ends_where_the_context_does(running: tuple[ServedMixture, Checkpoint]) -> None:
     """Transformers by itself would write on."""
     served, checkpoint = running
@@ -255,19 +237,6 @@ def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, C
     ended("fit", mixtures["native"].folder, "temperature=3")
     with serving(open_checkpoint(mixtures["native"].folder), settings):
         assert file.stat().st_mtime_ns != before
-
-
-def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And they sleep while they wait, so that a busy machine answers, too."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    for asked_for, variable, expected in ((3, "1", 3), (None, "2", 2)):
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-        settings = ServeSettings("llama", port=0, context=64, threads=asked_for, outtype="f32")
-        with serving(mixtures["native"], settings) as served:
-            assert served.threads == expected and served.child.is_running()
-            environment = psutil.Process(served.child._process.pid).environ()
-            assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == (str(expected), "passive")
-            assert asked(served, "/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
 
 
 def test_threads_are_those_that_a_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,21 +206,6 @@ def test_rows_that_nothing_used_yet_are_taken_first() -> None:
     assert torch.equal(after[:96], before[:96]) and torch.equal(after[98:], before[98:])
 
 
-def test_tags_that_a_base_has_no_rows_for_get_some(shop: Path, tmp_path: Path) -> None:
-    """Of all tags of the tokenizer: one that no text has may be drawn. An adapter has no place for them."""
-    tokenizer = character_tokenizer()
-    add_tags(tokenizer, ["law", "code", "medicine"], where="test")
-    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    texts = labelled(shop, "law", "code", randomise=0.5)
-    run(tmp_path, "base", tmp_path / "OUT", texts)
-    before, after = (weights_of(tmp_path / name)["model.embed_tokens.weight"] for name in ("base", "OUT"))
-    assert len(after) == 99 and torch.equal(before, after[:96])
-    assert not torch.equal(after[96], after[97])
-    with pytest.raises(SourceError, match="no rows for"):
-        run(tmp_path, "base", tmp_path / "NO", texts, train="lora")
-
-
 def write_pairs(folder: Path, count: int) -> dict[str, list[str]]:
     """The same sources under two labels: one wants their letters in capitals, the other as numbers."""
     draw = random.Random(1)

@@ -60,19 +60,6 @@ def test_from_a_mapping_to_a_model(shared_workshop: Workshop, tmp_path: Path, mo
     assert {row.name for row in modekit.evaluate("OUT", tokens=200).rows} >= {"base", "oracle", "mixture"}
 
 
-def test_what_is_wrong_is_a_modekit_error() -> None:
-    with pytest.raises(modekit.ModekitError, match="experts: missing"):
-        modekit.recipe({"base_model": "./base"})
-    with pytest.raises(modekit.ModekitError, match=r"modekit\.json is missing"):
-        modekit.verify("nowhere")
-
-
-def test_a_change_that_nothing_reads_is_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    with pytest.raises(modekit.ModekitError, match="unknown key"):
-        modekit.fit(bench.build(), temperatur=0.5)
-
-
 def test_a_path_through_a_link_is_the_folder_that_it_leads_to(
     small_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

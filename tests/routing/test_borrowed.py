@@ -47,12 +47,3 @@ def test_embeddings_that_tell_nothing_lend_nothing(tmp_path: Path) -> None:
     for rows_VD in (random(TOKENS, HIDDEN, seed=0), torch.zeros(TOKENS, HIDDEN)):
         found = with_borrowed(table_VN, counts_V, embedding_at(tmp_path, rows_VD), HIDDEN)
         torch.testing.assert_close(found, table_VN, atol=0.1, rtol=0.0)
-
-
-def test_channels_besides_the_base_are_not_read(tmp_path: Path) -> None:
-    """What a plain checkpoint carries there is the table itself."""
-    rows_VD = random(TOKENS, HIDDEN, seed=0)
-    table_VN, counts_V = rows_VD[:, :EXPERTS] * 2, torch.arange(TOKENS).float()
-    alone = with_borrowed(table_VN, counts_V, embedding_at(tmp_path, rows_VD), HIDDEN)
-    wide = torch.cat([rows_VD, random(TOKENS, 5, seed=2) * 100], dim=1)
-    torch.testing.assert_close(with_borrowed(table_VN, counts_V, embedding_at(tmp_path, wide), HIDDEN), alone)

@@ -15,7 +15,7 @@ from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate
-from modekit.text.document import Conversation, Pair
+from modekit.text.document import Conversation
 from modekit.text.sequences import encode
 from modekit.text.shipped import QUESTION_FRAMES, SMALL_TALK, framed_question, language_of
 
@@ -91,24 +91,10 @@ def test_without_chats_it_is_the_documents_alone() -> None:
         read_examples(word_tokenizer(None), DOCUMENTS, LAW, Router(fit="lexical", chat=True), most=1_000)
 
 
-def test_what_decides_the_chats_is_told_apart() -> None:
-    other = word_tokenizer("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
-    said = [chats_of(TOKENIZER, LAW, LEXICAL), chats_of(TOKENIZER, BASE, LEXICAL), chats_of(other, LAW, LEXICAL)]
-    assert len({each["chat"] for each in said}) == 3
-
-
 def test_conversations_are_not_cut() -> None:
     talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
     assert list(cut_chats(TEMPLATE, [talk], 5)) == []
     assert [each.start for each in read_examples(TOKENIZER, [talk] * 2, LAW, LEXICAL, most=1_000)] == [11, 11]
-
-
-def test_of_pairs_the_sources_are_read_and_no_chats_are_cut() -> None:
-    pairs = [Pair(document, "what it says") for document in DOCUMENTS]
-    for expert in (LAW, BASE):
-        found = read_examples(TOKENIZER, pairs, expert, LEXICAL, most=100_000)
-        assert len(found) == len(pairs) and all(each.target and not each.start for each in found)
-        assert sum(each.size for each in read_examples(TOKENIZER, pairs, expert, LEXICAL, most=200)) <= 200
 
 
 def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:

@@ -27,7 +27,6 @@ from modekit.training.objective import Objective, make_teachers
 from modekit.training.settings import TrainSettings, given_settings, train_settings
 from modekit.training.texts import read_texts
 from modekit.training.train import train
-from pair_models import make_pair_workshop, pair_model, pair_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAGS = tuple(range(96, 99))
@@ -190,36 +189,6 @@ def test_a_teacher_is_asked_about_what_is_read(tagged_workshop: Workshop, tmp_pa
         real = item["real"][number]
         taught = teachers[draw.corpus].logits(item["position"][number][real], torch.device("cpu"))  # type: ignore[union-attr]
         assert torch.allclose(taught, logits[number][real], atol=2e-2 * float(logits.abs().max()))
-
-
-def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:
-    shop = make_pair_workshop(tmp_path, "bart")
-    tokenizer = pair_tokenizer()
-    add_tags(tokenizer, DOMAINS, where="test")
-    for seed, name in enumerate(("base", *DOMAINS)):
-        pair_model("bart", seed=seed, vocab_size=99).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 2, "router": {"fit": "random"}}))
-    said = settings(tags=True, randomise=0.5, what=["all"], sequence_length=64, select_tokens=256)
-    corpora = [text.corpus for text in read_texts(checkpoint, said, {}, tmp_path, run=QUIET)]
-    parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=packs(checkpoint))
-    item = Batches(corpora, parts, pad_id=0)[0]
-    for number, (draw,) in enumerate(parts[0].rows):
-        ids = item["input_ids"][number][item["real"][number]].tolist()
-        source = list(corpora[draw.corpus].sequences[draw.sequence].ids[1:])
-        assert ids == ([] if draw.label == GENERIC else [TAGS[draw.label]]) + source
-    assert {draw.label for (draw,) in parts[0].rows} == {GENERIC, 0, 1, 2}
-    assert train(checkpoint, said, evaluate_tokens=None).improved
-
-
-def test_the_table_shows_the_mixture_with_the_right_tag_too(tagged_workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(tagged_workshop.build("table", mixture=ROUTED))
-    done = train(checkpoint, settings(tags=True, what=["all"]), evaluate_tokens=300)
-    assert done.results is not None
-    names = [row.name for row in done.results.rows]
-    assert names.count("mixture before") == names.count("mixture") == names.count("base, right tag") == 1
-    before, after = (done.results.row(f"mixture, right tag{when}").scores["law"].loss for when in (" before", ""))
-    assert after < before
 
 
 def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: Workshop) -> None:
