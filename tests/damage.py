@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -16,55 +15,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-HOSTILE_TEXT = (
-    "",
-    "\x00",
-    "../../x",
-    "/dev/zero",
-    "[/x]",
-    "[bold]x",
-    "<script>hacked()</script>",
-    "'\"`|---\n# x\n---",
-    "\u202e\u2028",
-    "\x1b]0;x\x07\x1b[31m",
-    "x" * 5_000,
-    "{{ 7 * 7 }}",
-    "evil/kernel",
-    "-1",
-    "NaN",
-    "model.layers.0",
-    "base",
-    "C:x",
-    "..",
-    "~root",
-)
-HOSTILE: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2,
-    3,
-    10**9,
-    2**63,
-    10**30,
-    10**400,
-    0.5,
-    -0.0,
-    1e-320,
-    1e308,
-    -1e308,
-    [],
-    {},
-    [[]],
-    [None],
-    [0] * 40,
-    {"": 0},
-    {"a": {"b": {}}},
-    *HOSTILE_TEXT,
-)
+from mutations import hostile_json
+
 RAW = (
     b"",
     b"\xff\xfe\x00",
@@ -88,54 +40,6 @@ def other_bytes(path: Path) -> None:
         stream.seek(-4, io.SEEK_END)
         stream.write(b"\0\0\0\0")
     os.utime(path, ns=(before, before + 1))
-
-
-def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of everything below the root."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
-
-
-@st.composite
-def damaged_data(draw: st.DrawFn, data: Any) -> Any:
-    """JSON with one to three things wrong with it."""
-    data = copy.deepcopy(data)
-    for _ in range(draw(st.integers(1, 3))):
-        every = list(places(data))
-        if not every:
-            return copy.deepcopy(draw(st.sampled_from(HOSTILE)))
-        *before, last = every[draw(NUMBERS) % len(every)]
-        holder = data
-        for key in before:
-            holder = holder[key]
-        change_one(draw, holder, last, [at(data, path) for path in every])
-    return data
-
-
-def at(data: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        data = data[key]
-    return data
-
-
-def change_one(draw: st.DrawFn, holder: Any, key: Any, others: list[Any]) -> None:
-    kind = draw(st.sampled_from(("other", "other", "gone", "swapped", "renamed", "twice", "near")))
-    if kind == "gone":
-        del holder[key]
-    elif kind == "swapped":
-        holder[key] = copy.deepcopy(others[draw(NUMBERS) % len(others)])
-    elif kind == "renamed" and isinstance(holder, dict):
-        holder[draw(st.sampled_from(HOSTILE_TEXT))] = holder.pop(key)
-    elif kind == "twice" and isinstance(holder, list):
-        holder.extend(copy.deepcopy([holder[key]] * draw(st.integers(1, 30))))
-    elif kind == "near" and type(holder[key]) in (int, float):
-        holder[key] = holder[key] * draw(st.sampled_from((-1, 2, 10**6))) + draw(st.sampled_from((-1, 0, 1)))
-    elif kind == "near" and isinstance(holder[key], str):
-        holder[key] += draw(st.sampled_from(HOSTILE_TEXT))
-    else:
-        holder[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # which are changed next, perhaps
 
 
 @st.composite
@@ -162,13 +66,13 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 def damaged_safetensors(draw: st.DrawFn, content: bytes) -> bytes:
     """Another header over the same data, said to be as long as it is."""
     size = int.from_bytes(content[:8], "little")
-    header = draw(damaged_data(json.loads(content[8 : 8 + size])))
-    text = dumped(header)
+    text = draw(damaged_json(content[8 : 8 + size]))
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def dumped(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+def damaged_json(content: bytes) -> st.SearchStrategy[bytes]:
+    """JSON with one to three things wrong with it."""
+    return hostile_json(json.loads(content)).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
 @st.composite
@@ -177,7 +81,7 @@ def damaged_file(draw: st.DrawFn, name: str, content: bytes) -> bytes:
     if draw(st.integers(0, 9)) == 0:
         return draw(st.sampled_from(RAW))
     if name.endswith(".json") and draw(st.integers(0, 9)):
-        return dumped(draw(damaged_data(json.loads(content))))
+        return draw(damaged_json(content))
     if name.endswith(".safetensors") and draw(st.booleans()):
         return draw(damaged_safetensors(content))
     return draw(damaged_bytes(content))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -47,7 +46,7 @@ SEARCHES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder with a base, three full models that differ from it in every tensor, and two adapters; the same in memory."""
+    """A folder with a base, three full models that differ from it in every tensor; the same in memory."""
 
     kind: str
     root: Path
@@ -83,15 +82,6 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         model.save_pretrained(root / name)
     pair_tokenizer().save_pretrained(root / "base")
     loaded = {name: load_model(root / name) for name in made}  # what a file does not hold is what transformers makes of it
-    for name, targets in (("small", ["q", "v"] if kind.startswith("t5") else ["q_proj", "fc1"]), ("wide", "all-linear")):
-        torch.manual_seed(len(name))
-        config = LoraConfig(r=len(name), lora_alpha=8, target_modules=targets, task_type="SEQ_2_SEQ_LM")
-        adapted = get_peft_model(copy.deepcopy(loaded["base"]), config)
-        with torch.no_grad():
-            for parameter_name, parameter in adapted.named_parameters():
-                if "lora" in parameter_name:
-                    parameter.copy_(torch.randn_like(parameter) * 0.2)
-        adapted.save_pretrained(str(root / name))
     return Bench(kind, root, loaded)
 
 

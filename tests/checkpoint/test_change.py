@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from conftest import Workshop
-from kills import dies
-from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
 from modekit.files.marker import CHANGE_LOCK, Lock
@@ -24,30 +22,6 @@ CHANGES = {"method": "linear"}
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_workshop: Workshop) -> Path:
     bench = borrow(shared_workshop, tmp_path_factory.mktemp(request.param))
     return bench.build(output={"format": request.param})
-
-
-def test_old_or_new_whatever_the_moment(built: Path) -> None:
-    out, whole = built.with_name("killed"), built.with_name("whole")
-    shutil.copytree(built, whole)
-    refit(open_checkpoint(whole), CHANGES)
-    after = tree(whole)
-    assert tree(built) != after
-    states = set()
-    for moment in range(1, 1000):
-        shutil.copytree(built, out)
-        if not dies(lambda: refit(open_checkpoint(out), CHANGES), out, moment):
-            break
-        opened = open_checkpoint(out)
-        assert is_proven(verify(opened, reload=False))
-        states.add(opened.record.recipe.mixture.method)
-        refit(opened, CHANGES)
-        assert tree(out) == after, moment
-        shutil.rmtree(out)
-    assert tree(out) == after
-    for folder in (out, whole):
-        shutil.rmtree(folder)
-    assert moment > 15
-    assert states == {"routing", "linear"}  # some moments left the old one, some the new one
 
 
 def test_a_link_in_the_changes_place_is_not_followed(built: Path, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ import modekit.building.build as building
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import CheckpointError, OutputError
-from modekit.files.marker import CHANGE_LOCK
+from modekit.errors import CheckpointError
 from modekit.files.output import JOURNAL
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
@@ -109,10 +108,6 @@ def at_file_operation(out: Path) -> Arm:
     return arm
 
 
-def assert_only(root: Path, names: set[str]) -> None:
-    assert {path.name for path in root.iterdir()} == {"recipe.yaml", *names}
-
-
 @pytest.fixture
 def expected(bench: Workshop) -> Callable[..., Tree]:
     """Bytes of an uninterrupted build."""
@@ -183,39 +178,6 @@ def test_without_waiting_for_the_disk_a_killed_build_begins_again(bench: Worksho
     assert (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines() == [plan.digest()]
     build(plan, out)
     assert tree(out) == whole
-
-
-def test_killing_the_replacement_of_an_old_folder_loses_neither(bench: Workshop, expected: Callable[..., Tree]) -> None:
-    new, out = expected(), bench.root / "OUT"
-    seeded = {"mixture": {"router": {"fit": "random", "seed": 7}}}
-    old = tree(bench.build("OLD", **seeded))
-    assert old != new
-    plan = plan_of(bench)
-    between = 0
-    for count in range(1, 1000):
-        bench.build("OUT", **seeded)
-        bench.write()
-        killed = build_and_die(plan, out, at_file_operation(out), count)
-        if not out.exists():
-            between += 1
-            (bench.root / "OUT.partial" / "old" / CHANGE_LOCK).unlink()  # held while the new one takes its place
-            assert tree(bench.root / "OUT.partial" / "old") == old
-            with pytest.raises(OutputError, match="the output folder exists"):
-                build(plan, out)
-            assert tree(out) == old
-        (out / CHANGE_LOCK).unlink(missing_ok=True)  # held by nobody
-        assert tree(out) in (old, new)
-        if not killed:
-            break
-        with pytest.raises(OutputError, match="the output folder exists"):
-            build(plan, out)
-        assert not (bench.root / "OUT.partial" / "old").exists()
-        build(plan, out, overwrite=True)
-        assert tree(out) == new
-        assert_only(bench.root, {"EXPECTED", "OLD", "OUT"})
-    assert between == 1
-    assert count > 20
-    assert tree(out) == new
 
 
 # Starting over

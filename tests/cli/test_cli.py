@@ -7,8 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from command_line import modekit as here
 from conftest import Workshop
@@ -44,33 +42,6 @@ def test_specialize(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None
     done = here("specialize", "base", "mine", "--text", "text/law.jsonl", "steps=2", "sequence_length=32")
     assert "held-out loss" in done
     assert (workshop.root / "mine" / "model.safetensors").exists()
-
-
-def test_a_walk_with_adapters(workshop: Workshop) -> None:
-    """A fine-tune made here, one extracted from a full model and a full model as it is; out again as PEFT folders."""
-    steps = ("steps=2", "sequence_length=32")
-    done = modekit(workshop, "specialize", "base", "law-lora", "--text", "text/law.jsonl", "--train", "lora", "rank=3", *steps)
-    assert "lora, 2 steps" in done
-    done = modekit(workshop, "extract", "code", "code-lora", "--base", "base", "--rank", "8")
-    assert "q_proj" in done and "squared difference" in done
-    report = json.loads(modekit(workshop, "extract", "code", "again", "--base", "base", "--rank", "4", "--json"))
-    assert 0 < report["carried"] < 1
-    experts = [
-        {"name": "law", "adapter": "./law-lora", "text": "./text/law.jsonl"},
-        {"name": "code", "adapter": "./code-lora", "text": "./text/code.jsonl"},
-        {"name": "medicine", "model": "./medicine", "text": "./text/medicine.jsonl"},
-        {"name": "general", "model": "base", "prompts": ["what is there to say"]},
-    ]
-    workshop.write(experts=experts, mixture={"method": "routing", "top_k": 2, "router": {**ROUTER, "granularity": "context"}})
-    plan = modekit(workshop, "plan", "recipe.yaml")
-    assert "modekit" in plan and "granularity: context" in plan
-    assert "router fitted" in modekit(workshop, "build", "recipe.yaml", "OUT")
-    modekit(workshop, "fit", "OUT", "granularity=sequence", "top_k=1")
-    assert "oracle" in modekit(workshop, "eval", "OUT", "--tokens", "300", "--sequence-length", "32")
-    assert all(check["verdict"] == "proven" for check in json.loads(modekit(workshop, "verify", "OUT", "--json")))
-    assert "rank 3" in modekit(workshop, "export", "OUT", "exported", "--expert", "law")
-    before, after = (load_file(workshop.root / folder / "adapter_model.safetensors") for folder in ("law-lora", "exported/law"))
-    assert set(before) == set(after) and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 COMMANDS = (

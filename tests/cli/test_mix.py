@@ -16,7 +16,6 @@ from modekit.building.mix import Models, plan_mix
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.files.marker import foreign_files
-from modekit.files.staging import Staging
 from modekit.routing import write_text
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text import written
@@ -24,10 +23,6 @@ from refusal import refuse, tree
 
 ADAPTERS_ALONE = {"fit": "arrow", "granularity": "context"}
 INTERNAL = (".modekit", "recipe.yaml", "self-text")
-
-
-class KilledError(BaseException):
-    """As a kill: nothing is tidied up."""
 
 
 @pytest.fixture(scope="module")
@@ -110,29 +105,6 @@ def test_who_has_no_text_beside_others_writes_it(shop: Path, monkeypatch: pytest
     recipe, _ = mix(shop, monkeypatch, "law", "code", *texts(law="law"))
     assert [each["text"] for each in recipe["experts"]] == [["../text/law.jsonl"], "self", "self"]
     assert recipe["mixture"]["modules"] == "all"
-
-
-def test_a_killed_mix_goes_on_writing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mix(shop, monkeypatch, "fever-lora", "court-lora", "--without-base")
-    whole, keep, calls = tree(shop / "OUT" / "self-text"), write_text.keep_written, list[Path]()
-    shutil.rmtree(shop / "OUT")
-
-    def killed(file: Path, *rest: Any) -> None:
-        keep(file, *rest)
-        calls.append(file)
-        if len(calls) == 3:
-            raise KilledError
-
-    monkeypatch.setattr(write_text, "keep_written", killed)
-    with monkeypatch.context() as dying:
-        dying.setattr(Staging, "discard", Staging.keep)
-        with pytest.raises(KilledError):
-            modekit("mix", "base", "fever-lora", "court-lora", "--without-base", "-o", "OUT")
-    assert (shop / "OUT.partial" / "self-text").is_dir() and not (shop / "OUT").exists()
-    calls[:] = [Path()] * 3
-    modekit("mix", "base", "fever-lora", "court-lora", "--without-base", "-o", "OUT")
-    assert len(calls) == 3 + 5  # the last batch of the first expert, and four of the second
-    assert tree(shop / "OUT" / "self-text") == whole and not (shop / "OUT.partial").exists()
 
 
 def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,45 +6,18 @@ import inspect
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import modekit.cli.mixtures as mixtures
 import modekit.cli.training as training
 from command_line import ended, modekit
 from conftest import Workshop
-from modekit.cli.options import grouped
 from modekit.cli.shell import app
 from modekit.cli.words import SETTINGS, described, said_in
 from modekit.errors import ModekitError
 from refusal import borrow
-
-
-@dataclass(frozen=True)
-class Scored:
-    tokens: Annotated[int, typer.Option(min=64, help="How many.")] = 8_192
-    text: Annotated[list[str] | None, typer.Option(help="Which.")] = None
-
-
-def test_fields_become_options() -> None:
-    got: list[Any] = []
-    small = typer.Typer()
-
-    @small.command()
-    @grouped
-    def score(folder: Path, options: Scored, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
-        got.append((folder, options, loud))
-
-    runner = CliRunner()
-    assert runner.invoke(small, ["OUT"]).exit_code == 0
-    assert runner.invoke(small, ["OUT", "--tokens", "100", "--text", "a", "--text", "b", "--loud"]).exit_code == 0
-    assert runner.invoke(small, ["OUT", "--tokens", "1"]).exit_code == 2
-    assert got == [(Path("OUT"), Scored(), False), (Path("OUT"), Scored(100, ["a", "b"]), True)]
 
 
 def test_a_field_without_a_default_is_an_option_that_must_be_given(tmp_path: Path) -> None:

@@ -13,13 +13,7 @@ import pytest
 
 from conftest import Workshop
 from kills import befallen
-from modekit.building.build import build
-from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
-from modekit.files.output import work_of
-from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe
 from refusal import Tree, borrow, tree
 from writing_commands import COMMANDS, check_whole, run_in, stable
 
@@ -48,46 +42,6 @@ def starts(work: Callable[[], object]) -> int:
             traceback.print_exc()
             os._exit(CRASHED)
     return process
-
-
-def race(shop: Workshop, pairs: int) -> dict[tuple[int, ...], int]:
-    """How often each pair of ends came; every folder is checked."""
-    plans, wanted = [], []
-    for seed in (1, 2):
-        path = shop.write(mixture={"router": {"fit": "random", "seed": seed}})
-        plans.append(make_plan(load_recipe(path), shop.root))
-        wanted.append(tree(shop.build(f"WANTED{seed}", mixture={"router": {"fit": "random", "seed": seed}})))
-    ends: dict[tuple[int, ...], int] = {}
-    out = shop.root / "OUT"
-    for number in range(pairs):
-        overwrite = number % 2 == 1
-        if not overwrite or number % 4 == 1:
-            shutil.rmtree(out, ignore_errors=True)
-        processes = [starts(partial(build, plan, out, overwrite=overwrite)) for plan in plans]
-        codes = tuple(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes)
-        check(out, wanted, codes)
-        ends[codes] = ends.get(codes, 0) + 1
-    return ends
-
-
-def check(out: Path, wanted: list[Tree], codes: tuple[int, ...]) -> None:
-    assert CRASHED not in codes
-    assert DONE in codes, "nobody got through"
-    found = tree(out)
-    assert found in [each for each, code in zip(wanted, codes, strict=True) if code == DONE]
-    assert is_proven(verify(open_checkpoint(out), reload=False))
-    assert not work_of(out).path.exists()
-
-
-def test_a_few_pairs(shop: Workshop) -> None:
-    race(shop, 8)
-
-
-@pytest.mark.hostile
-def test_two_hundred_pairs(shop: Workshop) -> None:
-    ends = race(shop, 200)
-    assert sum(ends.values()) == 200
-    assert sum(count for codes, count in ends.items() if REFUSED in codes) > 20, ends  # they did meet
 
 
 RACES: dict[str, tuple[Sequence[str], Sequence[str]]] = {

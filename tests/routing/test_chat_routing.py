@@ -113,22 +113,6 @@ def decays_of(checkpoint: Checkpoint) -> list[float | None]:
     return [average.decay for average in open_checkpoint(checkpoint.folder).shape.routing.averages]
 
 
-@pytest.mark.parametrize(
-    "router",
-    [{"fit": "lexical", "orders": [1, 2], "buckets": 512}, {"fit": "logistic"}],
-    ids=["bigrams", "logistic"],
-)
-def test_other_fits_read_chats_too(shop: Workshop, router: dict[str, Any]) -> None:
-    """Experts of random weights do not tell what a real model's routers read: that they are fitted on other text does."""
-    checkpoint = build(shop, f"OTHER-{router['fit']}", **router)
-    alone = build(shop, f"ALONE-{router['fit']}", **router, chat=False)
-    assert not all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(checkpoint.gates(), alone.gates(), strict=True)
-    )
-    tokens = [[text["tokens"] for text in each.record.router.text.values()] for each in (checkpoint, alone)]
-    assert tokens[0] != tokens[1]
-
-
 def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop) -> None:
     checkpoint = build(shop, "KEPT", fit="lexical")
     path = checkpoint.folder / STATISTICS_FOLDER / "law.safetensors"

@@ -13,7 +13,7 @@ from conftest import DOMAINS, Workshop, logits_of, make_workshop
 from generated import check_generation
 from modekit.building.build import build as build_plan
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.checkpoint.router_file import read_table
 from modekit.errors import CheckpointError, RecipeError
@@ -21,7 +21,6 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE
-from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.read import load_recipe
 from modekit.routing.kept import save_kept
 from modekit.routing.refit import refit
@@ -89,12 +88,6 @@ def test_gates_of_every_layer_say_about_what_the_table_says(native: Checkpoint, 
             torch.testing.assert_close(said, wanted * share, atol=0.5, rtol=0.5)
 
 
-def test_a_build_again_is_the_same_bytes(shop: Workshop, native: Checkpoint) -> None:
-    again = build(shop, "AGAIN", "native")
-    for name in (ROUTER_FILE, EMBEDDING_FILE, "model-backbone-00001.safetensors", "modekit.json"):
-        assert (again.folder / name).read_bytes() == (native.folder / name).read_bytes(), name
-
-
 def test_a_fit_rewrites_gates_and_embedding_alone(shop: Workshop) -> None:
     checkpoint = build(shop, "REFIT", "native")
     shard = checkpoint.folder / "model-backbone-00001.safetensors"
@@ -122,27 +115,10 @@ def test_kept_tokens_stand_in_for_text_that_is_gone(tmp_path: Path) -> None:
     assert {name: (again.folder / name).read_bytes() for name in before} == before
 
 
-def test_an_edited_embedding_is_found(shop: Workshop) -> None:
-    checkpoint = build(shop, "EDITED", "native")
-    channels, embedding = checkpoint.carrier
-    with (checkpoint.folder / EMBEDDING_FILE).open("r+b") as file:
-        file.seek(embedding.start + 4 * (5 * embedding.shape[1] + channels.evidence.start))
-        file.write(b"\x00\x00\x00\x41")
-    with pytest.raises(CheckpointError, match="table in the embedding, is not the one"):
-        open_checkpoint(checkpoint.folder)
-    failed = [check for check in verify(open_with_any_router(checkpoint.folder), reload=False) if check.verdict == "failed"]
-    assert [check.name for check in failed] == ["router"] and "table in the embedding" in failed[0].detail
-
-
 @pytest.mark.parametrize("changes", [{"fit": "logistic"}, {"fit": "lexical", "decay": [1.0]}])
 def test_another_carrier_is_another_build(shop: Workshop, native: Checkpoint, changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="build again"):
         refit(native, {"router": changes})
-
-
-def test_special_tokens_say_nothing(native: Checkpoint) -> None:
-    table = torch.from_numpy(read_table(*native.carrier))
-    assert (table[:3].abs() <= 0.011).all() and (table[10:60].abs().amax() > 0.1)
 
 
 def test_auto_takes_the_modekit_architecture_where_no_native_one_carries_it(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from modekit.errors import TextError
 from modekit.text.documents import read_documents
 from modekit.text.splits import digest_of
 from mutations import limited
-from refusal import run_python
 
 
 def read(path: Path) -> list[str]:
@@ -64,26 +62,3 @@ def test_a_record_larger_than_any_document(tmp_path: Path, name: str, begin: str
     with limited(), pytest.raises(TextError, match="too large to be read") as caught:
         read(tmp_path / name)
     assert f"{name}:" in str(caught.value) and "25,165,824 bytes" in str(caught.value)
-
-
-PEAK = """
-import resource, sys
-from pathlib import Path
-from modekit.text.documents import read_documents
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-documents = read_documents([sys.argv[1]], root=Path("/"), where="law")
-print(len(documents), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.slow
-def test_a_real_gigabyte_takes_no_more_than_what_is_kept(tmp_path: Path) -> None:
-    words = ["the", "court", "held", "that", "party", "breach", "clause", "waiver", "lease", "tenant", "due", "notice"]
-    page = " ".join(random.Random(1).choices(words, k=900))
-    with (tmp_path / "law.txt").open("w") as stream:
-        for number in range(200_000):
-            stream.write(f"{number} {page}\n\n")
-    assert (tmp_path / "law.txt").stat().st_size > 10**9
-    done = run_python(PEAK, tmp_path / "law.txt")
-    documents, kilobytes = map(int, done.stdout.split())
-    assert documents > 40_000 and kilobytes < 500_000, (documents, kilobytes)

@@ -8,7 +8,6 @@ import pytest
 
 from damage import in_time, no_file
 from modekit.errors import TrainingError
-from modekit.evaluation.results import Results
 from modekit.files.marker import WorkFolder
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
@@ -36,18 +35,6 @@ def test_how_it_ended_comes_back(folder: TrainingFolder) -> None:
     again = folder.outcome()
     assert again is not None and again.best_state(folder.path) == folder.path / "checkpoint-2" / "model.safetensors"
     assert again.model_dump(mode="json") == ended().model_dump(mode="json")
-
-
-@pytest.mark.parametrize("content", ["", "null", '{"request": 7, "state": "x"}', "[" * 5_000])
-def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
-    for name in ("settings", "trained", "before"):
-        (folder.path / f"{name}.json").write_text(content)
-    with pytest.raises(TrainingError, match=r"remove the folder OUT\.training to begin again"):
-        folder._claim("x", "y")
-    with pytest.raises(TrainingError):
-        folder.outcome()
-    with pytest.raises(TrainingError):
-        folder.recall("before", Results.from_data)
 
 
 def test_a_pipe_is_not_waited_for(folder: TrainingFolder, tmp_path: Path) -> None:
