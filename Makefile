@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 # Where computed numbers are compared.
-NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
+NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing sources training weights)
 
 .PHONY: demo demo-real test test-all test-hostile test-vllm test-litellm test-processors bench check lint docs clean
 

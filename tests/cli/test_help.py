@@ -10,6 +10,7 @@ import typer
 from command_line import ended, modekit
 from modekit.cli.arrangement import GROUPS, example_of
 from modekit.cli.shell import app
+from modekit.cli.words import SETTINGS, described
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,12 @@ def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) ->
     assert " ".join(said[1:3]).startswith(example), said[:3]
     assert example.startswith(f"Example: modekit {' '.join(words)}")
     assert "…" not in shown and all(len(line) <= 80 for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("command", SETTINGS)
+def test_settings_of_an_example_are_there(command: str) -> None:
+    before = example_of(command).partition(" --")[0]  # what options have may have an equals sign, too
+    assert all(f"\n{word.partition('=')[0]}" in described(command) for word in before.split() if "=" in word)
 
 
 def test_wrong_usage_is_answered_with_the_example() -> None:

@@ -19,7 +19,7 @@ from modekit.files.marker import foreign_files
 from modekit.routing import write_text
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text import written
-from refusal import refuse, tree
+from refusal import borrow, refuse, tree
 
 ADAPTERS_ALONE = {"fit": "arrow", "granularity": "context"}
 INTERNAL = (".modekit", "recipe.yaml", "self-text")
@@ -175,6 +175,12 @@ def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.Mon
     said = refuse("mix", "base", *words, "-o", "NEW")
     assert message in said and "../" not in said  # paths as they were typed
     assert set(tree(shop)) == before
+
+
+def test_a_plain_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path) -> None:
+    out = borrow(small_workshop, tmp_path).build(mixture={"router": {"fit": "random"}})
+    said = refuse("mix", out, *(small_workshop.root / name for name in ("law", "code")), "-o", tmp_path / "NEW")
+    assert "is itself a mixture" in said and "modekit add" in said
 
 
 def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

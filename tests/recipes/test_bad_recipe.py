@@ -62,6 +62,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("top_k over E", with_mixture(**RANDOM, top_k=3), ["mixture.top_k is 3", "only 2 experts"]),
     ("top_k of zero", with_mixture(**RANDOM, top_k=0), ["mixture.top_k", "greater than or equal to 1", "found 0"]),
     ("temperature of zero", with_mixture(router={"fit": "random", "temperature": 0}), ["mixture.router.temperature"]),
+    ("1e-4 as YAML reads it", with_mixture(router={"l2": "1e-4"}), ["mixture.router.l2: YAML takes", "like 1.0e-4", "'1e-4'"]),
     (
         "infinite temperature",
         with_mixture(router={"fit": "random", "temperature": float("inf")}),

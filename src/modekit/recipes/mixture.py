@@ -87,7 +87,7 @@ class AlwaysOn(Strict):
 class Mixture(Strict):
     """How the experts are mixed."""
 
-    later: ClassVar[tuple[str, ...]] = ("tokens", "groups", "threshold")
+    later: ClassVar[tuple[str, ...]] = ("groups", "threshold")
 
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")

@@ -113,6 +113,8 @@ def _message(problem: RecipeData) -> str:
         return f"not a name; write {NAME_RULE}"
     if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:
         return "neither a path nor a mapping of keys; write ./law, or {name: law, model: ./law, text: ./law.jsonl}"
+    if problem["type"] == "float_type" and isinstance(found, str) and re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", found):
+        return "YAML takes such a number for text; write it with a point and a sign, like 1.0e-4"
     message = problem_said(str(problem["msg"]))
     if problem["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']*)'", str(context.get("expected"))))

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
-from modekit.sources.config import Config
+from modekit.sources.config import Config, is_mixture
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import TensorRef, check_floats, read_header
@@ -343,7 +343,8 @@ class _Reading:
         layers, (layer, _) = layers_of(self._base_names), split_layer(module)
         if layer is not None and layer not in layers:
             return self._other_base("has more layers than the base model", ref, f"layer {layer}", f"{len(layers)} layers")
-        expected = f"a module of {self._base.spec} ({self._base.config.get('model_type')})"
+        mixed = ", itself a mixture of experts" if is_mixture(self._base.config) else ""
+        expected = f"a module of {self._base.spec} ({self._base.config.get('model_type')}{mixed})"
         return self._other_base("has a tensor for a part that the base model lacks", ref, module, expected)
 
     def _other_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> MismatchError:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.recipes.layers import Layer, stack_of
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import SAVE_AGAIN, check_values, words
+from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, check_values, is_mixture, words
 from modekit.sources.families import own_family
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import check_floats
@@ -106,6 +106,9 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     """Raise MismatchError that names the setting in which an expert differs from the base model."""
     where = f"{source.where}: config.json"
     theirs_type = source.config.get("model_type")
+    if is_mixture(base.config) and not is_mixture(source.config):
+        what = "the base model is itself a mixture of experts, and the expert is a dense model"
+        raise MismatchError(what, where=base.where, found=family.model_type, expected=theirs_type, remedy=OF_A_MIXTURE)
     if theirs_type != family.model_type:
         raise MismatchError(
             "the expert is of another family than the base model",

@@ -19,6 +19,7 @@ Config = Mapping[str, object]
 """config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
 
 SAVE_AGAIN = "download or save the model again"
+OF_A_MIXTURE = "give the model that its experts were fine-tuned from; `modekit add` adds an expert to a mixture"
 FROM_GGUF = (
     "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
     "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
@@ -150,8 +151,7 @@ def check_no_code(config: Config, *, where: str, run: Run) -> None:
         return
     for key, value in entries(config):
         if key == "auto_map" and value and config.get("model_type") == "modekit":
-            remedy = "give the model that its experts were fine-tuned from; `modekit add` adds an expert to a mixture"
-            raise SourceError("this is a mixture, not a dense model", where=where, remedy=remedy)
+            raise SourceError("this is a mixture, not a dense model", where=where, remedy=OF_A_MIXTURE)
         if key == "auto_map" and value:
             raise SourceError(
                 "the model brings code of its own (auto_map in config.json)",
@@ -167,6 +167,11 @@ def check_no_code(config: Config, *, where: str, run: Run) -> None:
                 found=value,
                 remedy="remove the setting from config.json, or pass --trust-remote-code if you trust what it names",
             )
+
+
+def is_mixture(config: Config) -> bool:
+    """Whether a plain model is itself a mixture of experts."""
+    return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
 
 
 def check_values(config: Config, *, where: str, pair: bool = False) -> None:
