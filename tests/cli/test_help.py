@@ -46,6 +46,7 @@ def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) ->
     example = f"Example: {example_of(words[-1])}"
     assert " ".join(said[1:3]).startswith(example), said[:3]
     assert example.startswith(f"Example: modekit {' '.join(words)}")
+    assert all(word in shown.partition("Options")[2] for word in example.split() if word.startswith("--"))
     assert "…" not in shown and all(len(line) <= 80 for line in shown.splitlines())
 
 

@@ -106,7 +106,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     """Raise MismatchError that names the setting in which an expert differs from the base model."""
     where = f"{source.where}: config.json"
     theirs_type = source.config.get("model_type")
-    if is_mixture(base.config) and not is_mixture(source.config):
+    if theirs_type != family.model_type and is_mixture(base.config) and not is_mixture(source.config):
         what = "the base model is itself a mixture of experts, and the expert is a dense model"
         raise MismatchError(what, where=base.where, found=family.model_type, expected=theirs_type, remedy=OF_A_MIXTURE)
     if theirs_type != family.model_type:
