@@ -62,6 +62,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, **WINDOWS},
     "gemma3_text": {"head_dim": 8, **WINDOWS},
+    "olmo3": WINDOWS,
+    "glm4": {"head_dim": 8},
     "starcoder2": {"use_bias": True},
 }
 NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses

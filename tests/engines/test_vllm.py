@@ -45,6 +45,7 @@ FLEXIBLE = {
     "qwen3_5_text",
     "gemma",
     "gemma2",
+    "glm4",
     "gemma3_text",
 }
 NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these

@@ -76,3 +76,10 @@ def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) ->
     mixture = {"router": {"fit": "lexical"}}
     notes = said(shop, "has no effect", experts=experts, mixture=mixture, output={"rank": 32})
     assert [note.partition(" ")[0] for note in notes] == ["output.rank"]
+
+
+def test_one_text_of_two_experts_is_named(shop: Workshop) -> None:
+    experts = [{**each, "text": "./text/law.jsonl"} for each in shop.recipe["experts"][:2]]
+    (note,) = said(shop, "have one text", experts=experts, mixture=RANDOM)
+    assert all(each["name"] in note for each in experts)
+    assert not said(shop, "have one text", mixture=RANDOM)

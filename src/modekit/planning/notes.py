@@ -165,7 +165,7 @@ def changed_ffn_alone(source: ModelSource) -> bool:
 
 
 def _twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
-    """Experts that are one model, or one part of it, and those that are the base, by the folders that they were read from."""
+    """Experts that are one model, or one part of it, or have one text, and those that are the base, by their folders."""
     same: dict[object, list[str]] = {}
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         folder = source.folder.resolve()
@@ -173,5 +173,11 @@ def _twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
             yield f"{expert.name}: it is the base model itself: write `model: base`, which needs no tensors of its own"
         elif not expert.is_base:
             same.setdefault((folder, tuple(expert.layers or ())), []).append(expert.name)
+    texts: dict[tuple[str, ...], list[str]] = {}
+    for expert in recipe.experts:
+        if expert.text and not expert.writes_text:
+            texts.setdefault(tuple(sorted(expert.text)), []).append(expert.name)
+    for each in (each for each in texts.values() if len(each) > 1):
+        yield f"{' and '.join(each)} have one text: no router can choose between them by it; correct the paths"
     for each in (each for each in same.values() if len(each) > 1):
         yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"

@@ -15,7 +15,8 @@ from modekit.sources.family import LINEAR, Family, Stack, every
 from modekit.sources.pairs import PAIRS
 from modekit.sources.structure import is_installed, structure
 
-_FUSED = {**LINEAR, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"), **dict.fromkeys("qkv", "self_attn.qkv_proj")}
+_FUSED_GATE_UP = {**LINEAR, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")}
+_FUSED = {**_FUSED_GATE_UP, **dict.fromkeys("qkv", "self_attn.qkv_proj")}
 _SILU = {"hidden_act": "silu", "tie_word_embeddings": False}
 _LLAMA = {**_SILU, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 _WIDE = {**_LLAMA, "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
@@ -119,6 +120,23 @@ DECODERS: tuple[Family, ...] = (
         },
         layer_types=every("sliding_window_pattern", 6, "sliding_attention"),
         meant=_rope_by_kind,
+    ),
+    Family(
+        "olmo3",
+        rope_theta=500_000.0,
+        defaults={**_SILU, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+        layer_types=every("sliding_window_pattern", 4, "sliding_attention"),
+    ),
+    Family(
+        "exaone4",
+        heads_first=("self_attn.q_norm", "self_attn.k_norm"),
+        defaults={**_SILU, "rms_norm_eps": 1e-5, "num_key_value_heads": 32},
+    ),
+    Family(
+        "glm4",
+        stacks=(Stack(parts=_FUSED_GATE_UP),),
+        head_dim=128,
+        defaults={**_SILU, "num_key_value_heads": 2, "attention_bias": True},
     ),
     Family(
         "starcoder2",
