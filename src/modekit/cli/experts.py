@@ -21,7 +21,9 @@ from modekit.files.figures import bytes_of, three_digits
 
 if TYPE_CHECKING:
     from modekit.experts.distill.settings import DistillSettings
+    from modekit.experts.distill.teaching import Teaching
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
+    from modekit.run import Run
 
 
 def _listed(value: object) -> object:
@@ -121,12 +123,6 @@ def specialize(
         shared = {key: getattr(settings, key) for key in ("steps", "batch_tokens", "sequence_length", "seed")}
         training = Training(learning_rate=rate, **shared)
         folder = model_folder(base, None, root=Path.cwd(), label="BASE", run=run)
-        teaching = None
-        if options.teacher is not None:
-            from modekit.experts.distill.teaching import Teaching
-
-            teacher = model_folder(options.teacher, None, root=Path.cwd(), label="--teacher", run=run)
-            teaching = Teaching(teacher, settings.distillation(), settings.mix)
         generic = Generic(options.generic, settings.generic_share or SHARE) if options.generic else None
         labelled = (
             Labelled(_by_label(text), settings.randomise or 0.0, settings.randomise_to or "all") if options.tags else None
@@ -140,11 +136,21 @@ def specialize(
             rank=rank,
             training=training,
             generic=generic,
-            teaching=teaching,
+            teaching=_teaching(options.teacher, settings, run),
             overwrite=options.overwrite,
             run=run,
         )
     print_specialist(output, record)
+
+
+def _teaching(teacher: str | None, settings: SpecialistSettings, run: Run) -> Teaching | None:
+    if teacher is None:
+        return None
+    from modekit.experts.distill.teaching import Teaching
+    from modekit.sources.open import model_folder
+
+    folder = model_folder(teacher, None, root=Path.cwd(), label="--teacher", run=run)
+    return Teaching(folder, settings.distillation(), settings.mix)
 
 
 def print_specialist(output: Path, record: SpecialistRecord) -> None:
