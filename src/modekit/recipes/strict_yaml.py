@@ -22,7 +22,7 @@ class StrictLoader(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str | None, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """The next node. Raises YAMLError as soon as there are too many, each alias written out, or they nest too deeply."""
@@ -34,7 +34,7 @@ class StrictLoader(yaml.SafeLoader):
             self._size += 1 + len(getattr(event, "value", "")) // _CHARACTERS
         if self._size > _MOST or self._depth > _DEEPEST:
             what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST} values, aliases written out"
-            raise yaml.composer.ComposerError(None, None, what, event.start_mark)  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, what, event.start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         if event.anchor is not None:
