@@ -302,6 +302,14 @@ def test_one_id_with_two_tokens_is_named(
         assert word in str(caught.value)
 
 
+def test_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """A slow tokenizer's folder: no tokenizer.json, and the added tokens in added_tokens.json."""
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT})
+    (tmp_path / "law" / "tokenizer.json").unlink()
+    (tmp_path / "law" / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 96, "<|im_end|>": 97}))
+    assert "'<|im_end|>' 97" in " ".join(planned(shop).notes)
+
+
 def test_it_is_evaluated_with_the_rows_that_models_lack(tmp_path: Path) -> None:
     shop = shop_of(tmp_path, WHOLE, law={"tokens": CHAT})
     with (tmp_path / "text" / "law.jsonl").open("a") as stream:

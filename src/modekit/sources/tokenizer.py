@@ -121,19 +121,21 @@ class ReadTokens:
         return max(self.tokens.values(), default=-1) + 1
 
 
-def read_tokens(folder: Path, *, where: str) -> ReadTokens | None:
+def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> ReadTokens | None:
     """From tokenizer.json, or from vocab.json and added_tokens.json; None when the folder has none of them.
 
-    Raises SourceError.
+    `beside`: tokens of a folder that has added_tokens.json alone, as old models do. Raises SourceError.
     """
-    path = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()), None)
+    names = ("tokenizer.json", "vocab.json", *(() if beside is None else ("added_tokens.json",)))
+    path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
         return None
     try:
         raw: Any = read_json(path, LARGE)
         if path.name != "tokenizer.json":
             added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
-            return ReadTokens(_checked({**raw, **added}))
+            first = beside if path.name == "added_tokens.json" else None
+            return ReadTokens(_checked({**(first or {}), **raw, **added}))
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
         tokens = _checked({**dict(pairs), **{added["content"]: added["id"] for added in raw.get("added_tokens") or []}})

@@ -271,7 +271,7 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
     for number, source in enumerate(sources[1:], 1):
         where = source.where
         check_same_pieces(base.folder, source.folder, where=where)
-        read = None if first is None else read_tokens(source.folder, where=where) or first
+        read = None if first is None else read_tokens(source.folder, where=where, beside=first.tokens) or first
         found.append(read)
         if first is None or read is None or read is first:
             continue
