@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import VOCAB, Workshop
 from modekit.loaded.load import load_model
 from pair_models import built, inputs, logits_of, write_models, written
 
@@ -86,6 +87,18 @@ def test_pads_of_the_target_that_generate_was_told_do_not_stay(folder: Path) -> 
         model.generate(**source, **begun, max_new_tokens=1, eos_token_id=None, forced_eos_token_id=None)
         found = model.get_decoder()(**target, encoder_attention_mask=said["attention_mask"]).last_hidden_state
         assert torch.equal(found, expected)
+
+
+def test_nor_do_pads_stay_in_a_decoder_only_model(shared_workshop: Workshop) -> None:
+    """The model without its head reads other texts than those that were generated from, as those who want vectors do."""
+    mixture = {"router": {"fit": "random", "seed": 3, "granularity": "context"}}
+    model = load_model(shared_workshop.build("PADS", mixture=mixture, output={"format": "modekit"}))
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
+    mask = (torch.arange(9) >= torch.tensor([[5], [0]])).long()
+    with torch.inference_mode():
+        expected = model.model(ids).last_hidden_state
+        model.generate(ids * mask, attention_mask=mask, max_new_tokens=1)
+        assert torch.equal(model.model(ids).last_hidden_state, expected)
 
 
 # --- interrupts, of which torch tells no hook

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.routing.evidence import TableSchedule, TokenRows, averaged, train_table
+from modekit.routing.evidence import TableSchedule, TokenRows, _drawn, averaged, train_table
 
 HEIGHT = 12
 
@@ -124,3 +124,19 @@ def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
     assert float(start[:, 0, 11].abs().max()) < 1e-6  # naive Bayes has counted none of them
     scored = train_table([[TokenRows(each.rows) for each in domain] for domain in behind], HEIGHT, (1.0,), schedule=few)
     assert scored.before > train_table(behind, HEIGHT, (1.0,), schedule=few).before  # at the opening nothing is known
+
+
+class Counted(torch.Tensor):
+    """A tensor that counts how often one of its kind is asked for its length."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        Counted.asked += 1
+        return super().__len__()
+
+
+def test_a_batch_of_many_short_texts_is_drawn_as_fast_as_one_of_few_long_ones() -> None:
+    short = [TokenRows(torch.zeros(1, dtype=torch.int32).as_subclass(Counted)) for _ in range(400)]  # type: ignore[arg-type]
+    (batch,) = next(_drawn([short], 200, seed=0))
+    assert int(batch.mask_BS.sum()) == 200 and Counted.asked < 20 * 200

@@ -183,6 +183,12 @@ def test_n_grams_have_tables_of_their_own(of_orders: Checkpoint) -> None:
         assert int(logits(of_orders, text)[0][-1].argmax()) == place
 
 
+def test_ids_may_be_of_32_bits(of_orders: Checkpoint) -> None:
+    """As some loaders and engines make them: the hash of n-grams must not overflow."""
+    model, ids = load_model(of_orders.folder), torch.arange(4, 44)[None]
+    assert torch.equal(logits_of(model, ids.int()), logits_of(model, ids))
+
+
 def test_generation_padding_and_beams_equal_the_full_pass(of_orders: Checkpoint) -> None:
     check_generation(of_orders.folder)
 

@@ -138,7 +138,7 @@ class Router(nn.Module):
             )
         if ids_BS is None:
             raise ValueError("this mixture's router reads token ids: give input_ids, not inputs_embeds")
-        ids_BS = ids_BS.to(device)
+        ids_BS = ids_BS.to(device, torch.int64)  # as the hash of n-grams needs
         ngram = self.routing.get("ngram")
         if ngram is None:
             return [ids_BS] * len(self.routing["averages"])

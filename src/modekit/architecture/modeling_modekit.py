@@ -184,6 +184,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
 
         def run() -> Any:
             given = {**dict(zip(arguments, args, strict=False)), **flow.padding, **kwargs}
+            flow.padding = {}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)
             if flow.streams == 2:

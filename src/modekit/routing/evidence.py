@@ -199,11 +199,12 @@ def _drawn(domains: Sequence[Examples], tokens: int, seed: int) -> Iterator[list
     while True:
         batches = []
         for place, examples in enumerate(domains):
-            taken: list[TokenRows] = []
-            while sum(len(each.rows) for each in taken) < tokens and len(taken) < len(examples):
+            taken, length = list[TokenRows](), 0
+            while length < tokens and len(taken) < len(examples):
                 if not left[place]:
                     left[place] = torch.randperm(len(examples), generator=generator).tolist()
                 taken.append(examples[left[place].pop()])
+                length += len(taken[-1].rows)
             batches.append(_padded(taken, place))
         yield batches
 

@@ -17,7 +17,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.checkpoint.router_file import Gates
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import Fit, Router
+from modekit.recipes.router import Router
 from modekit.run import QUIET, Run
 
 _HASHED = 0.01  # logits of the first expert of a token; half of it the second's, and so on: those chosen weigh the same
@@ -84,14 +84,11 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     written there. Raises TextError.
     """
     fit = fitting.recipe.mixture.fit
-    return _zero(fitting) if fit is None else _setter(fit)(fitting)
-
-
-def _setter(fit: Fit) -> Callable[[Fitting], FittedRouter]:
-    """The function of a fit."""
+    if fit is None:
+        return _zero(fitting)
     found = SETTERS[fit.name]
     setter: Callable[[Fitting], FittedRouter] = resolve_name(found) if isinstance(found, str) else found
-    return setter
+    return setter(fitting)
 
 
 def _zero(fitting: Fitting) -> FittedRouter:

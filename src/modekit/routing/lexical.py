@@ -1,6 +1,6 @@
 """Lexical routers: what does every token say of the domain, averaged over the text so far?
 
-The table is trained without a model (router_file.py). In the modekit architecture it is the gate of one router before the first
+The table is trained without a model (evidence.py). In the modekit architecture it is the gate of one router before the first
 layer; a native checkpoint carries it in channels besides the base's: evidence in the embedding, gates that read its average.
 The channels of the average pass a norm before each gate, which divides them by the size of the stream there. By how much is
 measured on a little text: the gate of a layer multiplies with the median, over tokens, of what the average is over what
