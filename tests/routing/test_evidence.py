@@ -137,6 +137,6 @@ class Counted(torch.Tensor):
 
 
 def test_a_batch_of_many_short_texts_is_drawn_as_fast_as_one_of_few_long_ones() -> None:
-    short = [TokenRows(torch.zeros(1, dtype=torch.int32).as_subclass(Counted)) for _ in range(400)]  # type: ignore[arg-type]
+    short = [TokenRows(torch.zeros(1, dtype=torch.int32).as_subclass(Counted)) for _ in range(400)]
     (batch,) = next(_drawn([short], 200, seed=0))
     assert int(batch.mask_BS.sum()) == 200 and Counted.asked < 20 * 200

@@ -49,12 +49,6 @@ class Decision:
     tokens: int
 
 
-def reads_tokens(checkpoint: Checkpoint) -> bool:
-    """Whether the router decides on token ids alone, and is set."""
-    settings = checkpoint.record.router.settings
-    return settings is not None and settings.row.reads == "tokens" and checkpoint.record.router.status != "unfitted"
-
-
 class TextRouter:
     """A mixture's router on its own."""
 
@@ -62,8 +56,8 @@ class TextRouter:
         """Read it. Raises UnsupportedError when it reads anything but tokens; SourceError without a tokenizer; CheckpointError
         for a table that is not finite.
         """
-        settings = checkpoint.record.router.settings
-        if settings is None or not reads_tokens(checkpoint):
+        settings, status = checkpoint.record.router.settings, checkpoint.record.router.status
+        if settings is None or settings.row.reads != "tokens" or status == "unfitted":
             raise UnsupportedError(
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
