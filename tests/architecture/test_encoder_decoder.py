@@ -410,6 +410,15 @@ def test_models_that_write_other_languages_are_refused(folders: Path, tmp_path: 
     planned(tmp_path, mixture, "one", "two")
 
 
+def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path) -> None:
+    """As opus-mt of two directions: the same architecture and size, other tokens."""
+    write_three(folders, tmp_path)
+    for name in ("base", "one", "two"):
+        (tmp_path / name / "vocab.json").write_text(json.dumps({"</s>": 0, "a": 1, "b" if name != "two" else "ü": 2}))
+    with pytest.raises(MismatchError, match="tokenizer differs from the base model's in 2 tokens"):
+        planned(tmp_path, {"router": {"fit": "random"}}, "one", "two")
+
+
 @pytest.mark.parametrize("file", ["spiece.model", "target_vocab.json"])
 def test_tokenizer_files_that_differ_are_refused(folders: Path, tmp_path: Path, file: str) -> None:
     """The base's would be copied for all. Where both have a tokenizer.json, that is what is read, and it says it all."""
