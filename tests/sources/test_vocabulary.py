@@ -375,6 +375,17 @@ def test_a_tokenizer_that_cuts_text_otherwise_is_refused(tmp_path: Path, parts: 
     assert "experts[0] 'law'" in str(caught.value)
 
 
+def test_what_a_tokenizer_puts_around_a_text_is_noted(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM)
+    around = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": around, "pair": around, "special_tokens": special}
+    change_tokenizer(tmp_path / "law", post_processor=template)
+    assert any("other special tokens around a text (<s>" in note for note in planned(shop).notes)
+    change_tokenizer(tmp_path / "law", post_processor=None, truncation=None, padding=None)
+    assert not any("special tokens around" in note for note in planned(shop).notes)
+
+
 def test_a_base_without_a_tokenizer_is_noted(tmp_path: Path) -> None:
     shop = shop_of(tmp_path, RANDOM)
     for name in SEEDS:

@@ -209,9 +209,9 @@ _PAGE = (
 """Text of many kinds: two tokenizers that cut it alike are taken to cut all text alike."""
 
 
-def check_same_cuts(base: Path, expert: Path, *, where: str) -> None:
+def other_cuts(base: Path, expert: Path, *, where: str) -> list[str]:
     """Raise MismatchError where two tokenizer.json with the same tokens cut a page of text otherwise; SourceError for a file
-    that the tokenizers library does not open.
+    that the tokenizers library does not open. A note where only the special tokens that they put around a text differ.
     """
     from tokenizers import Tokenizer
 
@@ -228,10 +228,15 @@ def check_same_cuts(base: Path, expert: Path, *, where: str) -> None:
                     expected=f"... {' '.join(cuts[0][first : first + 6])}",
                     remedy=Readers().remedy,
                 )
+        around = [" ".join(each.encode(_PAGE[0]).tokens[:2]) for each in (ours, theirs)]
     except MismatchError:
         raise
     except Exception as error:  # the library raises Exception itself
         raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer.json", error) from None
+    other = (
+        f"{where}: its tokenizer puts other special tokens around a text ({around[1]} ...) than the base's ({around[0]} ...)"
+    )
+    return [f"{other}, which the mixture has"] if around[0] != around[1] else []
 
 
 def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:

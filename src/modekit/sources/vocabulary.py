@@ -38,10 +38,10 @@ from modekit.sources.tokenizer import (
     chat_template,
     check_alike,
     check_ids_fit,
-    check_same_cuts,
     check_same_pieces,
     check_same_tokenizer,
     copied_files,
+    other_cuts,
     read_beside,
     read_tokens,
 )
@@ -277,7 +277,7 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
             continue
         check_alike(first, read, where=where, below=min(first.size, read.size))
         if first.rest and read.rest and first.rest != read.rest:
-            check_same_cuts(base.folder, source.folder, where=where)
+            notes += other_cuts(base.folder, source.folder, where=where)
         most = found[largest]
         if largest and most is not None:
             between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER)
