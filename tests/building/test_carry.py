@@ -23,7 +23,7 @@ from kills import KILLED
 from modekit.building.build import build, write_tensor
 from modekit.building.differences import _head
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.carried import CARRIED_FILE
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.loaded.native import DenseView
@@ -209,6 +209,13 @@ def test_another_file_of_what_is_carried_is_not_proven(shop: Workshop) -> None:
     record = json.loads((out / "modekit.json").read_text())
     wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
     assert CARRIED_FILE in wrong.detail
+    misfits = {"units": np.zeros((9, 5)), "input_sizes": np.zeros(0), "inputs.0": np.zeros((2, 3)), "still": np.zeros(0)}
+    for name, numbers in misfits.items():
+        save_file({**arrays, name: numbers.astype(np.float32)}, out / CARRIED_FILE)
+        forged = {**record, "carry": {**record["carry"], "sha256": carried_digest(out)}}
+        (out / "modekit.json").write_text(json.dumps(forged))
+        checks = verify(open_checkpoint(out), reload=False)
+        assert next(check for check in checks if check.name == "computed tensors").verdict == "failed", name
     record["carry"]["head"] = True
     (out / "modekit.json").write_text(json.dumps(record))
     wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")

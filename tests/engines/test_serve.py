@@ -174,6 +174,30 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
     assert asked(served, "/health")[0] == 200
 
 
+def test_what_transformers_would_pass_over_is_refused_by_name(running: tuple[ServedMixture, Checkpoint]) -> None:
+    served, checkpoint = running
+    if served.engine != "transformers":
+        pytest.skip("the others do these, or say so themselves")
+    good = {"model": checkpoint.folder.name, "max_tokens": 2, "temperature": 0}
+    text, chat = {**good, "prompt": "the"}, {**good, "messages": [{"role": "user", "content": "hi"}]}
+    json_wanted = {"response_format": {"type": "json_object"}}
+    for path, body, more in (
+        ("/v1/completions", text, {"n": 2}),
+        ("/v1/completions", text, {"logprobs": 1}),
+        ("/v1/completions", text, {"generation_config": '{"num_beams": 4}'}),
+        ("/v1/chat/completions", chat, {"logprobs": True}),
+        ("/v1/chat/completions", chat, {"tool_choice": "required"}),
+        ("/v1/chat/completions", chat, json_wanted),
+    ):
+        status, said = asked(served, path, {**body, **more})
+        assert status == 400 and next(iter(more)) in said and "leave it out" in said, (more, status, said)
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}
+    status, said = asked(served, "/v1/chat/completions", {**chat, "messages": [image]})
+    assert status == 400 and "image_url" in said
+    harmless = {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "logit_bias": None}
+    assert asked(served, "/v1/chat/completions", {**chat, **harmless})[0] == 200
+
+
 def test_an_answer_ends_where_the_context_does(running: tuple[ServedMixture, Checkpoint]) -> None:
     """Transformers by itself would write on."""
     served, checkpoint = running

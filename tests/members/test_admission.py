@@ -73,6 +73,15 @@ def test_one_that_knows_its_domain_less_than_the_base_is_kept_out(shop: Workshop
     assert [finding.what for finding in found.refused] == ["it is not better than the base model on its own text"]
 
 
+def test_who_it_was_not_compared_with_is_said(shop: Workshop) -> None:
+    (shop.root / "medic").rename(shop.root / "away")
+    try:
+        found = door(shop, "python")
+    finally:
+        (shop.root / "away").rename(shop.root / "medic")
+    assert "note: it was not compared with law" in [f"{finding.level}: {finding.what}" for finding in found.findings]
+
+
 def test_a_twin_is_kept_out(shop: Workshop) -> None:
     root = shop.root
     code, _, _ = ended(

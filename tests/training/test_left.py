@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from damage import in_time, no_file
-from modekit.errors import TrainingError
+from modekit.errors import InterruptError, TrainingError
 from modekit.files.marker import WorkFolder
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
@@ -22,6 +22,24 @@ def folder(tmp_path: Path) -> TrainingFolder:
     (made.path / "checkpoint-2").mkdir()
     (made.path / "checkpoint-2" / "model.safetensors").write_bytes(b"x")
     return made
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_while_it_is_cleared_says_that_all_is_done(
+    folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Whether a state was removed by then or not."""
+    clear = TrainingFolder.remove
+
+    def interrupted(cleared: TrainingFolder) -> None:
+        monkeypatch.setattr(TrainingFolder, "remove", clear)
+        if again:
+            clear(cleared)
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptError, match="interrupted; OUT was finished by then"), folder.held("x", "y"):
+        monkeypatch.setattr(TrainingFolder, "remove", interrupted)
+    assert not folder.path.exists()
 
 
 def ended(best_step: int = 2) -> TrainingOutcome:

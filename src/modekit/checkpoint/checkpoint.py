@@ -39,7 +39,7 @@ from modekit.checkpoint.router_file import (
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
-from modekit.files.read import UNREADABLE, read_bytes, read_json
+from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import Content, digest_of_data, json_bytes
@@ -209,7 +209,7 @@ class Checkpoint:
             "evidence_sha256": record.router.evidence,
             "embedding": digests.pop(EMBEDDING_FILE, ""),
             "weights": digest_of_data(digests),
-            "tokenizer": digest_of_data([sha256_of(_content(self.folder / name)) for name in sorted(COPIED_FILES)]),
+            "tokenizer": digest_of_data([sha256_of(_content(self.folder / name, LARGE)) for name in sorted(COPIED_FILES)]),
             "config": digest_of_data(without_names(self.config)),
         }
 
@@ -356,9 +356,9 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, limit: int = 2**32) -> bytes:
     try:
-        return read_bytes(path, 2**32)
+        return read_bytes(path, limit)
     except UNREADABLE:
         return b""
 

@@ -154,7 +154,7 @@ class Chat:
         temperature = self._settings.temperature
         drawn: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}  # whatever generation_config.json says
         if temperature is not None:
-            drawn |= {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
+            drawn |= {"do_sample": True, "temperature": temperature} if temperature > 1e-4 else _GREEDY  # of less, no softmax
 
         def put(tokens: torch.Tensor) -> None:  # the prompt (B, S), then one token (B,) after another
             nonlocal read, at_end

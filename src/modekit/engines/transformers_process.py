@@ -1,7 +1,8 @@
 """Run as a process of its own: `transformers serve` with one mixture. See serve.py.
 
 What is added to it: mixtures in the modekit architecture, whose class transformers looks up in itself; the guard; the end of
-the context; draws where a temperature is asked for; and no list of what else lies in the user's cache.
+the context; draws where a temperature is asked for; a status for what it would pass over in silence; and no list of what else
+lies in the user's cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,27 @@ from modekit.engines.guard import Guard
 
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
+_NOT_DONE = ("best_of", "echo", "functions", "generation_config", "logit_bias", "logprobs", "n", "presence_penalty")
+_NOT_DONE += ("response_format", "suffix", "tool_choice")
+_HARMLESS = {"best_of": 1, "n": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
+
+
+def _refuse_what_is_not_done() -> None:
+    """By itself it only logs which parts of a request it passes over."""
+    from fastapi import HTTPException
+    from transformers.cli.serving.utils import BaseHandler
+
+    known = BaseHandler._validate_request
+
+    def checked(handler: Any, body: dict[str, Any]) -> None:
+        parts = (part for message in body.get("messages") or () for part in message.get("content") or ())
+        asked = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
+        asked |= {key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)}
+        if asked:
+            raise HTTPException(400, f"{', '.join(sorted(asked))}: transformers does not do this; leave it out")
+        known(handler, body)
+
+    BaseHandler._validate_request = checked
 
 
 def _draw_where_asked() -> None:
@@ -27,7 +49,7 @@ def _draw_where_asked() -> None:
 
     def built(handler: Any, body: dict[str, Any], *settings: Any, **more: Any) -> Any:
         config = known(handler, body, *settings, **more)
-        config.do_sample = bool(body["temperature"]) if "temperature" in body else config.do_sample
+        config.do_sample = config.do_sample if body.get("temperature") is None else bool(body["temperature"])
         config.num_beams = config.num_return_sequences = 1
         return config
 
@@ -64,6 +86,7 @@ def main() -> None:
 
     transformers.ModekitForCausalLM = ModekitForCausalLM
     transformers.AutoProcessor = transformers.AutoTokenizer
+    _refuse_what_is_not_done()
     _draw_where_asked()
     _end_with_context(settings["context"])
     folder = Path(settings["model"])

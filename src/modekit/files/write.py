@@ -21,6 +21,7 @@ import shutil
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,8 @@ def link_file(file: Path, target: Path) -> None:
 
 def files_below(folder: Path) -> list[str]:
     """Everything in a folder and its folders that is no folder, by its path with slashes; links are named, not followed."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    there = (Path(parent) / name for parent, *names in os.walk(folder) for name in chain(*names))
+    return sorted(path.relative_to(folder).as_posix() for path in there if path.is_symlink() or not path.is_dir())
 
 
 def temporary_in(folder: Path) -> Path:

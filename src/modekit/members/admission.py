@@ -20,7 +20,7 @@ from modekit.building.build import write_texts
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_weights
-from modekit.errors import ModekitError, TextError
+from modekit.errors import ModekitError, TextError, some_of
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
 from modekit.members.change import opened_expert
@@ -77,9 +77,11 @@ def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, 
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
     write_texts(before.plan, run, but=before.statistics)
     name = before.plan.recipe.names[place]
-    drift, nearest = _likeness(before, place, _models_that_are_there(before, place, run), run)
+    others = _models_that_are_there(before, place, run)
+    drift, nearest = _likeness(before, place, others, run)
+    missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
     losses, read = _losses(before, place, tokens, run)
-    findings = [*_of_losses(losses), *_of_likeness(drift, nearest), *_of_licences(before, place)]
+    findings = [*_of_losses(losses), *_of_likeness(drift, nearest, missed), *_of_licences(before, place)]
     return Admission(name, losses, read, drift, nearest, findings)
 
 
@@ -167,7 +169,9 @@ def _of_losses(losses: Mapping[str, float]) -> Iterator[Finding]:
         yield Finding("warning", what, found, "an expert for another domain would bring more")
 
 
-def _of_likeness(drift: float, nearest: tuple[str, float, float] | None) -> Iterator[Finding]:
+def _of_likeness(drift: float, nearest: tuple[str, float, float] | None, missed: Sequence[str]) -> Iterator[Finding]:
+    if missed:
+        yield Finding("note", f"it was not compared with {some_of(missed)}", "their models are gone or have changed")
     if nearest is not None and nearest[1] >= _NEAR_COSINE:
         other, cosine, distance = nearest
         found = f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base"

@@ -110,16 +110,20 @@ class StatesFolder:
 
         A training that stops before its first state leaves nothing. Raises InterruptError for Ctrl-C, and as `take`.
         """
+        done = False
         try:
             self.take(request, state)
             yield
+            done = True
             if self.is_held:
                 self.remove()
         except BaseException as error:
             steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
-            if self.is_held and steps is None:
+            if self.is_held and (done or steps is None):
                 self.remove()
             if isinstance(error, (KeyboardInterrupt, InterruptError)):
+                if done:
+                    raise InterruptError(f"interrupted; {self.out.name} was finished by then", where=str(self.out)) from None
                 if steps is None:
                     remedy = "run the command again to start over"
                     raise InterruptError("interrupted; nothing was kept", remedy=remedy) from None
