@@ -250,17 +250,6 @@ class Checkpoint:
         recipe = parse_recipe({**data, "eval": {**self.record.recipe.eval, **given}}, where="--text")
         return replace(self, record=self.record.model_copy(update={"recipe": recipe})) if texts else self
 
-    def with_router(
-        self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
-    ) -> Checkpoint:
-        """Write new gates, the routing in config.json and modekit.json, all together; nothing else is touched.
-
-        Arguments as of `router_files`. Raises as `change`.
-        """
-        record, files = self.router_files(gates, router, recipe, evidence=evidence)
-        self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
-        return Checkpoint(self.folder, record)
-
     def router_files(
         self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
     ) -> tuple[MixtureRecord, dict[str, Content]]:

@@ -101,7 +101,6 @@ class _Shown(BaseModel):
 
     what: list[str] = []
     losses: dict[str, Number] = {}
-    speed: str = ""
     generic: list[str] = []
     teacher: str | None = None
 

@@ -11,8 +11,9 @@ from contextlib import suppress
 from pkgutil import resolve_name
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
+from modekit.files.write import json_bytes
 from modekit.planning.make import make_plan
 from modekit.recipes.edit import as_written, changed_mixture, choices, with_following, with_mixture
 from modekit.recipes.read import parse_recipe
@@ -39,7 +40,9 @@ def refit(checkpoint: Checkpoint, changes: RecipePart, *, run: Run = QUIET) -> C
         _write_missing_text(checkpoint, recipe, run)
     statistics = checkpoint.folder / STATISTICS_FOLDER
     fitted = fit_router(Fitting(checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, statistics, run))
-    return checkpoint.with_router(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
+    written, files = checkpoint.router_files(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
+    checkpoint.change({**files, RECORD_FILE: json_bytes(written.model_dump(mode="json"))})
+    return Checkpoint(checkpoint.folder, written)
 
 
 def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> None:
