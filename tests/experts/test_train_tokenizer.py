@@ -90,8 +90,7 @@ def test_the_command_compares_with_another(room: Path) -> None:
     against = ("--vocabulary", str(VOCABULARY), "--against", str(room / "ENGLISH"))
     said = modekit(*typed(room, "NEW", *against))
     assert "1,000" in said and "a tokenizer of 2,000 tokens" in said
-    data: dict[str, Any] = json.loads(modekit(*typed(room, "NEW", *against, "--overwrite", "--json")))
-    assert data == json.loads((room / "NEW" / "fertility.json").read_text())
+    data: dict[str, Any] = json.loads((room / "NEW" / "fertility.json").read_text())
     changes = {each["name"]: each["change"] for each in data["domains"]}
     assert changes["code"] < -0.2 < 0 < changes["general"]
 
