@@ -178,7 +178,7 @@ def read_everything(folder: Path) -> None:
     with told():
         pack(checkpoint).sizes()
     with told():
-        choose_engine(checkpoint, "auto")
+        choose_engine(checkpoint.shape, "auto", checkpoint.folder)
         context_of(checkpoint, None)
     for file in (folder / "router").iterdir():
         with told():
