@@ -18,17 +18,8 @@ from modekit.engines.guard import Guard
 
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
-_NOT_DONE: tuple[str, ...] = (
-    "best_of",
-    "echo",
-    "functions",
-    "generation_config",
-    "logit_bias",
-    "logprobs",
-    "n",
-    "presence_penalty",
-)
-_NOT_DONE += ("response_format", "suffix", "tool_choice")
+_NOT_DONE = ["best_of", "echo", "functions", "generation_config", "logit_bias", "logprobs", "n", "presence_penalty"]
+_NOT_DONE += ["response_format", "suffix", "tool_choice"]
 _HARMLESS = {"best_of": 1, "n": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
 
 
