@@ -215,7 +215,7 @@ def answers(
         )
     for prompt, row in zip(prompts, out_BS[:, longest:].tolist(), strict=True):
         length = next((place for place, token in enumerate(row) if token in ended), len(row))
-        yield TokenSequence((*prompt, *row[:length]), 0)
+        yield TokenSequence((*prompt, *row[:length]))
 
 
 def row_of(kind: str, asked: Sequence[Question], leaders: Sequence[Sequence[int]], names: Sequence[str]) -> ChatRow:

@@ -44,7 +44,7 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 49_152, (arguments.tokens // 512, 512))
-    sequences = [TokenSequence(tuple(row), 0) for row in ids.tolist()]
+    sequences = [TokenSequence(tuple(row)) for row in ids.tolist()]
     view: Any = SimpleNamespace(
         model=model,
         router_inputs=lambda: [layer.mlp for layer in model.model.layers],

@@ -80,7 +80,7 @@ def test_it_answers_as_transformers_does_and_says_who_led(mixtures: dict[str, Ch
     assert answer.prompt == prompt and len(answer.tokens) == 8 and not answer.ended
     assert answer.text == said.rstrip("\ufffd") or answer.text == said
     found: list[Any] = []
-    whole = TokenSequence((*prompt, *ids), 0)
+    whole = TokenSequence((*prompt, *ids))
     traced_losses(load_model(checkpoint.folder), checkpoint, [whole], lambda _, decided: found.append(decided), lambda _: None)
     expected_SE = found[0].weights_RSE.mean(0)[len(prompt) - 1 : -1]
     assert torch.allclose(torch.tensor([each.weights for each in answer.tokens]), torch.tensor(expected_SE), atol=1e-4)

@@ -51,7 +51,7 @@ def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch
     return Batches([corpus], plan_parts([corpus], asked, steps=1, experts=1, parts=1, pack=False), pad_id)[0]
 
 
-LONG, SHORT = TokenSequence(tuple(range(4, 36)), 31), TokenSequence(tuple(range(40, 57)), 16)
+LONG, SHORT = TokenSequence(tuple(range(4, 36))), TokenSequence(tuple(range(40, 57)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ from modekit.loaded.text_training import TextBatches, Training
 from modekit.text.sequences import Batch, TokenSequence
 
 LENGTHS = [4 + 7 * place % 60 for place in range(96)]
-SEQUENCES = [TokenSequence((place, *[1] * (length - 1)), 0) for place, length in enumerate(LENGTHS)]
+SEQUENCES = [TokenSequence((place, *[1] * (length - 1))) for place, length in enumerate(LENGTHS)]
 TRAINING = Training(batch_tokens=256, sequence_length=64, seed=3)
 
 
@@ -35,6 +35,6 @@ def test_by_length_leaves_little_padding_and_no_order_of_lengths_between_steps()
 
 
 def test_a_pass_over_a_short_text_leaves_no_sequence_out() -> None:
-    sequences = [TokenSequence((place, *[1] * 63), 0) for place in range(15)]
+    sequences = [TokenSequence((place, *[1] * 63)) for place in range(15)]
     batches = TextBatches(sequences, Training(batch_tokens=512, sequence_length=64))
     assert {int(row[0]) for step in range(len(batches)) for row in batches[step]["batch"].input_ids} == set(range(15))

@@ -58,7 +58,7 @@ def test_padding_changes_nothing(family: str, sequences: list[TokenSequence]) ->
 
 @pytest.mark.parametrize("family", PAIR_FAMILIES)
 def test_the_decoder_reads_what_stands_before_each_label(family: str) -> None:
-    (batch,) = make_batches([TokenSequence((5, 2), 0, target=(6, 7, 2)), TokenSequence((5, 8, 2), 0, target=(9, 2))])
+    (batch,) = make_batches([TokenSequence((5, 2), target=(6, 7, 2)), TokenSequence((5, 8, 2), target=(9, 2))])
     model = pair_model(family)
     inputs = inputs_of(model, batch)
     start = 2 if family in ("bart", "mbart", "m2m_100") else 0  # mBART's is the last label
@@ -78,7 +78,7 @@ def test_training_learns_pairs(family: str, sequences: list[TokenSequence]) -> N
 
 
 def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSequence]) -> None:
-    plain = [TokenSequence((5, 6, 7), 2)]
+    plain = [TokenSequence((5, 6, 7))]
     for model, text, what in (
         (pair_model("bart"), plain, "needs pairs"),
         (tiny_model(), sequences, "reads plain text"),

@@ -206,7 +206,7 @@ def test_weights_are_those_that_the_layers_use(family_case: tuple[Path, str], id
     with torch.inference_mode(), mixture_of(mixture, checkpoint).traced() as trace:
         mixture(input_ids=ids)
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), (0, 1))
-        sequences = [TokenSequence(tuple(row), 0) for row in ids.tolist()]
+        sequences = [TokenSequence(tuple(row)) for row in ids.tolist()]
         made = [torch.from_numpy(each.weights_RSE) for _, each in decisions(checkpoint, trace, batch, sequences)]
         weights_LBSE = torch.stack(made, 1)
     view = DenseView(checkpoint)

@@ -10,7 +10,6 @@ import pyarrow.parquet as parquet
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
 
 from conftest import character_tokenizer
 from modekit.text.documents import read_documents
@@ -51,23 +50,13 @@ def test_encode_keeps_documents_apart_and_obeys_both_limits() -> None:
     tokenizer = character_tokenizer()
     sequences = encode(tokenizer, ["a" * 25, "b" * 7, "c" * 50], max_tokens=40, sequence_length=10)
     assert [len(sequence.ids) for sequence in sequences] == [10, 10, 5, 7, 8]
-    assert [sequence.scored_bytes for sequence in sequences] == [9, 9, 4, 6, 7]
     assert all(len(set(sequence.ids)) == 1 for sequence in sequences)
-
-
-def test_special_tokens_at_the_end_cover_no_bytes() -> None:
-    tokenizer = character_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    (sequence,) = encode(tokenizer, ["abcd"], max_tokens=100, sequence_length=10)
-    assert len(sequence.ids) == 6 and sequence.scored_bytes == 4
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(1, 200))
 def test_batches_hold_every_token_once(lengths: list[int], tokens: int) -> None:
-    sequences = [TokenSequence(tuple(range(1000 * row, 1000 * row + length)), 0) for row, length in enumerate(lengths)]
+    sequences = [TokenSequence(tuple(range(1000 * row, 1000 * row + length))) for row, length in enumerate(lengths)]
     seen: dict[int, torch.Tensor] = {}
     for batch in make_batches(sequences, tokens=tokens, pad_id=7):
         assert batch.input_ids.shape == batch.mask.shape

@@ -112,7 +112,7 @@ def test_one_domain_has_pairs_or_plain_text(tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"pairs and plain text[\s\S]*here"):
         read_documents(["a.jsonl"], root=tmp_path, where="here")
     with pytest.raises(TextError, match="pairs and plain text"):
-        list(make_batches([TokenSequence((1, 2), 0), TokenSequence((1, 2), 0, target=(3,))]))
+        list(make_batches([TokenSequence((1, 2)), TokenSequence((1, 2), target=(3,))]))
     write_lines(tmp_path / "b.jsonl", [{"source": f"{number}", "target": "b"} for number in range(20)])
     with pytest.raises(TextError, match=r"prompts are plain text[\s\S]*experts\[0\] 'one': prompts[\s\S]*'a question'"):
         fit_documents(Expert(name="one", model="x", text=["b.jsonl"], prompts=["a question"]), tmp_path, 0)
@@ -123,9 +123,9 @@ def test_encode_keeps_pairs_whole() -> None:
     found = encode(tokenizer, [Pair("abc", "de"), Pair("a" * 20, "b"), Pair("a", "bé")], max_tokens=100, sequence_length=10)
     assert [(len(each.ids), len(each.target)) for each in found] == [(4, 3), (2, 3)]
     assert [each.target[-1] for each in found] == [tokenizer.eos_token_id] * 2
-    assert [(each.size, each.scored, each.scored_bytes) for each in found] == [(7, 3, 2), (5, 3, 3)]
+    assert [(each.size, each.scored) for each in found] == [(7, 3), (5, 3)]
     assert encode(tokenizer, [Pair("abc", "de"), Pair("a", "bc")], max_tokens=11, sequence_length=10) == found[:1]
-    plain = TokenSequence((1, 2, 3), 2)
+    plain = TokenSequence((1, 2, 3))
     assert (plain.size, plain.scored) == (3, 2)
 
 
@@ -146,6 +146,6 @@ def test_batches_hold_every_pair_once(tokens: int) -> None:
 
 
 def test_the_labels_of_plain_text_are_its_next_tokens() -> None:
-    (batch,) = make_batches([TokenSequence((4, 5, 6), 0), TokenSequence((7, 8), 0)])
+    (batch,) = make_batches([TokenSequence((4, 5, 6)), TokenSequence((7, 8))])
     assert batch.target is None and torch.equal(batch.labels, torch.tensor([[5, 6], [8, -100]]))
     assert (batch.tokens, batch.scored) == (5, 3)

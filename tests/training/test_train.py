@@ -271,10 +271,7 @@ def small_corpora() -> list[DomainSequences]:
         DomainSequences(
             name,
             expert,
-            [
-                TokenSequence(tuple(torch.randint(3, 96, (size,), generator=generator).tolist()), size)
-                for size in (9, 31, 17, 24)
-            ],
+            [TokenSequence(tuple(torch.randint(3, 96, (size,), generator=generator).tolist())) for size in (9, 31, 17, 24)],
         )
         for expert, name in enumerate(DOMAINS)
     ]
@@ -316,7 +313,7 @@ def log_of(checkpoint: Checkpoint) -> list[dict[str, str]]:
 
 
 def sequence(length: int) -> TokenSequence:
-    return TokenSequence(tuple(range(3, 3 + length)), length)
+    return TokenSequence(tuple(range(3, 3 + length)))
 
 
 def test_more_parts_read_the_same_step_and_rows_never_overflow() -> None:

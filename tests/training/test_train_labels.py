@@ -60,7 +60,7 @@ def settings(**said: Any) -> TrainSettings:
 
 
 def long_corpora(expert: int = 1) -> list[DomainSequences]:
-    return [DomainSequences("law", expert, [TokenSequence(tuple(range(3, 13)), 10)] * 500)]
+    return [DomainSequences("law", expert, [TokenSequence(tuple(range(3, 13)))] * 500)]
 
 
 @pytest.mark.parametrize("to", [None, "half", "all", "others", "generic"])
@@ -92,7 +92,7 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
     (tmp_path / "train.yaml").write_text(json.dumps({**changes, "batch_tokens": 1000}))
     said = given_settings(train_words(["generic=x", "generic_share=0.3"]), tmp_path / "train.yaml")
     made = [
-        DomainSequences(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
+        DomainSequences(name, place, [TokenSequence(tuple(range(3, 13)))] * count)
         for name, place, count in (("law", 0, 80), ("code", 1, 20), ("(generic)", GENERIC, 7))
     ]
     wanted = [*(0.7 * share for share in domains), 0.3]
@@ -189,6 +189,14 @@ def test_a_teacher_is_asked_about_what_is_read(tagged_workshop: Workshop, tmp_pa
         real = item["real"][number]
         taught = teachers[draw.corpus].logits(item["position"][number][real], torch.device("cpu"))  # type: ignore[union-attr]
         assert torch.allclose(taught, logits[number][real], atol=2e-2 * float(logits.abs().max()))
+
+
+def test_the_table_shows_the_mixture_with_the_right_tag_alone(tagged_workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(tagged_workshop.build("table", mixture=ROUTED))
+    done = train(checkpoint, settings(tags=True, what=["all"]), evaluate_tokens=300)
+    assert done.results is not None
+    names = {row.name for row in done.results.rows}
+    assert {"mixture, right tag before", "mixture, right tag"} <= names and not any("wrong" in name for name in names)
 
 
 def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: Workshop) -> None:

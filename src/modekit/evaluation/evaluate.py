@@ -40,13 +40,15 @@ def evaluate(
     known: Results | None = None,
     seen: Collection[str] = (),
     labels: Labels | None = None,
+    wrong: bool = True,
     write: bool = True,
 ) -> Results:
     """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
 
-    Documents whose digests are `seen` are left out, as those that something was set or trained by always are. Rows of `known`,
-    and of the checkpoint's earlier results, that ran the same weights on the same tokens are taken over. Raises TextError,
-    SourceError, MismatchError, and CheckpointError for a loss that is not finite.
+    With `labels` right ones are read, too, and with `wrong` wrong ones. Documents whose digests are `seen` are left out, as
+    those that something was set or trained by always are. Rows of `known`, and of the checkpoint's earlier results, that ran
+    the same weights on the same tokens are taken over. Raises TextError, SourceError, MismatchError, and CheckpointError for
+    a loss that is not finite.
     """
     run.begin("read the text")
     positions = checkpoint.config.get("max_position_embeddings")
@@ -57,7 +59,7 @@ def evaluate(
     )
     jobs, notes = row_jobs(checkpoint, run=run)
     if labels is not None:
-        jobs += list(label_jobs(checkpoint, labels, domains, load_tokenizer(checkpoint.folder, run=run), jobs))
+        jobs += label_jobs(checkpoint, labels, domains, load_tokenizer(checkpoint.folder, run=run), list(jobs), wrong)
     rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
     names, (owned, unseen) = [domain.name for domain in domains], known_and_unseen(domains)
     hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}

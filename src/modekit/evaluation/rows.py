@@ -154,9 +154,10 @@ def label_jobs(
     domains: Sequence[Domain],
     tokenizer: PreTrainedTokenizerBase,
     unlabelled: Sequence[RowJob],
+    wrong: bool = True,
 ) -> Iterator[RowJob]:
-    """The mixture with right and wrong labels and, by tag, the base, where that is among the `unlabelled` jobs; where texts
-    have tags of their own, both without any, too. Raises MismatchError, and TextError for conversations under tags.
+    """The mixture with right and, if asked for, wrong labels and, by tag, the base, where that is among the `unlabelled` jobs;
+    where texts have tags of their own, both without any, too. Raises MismatchError, and TextError for conversations under tags.
     """
     recipe, (experts_id, _) = checkpoint.record.recipe, mixture_identities(checkpoint)
     _check_labels(checkpoint, labels, domains, tokenizer)
@@ -168,7 +169,7 @@ def label_jobs(
                 told = _forced(checkpoint, job, f"told {places} {experts_id}", partial(_by_name, places))
             else:
                 told = _tagged(job, label_tags(places, recipe, labels_of(tokenizer)), tokenizer)
-            if places:
+            if places and (wrong or kind == "right"):
                 yield replace(told, name=f"{job.name}, {kind} {'label' if labels == 'gate' else 'tag'}", kind="label")
         if any(sequence.tag is not None for domain in domains for sequence in domain.sequences):
             none = dict.fromkeys(domain.name for domain in domains)

@@ -158,7 +158,7 @@ def _chats(template: ChatTemplate, said: Iterable[tuple[str, str]], draw: random
             ids = template.ids(before + question + between + answer)
             start = min(len(template.ids(before)), len(ids) - 1)
             if len(ids) > 1:
-                yield TokenSequence(tuple(ids), len((question + answer).encode()), start)
+                yield TokenSequence(tuple(ids), start)
 
 
 def _first(sequences: Iterable[TokenSequence], most: int) -> Iterator[TokenSequence]:

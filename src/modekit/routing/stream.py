@@ -112,7 +112,7 @@ def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequenc
             if text is None:
                 raise
             own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(share))
-            found += [TokenSequence(ids, 0) for ids in own if ids]
+            found += [TokenSequence(ids) for ids in own if ids]
             continue
         found += encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length))
     return found

@@ -53,7 +53,7 @@ class TokenText:
         for ids, _ in self.sequences():
             if most <= 0:
                 break
-            taken.append(TokenSequence(tuple(ids[:most].tolist()), 0))
+            taken.append(TokenSequence(tuple(ids[:most].tolist())))
             most -= len(ids)
         return taken
 

@@ -26,16 +26,15 @@ NO_LABEL = -100  # where nothing is predicted, as losses of torch and transforme
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A piece of one document: token ids, and the bytes of text that its second to last token cover.
+    """A piece of one document as token ids.
 
     `start`: tokens before the first one that says something of the document, in a chat those of the template and system.
-    `target`: of a pair the tokens that are predicted, with the end token, whose bytes are counted; `ids` are the source's.
+    `target`: of a pair the tokens that are predicted, with the end token; `ids` are the source's.
     `tag`: where among `ids` a domain's tag stands, if there is one. It is read and never predicted: what counts is what
     would count without it.
     """
 
     ids: tuple[int, ...]
-    scored_bytes: int
     start: int = 0
     target: tuple[int, ...] = ()
     tag: int | None = None
@@ -172,14 +171,9 @@ def none_fits(documents: Sequence[Document], sequence_length: int, *, where: str
 
 @dataclass(frozen=True)
 class _Written:
-    """A document as tokens, and where they stand in `text`, if the tokenizer is fast; `opening` as `start` of TokenSequence.
+    """A document as tokens; `opening` as `start` of TokenSequence; `tag` the token it began with, if any, not among `ids`."""
 
-    `tag`: the token of the tag that the document began with, if there was one: it is not in `text`.
-    """
-
-    text: str
     ids: list[int]
-    offsets: list[tuple[int, int]] | None
     opening: int = 0
     tag: int | None = None
 
@@ -204,13 +198,8 @@ class _Writer:
 
     def piece(self, written: _Written, start: int, stop: int) -> TokenSequence:
         """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
-        if written.offsets is None:
-            scored = len(self.tokenizer.decode(written.ids[start + 1 : stop]).encode())
-        else:
-            end = max(offset[1] for offset in written.offsets[start + 1 : stop])  # special tokens have (0, 0)
-            scored = len(written.text[written.offsets[start + 1][0] : end].encode())
         opening = min(max(0, written.opening - start), stop - start - 1)
-        return self._with_tag(TokenSequence(tuple(written.ids[start:stop]), scored, opening), written.tag)
+        return self._with_tag(TokenSequence(tuple(written.ids[start:stop]), opening), written.tag)
 
     def written(self, document: str | Conversation, wanted: int) -> _Written:
         """Of a long one at least the first `wanted` tokens. Raises TextError for messages without a template."""
@@ -218,11 +207,11 @@ class _Writer:
             if self._template is not None or not document.is_exchange:
                 template = self._template or needed_template(self.tokenizer, "messages")
                 text = template.text(document.messages)
-                ids, offsets = _tokenise(self.tokenizer, text, wanted, whole=True)
-                return _Written(text, ids, offsets, template.opening(document.messages))
+                ids = _tokenise(self.tokenizer, text, wanted, whole=True)
+                return _Written(ids, template.opening(document.messages))
             document = document.text
         tag, text = split_tag(self.tokenizer, document)
-        return _Written(text, *_tokenise(self.tokenizer, text, wanted), tag=tag)
+        return _Written(_tokenise(self.tokenizer, text, wanted), tag=tag)
 
     def pair(self, pair: Pair, longest: int) -> TokenSequence | None:
         """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
@@ -233,18 +222,16 @@ class _Writer:
         target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
         if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
             return None
-        return self._with_tag(TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target)), tag)
+        return self._with_tag(TokenSequence(tuple(ids), target=tuple(target)), tag)
 
 
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *, whole: bool = False
-) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Token ids and, of a fast tokenizer, their places in the document; of a very long one those of its beginning: a tokenizer
-    takes hundreds of bytes per character. To a `whole` text the tokenizer adds no special tokens.
+def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *, whole: bool = False) -> list[int]:
+    """Token ids; of a very long document those of its beginning, as a tokenizer takes hundreds of bytes per character. To a
+    `whole` text the tokenizer adds no special tokens.
     """
     beginning = document[: max(_LONG, _CHARACTERS * wanted)]
-    encoded = tokenizer(beginning, return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole)
-    return encoded["input_ids"], encoded.get("offset_mapping")
+    ids: list[int] = tokenizer(beginning, verbose=False, add_special_tokens=not whole)["input_ids"]
+    return ids
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:

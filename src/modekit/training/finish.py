@@ -120,6 +120,7 @@ def _evaluate(
             seen={*request.trained_on, *request.selected_by},
             write=write,
             labels="tag" if request.settings.tags else None,
+            wrong=False,
         )
     except TextError:
         return None

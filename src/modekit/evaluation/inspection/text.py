@@ -102,7 +102,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage, length
         above = [] if text.system is None else [message_of("system", text.system)]
         written = needed_template(tokenizer, "--chat").text([*above, message_of("user", text.text)], answer=True)
         ids: Any = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"][:_MOST]
-        windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
+        windows = [TokenSequence(tuple(ids[start : start + length])) for start in range(0, len(ids), length)]
     if not windows:
         raise TextError(
             "the text is too short: it needs two tokens, as the first is not predicted", where="--text", remedy="give more text"
