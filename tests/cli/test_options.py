@@ -92,6 +92,7 @@ def test_words_of_train_are_settings() -> None:
         ("step=3", "did you mean 'steps'?"),
         ("--steps", "did you mean 'steps'?"),
         ("batch-tokens=1", "batch_tokens"),
+        ("losses=[1]", "one of lm, forward_kl"),
     ):
         with pytest.raises(ModekitError, match=re.escape(hint)):
             training.train_words([word])

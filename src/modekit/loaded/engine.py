@@ -135,7 +135,7 @@ class Loop:
         unused = DistributedDataParallelKwargs(find_unused_parameters=module.skips_parameters)
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
         if getattr(self._accelerator.state, "fsdp_plugin", None) is not None and not self._accelerator.is_fsdp2:
-            raise TrainingError("FSDP's first version is not supported", where="accelerate", remedy="set fsdp_version: 2")
+            raise TrainingError("FSDP's first version is not supported", where="fsdp_config", remedy="set fsdp_version: 2")
         groups = module.groups()
         self._peaks = [group["lr"] for group in groups]
         self._wrapped, self._optimizer = self._accelerator.prepare(module, torch.optim.AdamW(groups, betas=_BETAS))

@@ -145,7 +145,7 @@ def losses_said(said: Sequence[str], known: Mapping[Any, float], *, where: str) 
     """
     weights: dict[str, float] = {}
     for each in said:
-        name, sign, value = each.partition("=")
+        name, sign, value = str(each).partition("=")  # YAML may hold anything
         try:
             weight = float(value) if sign else known.get(name, math.nan)
         except ValueError:
