@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import modekit.loaded.engine as engine_module
 from conftest import Workshop, make_workshop, save, tiny_model
+from modekit.cli.experts import print_specialist
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import Lesson, kl_to_teacher
@@ -99,6 +100,15 @@ def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Works
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
     assert {row["cross_entropy_weight"] for row in rows} == {"0.5"}
     assert not list(shop.root.glob("new.*"))
+
+
+def test_texts_of_a_taught_student_are_said_to_have_no_tags(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = {"before": 2.0, "after": 1.5}
+    said = {"specialist": "mlp", "base_model": "b", "training": {"steps": 3}, "text": {}, "training_loss": losses}
+    of_texts = {"held_out_loss": losses, "held_out_loss_by_label": {"--text a": losses, "--text b": losses}}
+    for labels, words in ((None, "each: --text a"), ({"tags": ["a", "b"]}, "with their tags: --text a")):
+        print_specialist(Path("OUT"), SpecialistRecord.model_validate({**said, **of_texts, "labels": labels}))
+        assert words in capsys.readouterr().out
 
 
 class StoppedError(Exception):
