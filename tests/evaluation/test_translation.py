@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from command_line import modekit
 from conftest import Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.cli.mixtures import show_build
 from modekit.errors import CheckpointError, MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.translation.decoding import Decoding, first_token, translated
@@ -255,6 +256,14 @@ def test_the_command_line(checkpoint: Checkpoint) -> None:
     assert "translate.json, translate.md" in shown
     data = json.loads(modekit("eval-translation", folder, *options, "--beams", "2", "--json"))
     assert data["decoding"]["beams"] == 2 and len(data["rows"]) == 6
+
+
+def test_what_comes_next_is_what_runs_a_model_with_an_encoder(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_build(checkpoint.folder, lambda _run: checkpoint)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"modekit eval-translation {checkpoint.folder}" in said and "modekit chat" not in said
 
 
 def test_a_model_of_nan_has_no_score(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,8 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     print_done(output, f"{said}, router {record.router.status}, {bytes_of(size)}")
     if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
         out.print(Text(f"router: {why}", style="dim"))
-    print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", f"modekit chat {output}", f"modekit serve {output}")
+    commands = ("eval-translation",) if checkpoint.shape.family.pair else ("chat", "serve")
+    print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
 
 
 @app.command()
