@@ -29,7 +29,7 @@ class StrictLoader(yaml.SafeLoader):
         event, before = self.peek_event(), self._size  # type: ignore[no-untyped-call]
         self._depth += 1
         if isinstance(event, yaml.AliasEvent):
-            self._size += self._sizes.get(str(event.anchor), _MOST if event.anchor in self.anchors else 0)
+            self._size += self._sizes.get(event.anchor, _MOST if event.anchor in self.anchors else 0)
         else:
             self._size += 1 + len(getattr(event, "value", "")) // _CHARACTERS
         if self._size > _MOST or self._depth > _DEEPEST:
