@@ -26,7 +26,8 @@ import torch
 
 from chat_asked import CHANGE, REAL, REAL_CHANGE, SMALL_TALK, ChatRow, who_leads
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.models import make_real_base
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe

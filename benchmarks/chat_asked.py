@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.loaded.load import load_model, load_tokenizer

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modekit.recipes.router import Router
+from modekit.recipes.mixture import Router
 from modekit.routing.inputs import GateInput, capture_domain
 from modekit.routing.linear import fit_gates
 from modekit.text.sequences import TokenSequence, make_batches

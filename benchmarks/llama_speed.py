@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.engines.converter import convert
 from modekit.engines.gguf import finer_of
 from modekit.engines.llama import Llama

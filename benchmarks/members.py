@@ -34,7 +34,8 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.text import DOMAINS, unpack_text
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Score

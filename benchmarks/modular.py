@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.text import unpack_text
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.distill.settings import DistillSettings

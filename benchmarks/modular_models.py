@@ -23,7 +23,8 @@ import torch
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.models import ARCHITECTURE, TRAINING, new_model
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
@@ -33,9 +34,10 @@ from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.teaching import Mix, Teaching
 from modekit.experts.moving import What
 from modekit.experts.specialize import specialize
-from modekit.files.output import is_there
+from modekit.files.copies import library_writes
+from modekit.files.mending import is_there
 from modekit.files.staging import staging
-from modekit.files.write import library_writes, write_file
+from modekit.files.write import write_file
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.planning.make import make_plan

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.router_file import read_table
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
-from modekit.files.output import is_there
+from modekit.files.mending import is_there
 from modekit.loaded.load import load_tokenizer
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.text.held_out import fit_documents

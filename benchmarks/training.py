@@ -31,8 +31,8 @@ from modekit.evaluation.loss import score_domain
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
+from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.router import FITS
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.experts.moving import What
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, without_bars

@@ -10,7 +10,8 @@ from adapter_folders import lora, write_adapter
 from byte_level import save_byte_model
 from conftest import write_text
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 

@@ -16,7 +16,7 @@ from chatting import TEMPLATE
 from command_line import ended
 from conftest import Workshop, make_workshop
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
 from modekit.files.marker import foreign_files, read_marker
 from modekit.files.write import is_temporary

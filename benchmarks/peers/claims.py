@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.inspection.likeness import similarity
 from modekit.run import QUIET
 from modekit.training.losses import load_balance

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.loaded.load import load_model

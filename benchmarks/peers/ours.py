@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.training.settings import train_settings

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modekit  # noqa: F401  its architecture opens in transformers
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from peers.peer import Made, Pool, Speaker

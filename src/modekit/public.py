@@ -80,7 +80,7 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: object) -> Checkpoin
     `changes` are keys of the recipe's `mixture.router` (`fit="lexical"`, `temperature=0.5`) or of `mixture` itself
     (`method`, `top_k`, `top_p`). Raises RecipeError for what would need another build.
     """
-    from modekit.recipes.router import Router
+    from modekit.recipes.mixture import Router
     from modekit.routing.refit import refit
 
     router = {key: value for key, value in changes.items() if key in Router.model_fields}
@@ -201,13 +201,15 @@ def _real(folder: str | Path) -> Path:
 
 
 def _opened(checkpoint: Folder) -> Checkpoint:
-    from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+    from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.checkpoint.open import open_checkpoint
 
     return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(_real(checkpoint))
 
 
 def _opened_with_any_router(checkpoint: Folder) -> Checkpoint:
     """Opened for what replaces the router, or says what is wrong with it."""
-    from modekit.checkpoint.checkpoint import Checkpoint, open_with_any_router
+    from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.checkpoint.open import open_with_any_router
 
     return checkpoint if isinstance(checkpoint, Checkpoint) else open_with_any_router(_real(checkpoint))

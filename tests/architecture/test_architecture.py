@@ -36,7 +36,7 @@ from modekit.architecture import CODE_FILES
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.architecture.modekit_router import Router
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from rounding import assert_close

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from conftest import character_tokenizer
 from modekit.architecture.modekit_router import causal_average, select
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import (
     MismatchError,
     ModekitError,

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model
 from pair_models import built, inputs, logits_of, pair_model, pair_tokenizer, planned, say, written

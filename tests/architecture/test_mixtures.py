@@ -29,11 +29,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import VOCAB, save, tiny_model
 from modekit.architecture.modekit_router import causal_average
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
+from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.router import FITS
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from rounding import assert_close

@@ -14,14 +14,14 @@ from transformers import DynamicCache, PreTrainedModel
 from conftest import VOCAB, Workshop, make_workshop
 from modekit.architecture.modekit_router import FINISHED, attention, cosine, select
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.loaded.load import load_model
 from modekit.members.change import write_change
 from modekit.members.edits import remove_expert
 from modekit.planning.make import make_plan
+from modekit.recipes.mixture import Router
 from modekit.recipes.read import load_recipe
-from modekit.recipes.router import Router
 from modekit.routing.inputs import DomainStatistics, SlotStatistics
 from modekit.routing.linear import fit_gates
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from conftest import Workshop
 from generated import check_generation
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of

@@ -23,7 +23,7 @@ from conftest import Workshop, router_logits
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect

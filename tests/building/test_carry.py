@@ -24,7 +24,8 @@ from modekit.building.build import build, write_tensor
 from modekit.building.differences import _head
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of

@@ -16,7 +16,7 @@ from conftest import Workshop
 from damage import other_bytes
 from modekit.building.build import Inspector, build
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError, SourceError
 from modekit.files.read import open_regular
 from modekit.planning.make import make_plan

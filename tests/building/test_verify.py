@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from conftest import Workshop, make_workshop
 from modekit.building.verify import Check, is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
+from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.planning.plan import ROUTER_FILE
 from pair_models import make_pair_workshop
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Workshop
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError
-from modekit.files.marker import CHANGED, Lock, WorkFolder
+from modekit.files.marker import CHANGED
+from modekit.files.output import Lock, WorkFolder
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import borrow, copy_expert, refuse, refuse_build, tree

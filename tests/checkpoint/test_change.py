@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from conftest import Workshop
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
-from modekit.files.marker import CHANGE_LOCK, Lock
+from modekit.files.marker import CHANGE_LOCK
+from modekit.files.output import Lock
 from modekit.routing.refit import refit
 from refusal import borrow, tree
 

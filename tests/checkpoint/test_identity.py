@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import modekit
 from adapter_folders import lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection

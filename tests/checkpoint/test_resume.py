@@ -20,7 +20,7 @@ import pytest
 import modekit.building.build as building
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
 from modekit.files.output import JOURNAL
 from modekit.planning.make import make_plan

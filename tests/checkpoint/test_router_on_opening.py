@@ -16,7 +16,7 @@ import modekit
 from command_line import ended
 from conftest import Workshop
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
+from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.errors import CheckpointError
 from modekit.files.write import json_bytes
 from modekit.planning.plan import ROUTER_FILE

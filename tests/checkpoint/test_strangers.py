@@ -15,7 +15,7 @@ from command_line import ended, modekit
 from conftest import Workshop
 from damage import NO_FILES, in_time, no_file
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
+from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.errors import CheckpointError, SourceError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import expert_view

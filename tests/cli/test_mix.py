@@ -14,7 +14,7 @@ from command_line import modekit
 from conftest import Workshop
 from modekit.building.mix import Models, plan_mix
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.files.marker import foreign_files
 from modekit.routing import write_text
 from modekit.sources.tokenizer import TOKENIZER_FILES

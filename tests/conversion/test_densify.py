@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_folders import UP, write_adapter
 from conftest import Workshop, make_workshop
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.conversion.densify import DenseRecord, Densify, course_of, densify
 from modekit.conversion.merges import By
 from modekit.conversion.upcycle import Upcycling, upcycle

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save, tiny_model, write_text
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import RecipeError
 from modekit.evaluation.inspection.inspect import inspect

@@ -9,7 +9,7 @@ import pytest
 import modekit.demo.seed as seed_module
 from kills import dies
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.demo import run_demo
 from modekit.run import Run, silent
 

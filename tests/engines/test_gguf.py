@@ -16,7 +16,8 @@ from building.test_carry import adapter_shop
 from byte_level import byte_tokenizer
 from command_line import ended
 from domain_mixtures import built, model_experts
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.engines import proof
 from modekit.engines.converter import convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf

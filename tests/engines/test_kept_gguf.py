@@ -15,7 +15,8 @@ import pytest
 import modekit
 from byte_level import save_byte_model
 from domain_mixtures import model_experts
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.engines import gguf
 from modekit.engines.converter import converter_folder, is_installed
 from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of

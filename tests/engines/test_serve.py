@@ -24,7 +24,8 @@ import torch
 
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.engines import child, converter
 from modekit.engines import registry as module
 from modekit.engines.child import KEY

@@ -18,7 +18,8 @@ from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from engines.test_gguf import REFUSED as NOT_IN_LLAMA
 from engines.test_gguf import RUNS as IN_LLAMA
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.engines.registry import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.sources.families import FAMILIES

@@ -16,7 +16,8 @@ import modekit
 from adapter_folders import lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.building.verify import is_proven
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TrainingError
 from modekit.evaluation.evaluate import evaluate

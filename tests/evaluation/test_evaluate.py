@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modekit.evaluation.rows as rows_module
 import modekit.loaded.experts as experts_module
 from conftest import DOMAINS, Workshop, save
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate

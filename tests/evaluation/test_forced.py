@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from adapter_folders import quiet, train_adapter
 from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, make_workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate

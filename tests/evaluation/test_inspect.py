@@ -23,7 +23,8 @@ import modekit.evaluation.inspection.passes as passes_module
 from chatting import make_chat_workshop
 from command_line import modekit
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.cli.printing import print_result
 from modekit.cli.shell import main
 from modekit.errors import CheckpointError, TextError

@@ -14,7 +14,8 @@ import modekit.evaluation.rows as rows_module
 from command_line import modekit
 from conftest import DOMAINS, Workshop
 from labelled import LABEL, STRANGER, make_labelled, of_adapters
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate

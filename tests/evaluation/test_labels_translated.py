@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from command_line import modekit
 from conftest import DOMAINS, Workshop
 from labelled import LABEL, STRANGER, TAGGED, make_labelled, with_tags
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.rows import Labels
 from modekit.evaluation.translation.decoding import Decoding

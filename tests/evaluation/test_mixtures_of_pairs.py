@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import DOMAINS, Workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TextError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from conftest import Workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tables import Cell, ResultTable, as_markdown, markdown_page

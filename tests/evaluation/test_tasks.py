@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from command_line import ended
 from conftest import Workshop, make_workshop, save, tiny_model
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import CheckpointError, SourceError
 from modekit.evaluation.tasks import evaluate as run

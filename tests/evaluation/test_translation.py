@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from command_line import modekit
 from conftest import Workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.mixtures import show_build
 from modekit.errors import CheckpointError, MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import held_out_texts

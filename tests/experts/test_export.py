@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from adapter_folders import export_adapter, train_adapter
 from conftest import Workshop, logits_of, make_workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import UnsupportedError
 from modekit.experts.export import exportable

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Workshop
 from kills import KILLED, Ended, Fate, befallen
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.files.staging import Staging
 from refusal import Tree, tree
 from writing_commands import COMMANDS, Command, check_whole, run_in, stable

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Workshop
 from kills import befallen, changed_paths
-from modekit.files.write import library_writes, link_in
+from modekit.files.copies import library_writes, link_in
 from refusal import tree
 from writing_commands import COMMANDS, run_in
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import Workshop
 from kills import Sizes, dies
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe

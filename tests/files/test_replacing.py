@@ -14,7 +14,8 @@ from conftest import Workshop
 from modekit.building.build import build
 from modekit.errors import OutputError
 from modekit.files.marker import foreign_files, read_marker
-from modekit.files.output import refuse_existing, work_of
+from modekit.files.mending import refuse_existing
+from modekit.files.output import work_of
 from modekit.files.staging import staging
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe

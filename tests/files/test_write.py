@@ -8,18 +8,10 @@ from pathlib import Path
 import pytest
 
 from modekit.files.change import change_together
-from modekit.files.marker import Lock
+from modekit.files.copies import carry_over, copy_file, sweep
+from modekit.files.output import Lock
 from modekit.files.read import read_bytes
-from modekit.files.write import (
-    appearing,
-    carry_over,
-    copy_file,
-    create,
-    files_below,
-    remove,
-    sweep,
-    write_file,
-)
+from modekit.files.write import appearing, create, files_below, remove, write_file
 from refusal import tree
 
 

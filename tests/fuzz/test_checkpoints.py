@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from conftest import Workshop, make_workshop
 from damage import NO_FILES, damaged_file, in_time, no_file
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.engines.serve import choose_engine, context_of
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate

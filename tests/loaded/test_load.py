@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from conftest import Workshop, logits_of
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded import load
 from modekit.loaded.modekit import flow_of
 from modekit.loaded.shapes import mixture_of

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from command_line import ended, modekit
 from conftest import Workshop, save, tiny_model
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.members.admission import Admission, measure_admission

@@ -17,7 +17,8 @@ from adapter_folders import lora, train_adapter, write_adapter
 from conftest import Workshop, make_workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import SourceError
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_expert

@@ -15,7 +15,8 @@ from command_line import modekit
 from conftest import Workshop, make_workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, RecipeError
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_expert

@@ -11,7 +11,7 @@ import pytest
 
 import modekit.building.build as building
 from conftest import Workshop, save, tiny_model
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, ModekitError
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert

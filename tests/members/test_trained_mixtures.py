@@ -11,7 +11,8 @@ import pytest
 from conftest import Workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.members.change import before_change, write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert

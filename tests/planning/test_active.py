@@ -10,7 +10,8 @@ import torch
 
 from conftest import SMALL, Workshop
 from modekit.architecture.modekit_mixed import Mixed
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe

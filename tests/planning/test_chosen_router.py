@@ -12,7 +12,8 @@ from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.build import build
 from modekit.building.preview import preview_of
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written

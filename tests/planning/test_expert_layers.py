@@ -15,7 +15,7 @@ from adapter_folders import train_adapter
 from conftest import Workshop, logits_of, make_workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe

@@ -10,7 +10,7 @@ import pytest
 
 import modekit
 from conftest import Workshop
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import ModekitMixture
 from modekit.loaded.native import NativeMixture

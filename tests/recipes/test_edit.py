@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
+from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.router import FITS
 
 EXPERTS = [
     {"name": "law", "model": "./law", "text": ["a"], "negative_prompts": ["x"]},

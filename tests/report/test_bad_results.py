@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 
 from conftest import Workshop
 from damage import in_time, no_file
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results

@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from conftest import DOMAINS, Workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.members.licences import sources_of
 from modekit.report.card import Card, make_card

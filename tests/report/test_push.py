@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Workshop, logits_of
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect

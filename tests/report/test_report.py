@@ -17,7 +17,8 @@ import pytest
 from markupsafe import escape
 
 from conftest import DOMAINS, Workshop, make_workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection

@@ -13,7 +13,7 @@ from adapter_folders import train_adapter
 from conftest import Workshop
 from modekit.architecture.modekit_router import select
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from refusal import refuse
 

@@ -11,7 +11,8 @@ import modekit
 from chatting import make_chat_workshop, word_tokenizer
 from conftest import DOMAINS, Workshop
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError, TextError
 from modekit.loaded.load import load_model, load_tokenizer

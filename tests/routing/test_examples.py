@@ -11,8 +11,8 @@ import torch
 from chatting import documents_of, word_tokenizer
 from conftest import _WORDS
 from modekit.errors import TextError
+from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Expert
-from modekit.recipes.router import Router
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation

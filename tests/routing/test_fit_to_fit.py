@@ -14,10 +14,11 @@ import pytest
 from adapter_folders import train_adapter
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import RecipeError
-from modekit.recipes.router import FITS
+from modekit.recipes.fits import FITS
 from modekit.routing.refit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")

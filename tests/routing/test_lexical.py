@@ -13,7 +13,8 @@ from conftest import DOMAINS, Workshop, logits_of, make_workshop
 from generated import check_generation
 from modekit.building.build import build as build_plan
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.checkpoint.router_file import read_table
 from modekit.errors import CheckpointError, RecipeError

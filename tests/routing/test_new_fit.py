@@ -15,12 +15,12 @@ import modekit
 from conftest import Workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
+from modekit.recipes.fits import FITS, Fit
 from modekit.recipes.read import load_recipe, parse_recipe, schema_text
-from modekit.recipes.router import FITS, Fit
 from modekit.routing.fit import SETTERS, FittedRouter, Fitting
 from modekit.routing.linear import RULES
 

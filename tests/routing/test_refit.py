@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit

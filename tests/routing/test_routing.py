@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.routing.inputs as inputs_module
 from conftest import DOMAINS, Workshop
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import TextError
 from modekit.loaded.native import DenseView
 from modekit.planning.plan import ROUTER_FILE
-from modekit.recipes.router import Router
+from modekit.recipes.mixture import Router
 from modekit.routing.inputs import DomainStatistics, GateInput, SlotStatistics, capture_domain
 from modekit.routing.linear import fit_gates
 from modekit.routing.refit import refit

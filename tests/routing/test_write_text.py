@@ -20,7 +20,7 @@ from chatting import word_tokenizer
 from conftest import DOMAINS, Workshop, logits_of, tiny_model
 from modekit.building.build import write_texts
 from modekit.building.preview import preview
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError, RecipeError, SourceError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded.sampling import Script, Writer, read_texts

@@ -35,8 +35,9 @@ from modekit.sources.adapter import NO_EFFECT, AdapterSource, LoraSettings, LowR
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights import folding
+from modekit.weights.flat import FlatArray
 from modekit.weights.folding import reader
-from modekit.weights.numeric import FlatArray, to_float32
+from modekit.weights.numeric import to_float32
 
 BASES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -19,7 +19,7 @@ from conftest import Workshop, save, tiny_model
 from damage import change_config, change_header
 from modekit.building.build import build
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training

@@ -21,7 +21,7 @@ from conftest import save, tiny_model, write_text
 from families_table import NO_WHOLE, PARTLY, REFUSED, WHOLE_FFNS
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe

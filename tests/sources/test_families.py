@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import SMALL, logits_of, save, tiny_model
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.evaluation.inspection.passes import decisions
 from modekit.loaded.native import DenseView
@@ -20,7 +20,8 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import DECODERS, family_of
 from modekit.sources.family import Family
-from modekit.sources.natives import NATIVES, Native, choose_native
+from modekit.sources.native import Native
+from modekit.sources.natives import NATIVES, choose_native
 from modekit.sources.pairs import PAIRS
 from modekit.text.sequences import Batch, TokenSequence
 from rounding import assert_close

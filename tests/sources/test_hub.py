@@ -14,13 +14,13 @@ from adapter_folders import write_adapter
 from conftest import Workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.building.verify import verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli import main
 from modekit.errors import SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
-from modekit.sources.open import model_folder
+from modekit.sources.source import model_folder
 from stand_in_hub import COMMIT, StandIn, point_at, serving
 
 

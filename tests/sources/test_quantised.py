@@ -17,7 +17,7 @@ from adapter_folders import write_adapter
 from conftest import logits_of, save, tiny_model
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError, SourceError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -26,7 +26,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import open_source
-from modekit.weights.numeric import stored
+from modekit.weights.flat import stored
 from quantised import FORMS, quantise
 from rounding import assert_close
 

@@ -17,7 +17,8 @@ from adapter_folders import quiet
 from conftest import VOCAB, Workshop, character_tokenizer, logits_of, tiny_model, write_text
 from members.test_come_and_go import check_same
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, ModekitError
 from modekit.evaluation.evaluate import evaluate

@@ -21,7 +21,7 @@ from conftest import logits_of, save
 from generated import check_generation
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model

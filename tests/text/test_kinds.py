@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import Workshop, make_workshop
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TextError
 from modekit.text.records import data_of
 from modekit.training.settings import train_settings

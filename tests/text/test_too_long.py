@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import Workshop
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_domains
 from modekit.experts.labelled import Reading, read_material

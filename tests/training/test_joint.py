@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import Workshop, save, tiny_model
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import flow_of

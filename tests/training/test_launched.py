@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from rounding import assert_close
 
 pytestmark = pytest.mark.slow

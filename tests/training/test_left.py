@@ -8,7 +8,7 @@ import pytest
 
 from damage import in_time, no_file
 from modekit.errors import InterruptError, TrainingError
-from modekit.files.marker import WorkFolder
+from modekit.files.output import WorkFolder
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
 

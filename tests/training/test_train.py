@@ -24,7 +24,8 @@ import modekit.training.objective as objective_module
 from adapter_folders import export_adapter
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_text
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.training import train_words
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.passes import losses_of
 from modekit.loaded.shapes import mixture_of

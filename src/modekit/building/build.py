@@ -20,17 +20,19 @@ from blake3 import blake3
 
 from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences, carry_bases
+from modekit.building.record import make_record
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest, read_carried
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import SourceError, UnsupportedError
+from modekit.files.copies import copy_file, link_file
 from modekit.files.output import Replace, check_room, replaced_by, work_of
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.user_cache import keep_digest
-from modekit.files.write import copy_file, link_file, make_folder, remove, write_all, write_file, write_json
+from modekit.files.write import make_folder, remove, write_all, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.recipe import WRITTEN_FOLDER
@@ -43,7 +45,8 @@ from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import is_local
 from modekit.text.held_out import check_texts, fit_documents
 from modekit.text.written import files_of
-from modekit.weights.numeric import DTYPES, same_bytes
+from modekit.weights.flat import same_bytes
+from modekit.weights.numeric import DTYPES
 from modekit.weights.reading import WeightReader, check_finite
 
 # EIO may be the source's or the result's: copying through the process tells which.

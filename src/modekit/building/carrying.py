@@ -26,8 +26,8 @@ from modekit.building.differences import Differences, in_rows
 from modekit.checkpoint.carried import Carried
 from modekit.planning.plan import Plan
 from modekit.sources.names import in_layer
-from modekit.weights.made import CarriedPart, FFNKind, Fill
 from modekit.weights.numeric import Singles
+from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
 
 _EPS = 2.0**-6

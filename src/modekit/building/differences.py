@@ -23,8 +23,9 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
 from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
+from modekit.weights.flat import read_float32
 from modekit.weights.made import Copy, Made
-from modekit.weights.numeric import Singles, as_array, read_float32, to_float32
+from modekit.weights.numeric import Singles, as_array, to_float32
 from modekit.weights.reading import WeightReader
 
 _STILL = 2.0**-5

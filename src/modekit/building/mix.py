@@ -30,7 +30,7 @@ from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.held_out import check_texts
-from modekit.weights.numeric import same_bytes
+from modekit.weights.flat import same_bytes
 
 _ONE_EXPERT = {"method": "routing", "top_k": 1}
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from modekit.checkpoint.carried import CARRIED_FILE
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, MixtureRecord, SourceRecord
+from modekit.files.copies import carry_over, link_file
 from modekit.files.marker import INTERNAL, foreign_files
-from modekit.files.write import carry_over, link_file, make_folder
+from modekit.files.write import make_folder
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import RECIPE_FILE, as_file

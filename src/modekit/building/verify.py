@@ -36,8 +36,9 @@ from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.tokenizer import copied_content, gone_pair_files
+from modekit.weights.flat import holds_only_finite, read_float32
 from modekit.weights.made import Delta, Join
-from modekit.weights.numeric import Array, as_array, holds_only_finite, read_float32, to_float32
+from modekit.weights.numeric import Array, as_array, to_float32
 from modekit.weights.reading import WeightReader
 
 _ALIKE = {"F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}

@@ -23,7 +23,7 @@ from modekit.files.write import safetensors_header, write_all
 from modekit.sources.contents import CHUNK, OpenFiles
 from modekit.sources.header import read_header
 from modekit.weights.bases import PassThrough
-from modekit.weights.numeric import read_float32
+from modekit.weights.flat import read_float32
 
 CARRIED_FILE = "carried.safetensors"
 _OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs"), ("head", "embedding", "shares")

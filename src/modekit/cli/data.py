@@ -42,7 +42,7 @@ def balance(
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
     from modekit.experts.corpus.balance import BalanceSettings, TextsToBalance, balance
     from modekit.loaded.load import load_tokenizer
-    from modekit.sources.open import model_folder
+    from modekit.sources.source import model_folder
 
     settings = settings_in(words, BalanceSettings, "data balance")
     with running() as run:
@@ -70,7 +70,7 @@ def make_tokenizer(
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
     from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
     from modekit.loaded.load import load_tokenizer
-    from modekit.sources.open import model_folder
+    from modekit.sources.source import model_folder
 
     with running() as run:
         folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)

@@ -103,7 +103,7 @@ def specialize(
     words: Words = None,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well; --tags: on several; --teacher: from another model."""
-    from modekit.sources.open import model_folder
+    from modekit.sources.source import model_folder
 
     settings = settings_in(words, SpecialistSettings, "specialize")
     settings.check(teacher=options.teacher, tags=options.tags, generic=options.generic)
@@ -147,7 +147,7 @@ def _teaching(teacher: str | None, settings: SpecialistSettings, run: Run) -> Te
     if teacher is None:
         return None
     from modekit.experts.distill.teaching import Teaching
-    from modekit.sources.open import model_folder
+    from modekit.sources.source import model_folder
 
     folder = model_folder(teacher, None, root=Path.cwd(), label="--teacher", run=run)
     return Teaching(folder, settings.distillation(), settings.mix)
@@ -199,7 +199,7 @@ def extract(
 ) -> None:
     """Extract a LoRA adapter from a full fine-tune, and show what that loses."""
     from modekit.experts.extract import extract
-    from modekit.sources.open import model_folder
+    from modekit.sources.source import model_folder
 
     target = writable(output, options.overwrite)
     with running() as run:

@@ -92,7 +92,7 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
 @app.command()
 def fit(checkpoint: OutFolder, words: Words = None) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
-    from modekit.checkpoint.checkpoint import open_with_any_router
+    from modekit.checkpoint.open import open_with_any_router
     from modekit.routing.refit import refit
 
     with running() as run:
@@ -105,7 +105,7 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
 
 def fit_words(words: list[str] | None) -> RecipeData:
     """What becomes of the mixture, as its recipe would say it. Raises ModekitError."""
-    from modekit.recipes.router import Router
+    from modekit.recipes.mixture import Router
 
     said = said_in(words, "fit")
     router = {key: value for key, value in said.items() if key in Router.model_fields}
@@ -122,7 +122,7 @@ def verify(
 ) -> None:
     """Compare every tensor of a checkpoint with its source; exit code 1 if a check fails."""
     from modekit.building.verify import is_proven, verify
-    from modekit.checkpoint.checkpoint import open_with_any_router
+    from modekit.checkpoint.open import open_with_any_router
 
     opened = open_with_any_router(resolved(checkpoint))
     with running() as run:

@@ -18,7 +18,8 @@ from modekit.cli.arrangement import example_of
 from modekit.cli.printing import err
 from modekit.cli.words import list_settings
 from modekit.errors import InterruptError, ModekitError
-from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.mending import refuse_existing
+from modekit.files.output import replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
 
@@ -131,7 +132,7 @@ def resolved(path: Path) -> Path:
 
 def checkpoint_in(folder: Path) -> Checkpoint:
     """The checkpoint of a folder. Raises CheckpointError."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.checkpoint.open import open_checkpoint
 
     return open_checkpoint(resolved(folder))
 

@@ -25,7 +25,7 @@ _Kind = TypeVar("_Kind", bound="BaseModel")
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, listed below; values as in YAML.")]
 SETTINGS = {
     "train": ["modekit.training.settings:TrainSettings"],
-    "fit": ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"],
+    "fit": ["modekit.recipes.mixture:Router", "modekit.recipes.mixture:Mixture"],
     "densify": ["modekit.cli.conversion:DensifySettings"],
     "add": ["modekit.recipes.recipe:Expert"],
     "replace": ["modekit.recipes.recipe:Expert"],
@@ -42,8 +42,8 @@ def said_in(words: Sequence[str] | None, command: str, *, besides: Iterable[str]
 
     `besides`: keys that none of its classes has. Raises ModekitError, with the nearest of the known keys.
     """
+    from modekit.recipes.read import parse_yaml
     from modekit.recipes.strict import did_you_mean
-    from modekit.recipes.strict_yaml import parse_yaml
 
     keys, said = sorted([*_fields(command), *besides]), dict[str, Any]()
     for word in words or ():

@@ -25,7 +25,8 @@ from typing import ClassVar
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
@@ -34,9 +35,11 @@ from modekit.experts.distill.settings import DistillSettings, distill_settings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.experts.moving import Save, make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_losses
-from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.copies import library_writes
+from modekit.files.mending import refuse_existing
+from modekit.files.output import replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
+from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of

@@ -24,8 +24,8 @@ from transformers import (
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.experts.corpus.tokenizer import byte_level_bpe
+from modekit.files.copies import library_writes
 from modekit.files.staging import Staging, staging
-from modekit.files.write import library_writes
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.run import Run

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.kinds import Experts, Kind
 from modekit.demo.models import make_base, make_real_base
 from modekit.demo.translation import make_pair_base, translate_once
@@ -24,12 +24,12 @@ from modekit.errors import CheckpointError, ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.specialize import specialize
-from modekit.files.output import is_there
+from modekit.files.mending import is_there
 from modekit.files.write import write_file
 from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan
+from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.router import FITS
 from modekit.run import QUIET, Run
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ import torch
 from tokenizers import processors
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.models import save_model
 from modekit.demo.text import GENERAL, PAIRED
 from modekit.evaluation.translation.decoding import Decoding

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import refuse_pairs
 from modekit.engines.serve import context_of
 from modekit.errors import TextError
 from modekit.evaluation.inspection.passes import router_weights

@@ -17,17 +17,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import refuse_pairs
 from modekit.engines.converter import CONVERTER, check_installed, convert
 from modekit.engines.proof import Proof, compare, documents_of
 from modekit.engines.registry import Outtype
 from modekit.errors import SourceError, UnsupportedError
+from modekit.files.copies import library_writes
 from modekit.files.marker import foreign_files
-from modekit.files.output import Replace, mend
+from modekit.files.mending import mend
+from modekit.files.output import Replace
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import digest_of_data, library_writes, write_file, write_json
+from modekit.files.write import digest_of_data, write_file, write_json
 from modekit.planning.plan import Shape
 from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3

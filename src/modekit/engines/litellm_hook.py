@@ -20,7 +20,7 @@ from urllib.parse import quote
 from fastapi import HTTPException
 from litellm.integrations.custom_logger import CustomLogger
 
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import EngineError, ModekitError
 from modekit.routing.text_router import TextRouter
 from modekit.text.records import conversation_of

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import refuse_pairs
 from modekit.engines.child import KEY, Child, default_threads, threads_environment
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.errors import CheckpointError, EngineError, UnsupportedError

@@ -17,7 +17,8 @@ from modekit.sources.family import Family
 from modekit.sources.header import TensorRef, check_floats
 from modekit.sources.names import is_ignored, module_of, split_layer
 from modekit.sources.source import ModelSource
-from modekit.weights.numeric import blocks, holds_only_finite, stored, to_float32
+from modekit.weights.flat import holds_only_finite, stored
+from modekit.weights.numeric import blocks, to_float32
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ from pydantic import BaseModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import UnsupportedError
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
+from modekit.files.copies import copy_file
 from modekit.files.marker import foreign_files
-from modekit.files.output import mend, replaced_by
+from modekit.files.mending import mend
+from modekit.files.output import replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import staging
 from modekit.files.typed import read_as
-from modekit.files.write import copy_file, write_json
+from modekit.files.write import write_json
 from modekit.planning.mixture_config import Place
 from modekit.recipes.paths import locate
 from modekit.recipes.strict import BASE

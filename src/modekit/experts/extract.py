@@ -22,15 +22,18 @@ from pydantic import BaseModel
 
 from modekit.experts.differences import TensorDifference, check_differs, compare, linears_of, shared_names
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
-from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.copies import copy_file
+from modekit.files.mending import refuse_existing
+from modekit.files.output import replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import copy_file, write_json
+from modekit.files.write import write_json
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import open_source
 from modekit.text.splits import TRAINED_FILE
 from modekit.weights.factorise import Factors, factorise
-from modekit.weights.numeric import read_float32, to_bytes
+from modekit.weights.flat import read_float32
+from modekit.weights.numeric import to_bytes
 
 _LITTLE = 0.5  # share of the squared difference below which an adapter is more lost than kept
 

@@ -24,11 +24,13 @@ from modekit.experts.distill.teaching import Teaching, losses_said, losses_table
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
 from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
+from modekit.files.copies import library_writes
 from modekit.files.marker import Kind
-from modekit.files.output import Replace, refuse_existing, replaced_by
+from modekit.files.mending import refuse_existing
+from modekit.files.output import Replace, replaced_by
 from modekit.files.staging import staging
 from modekit.files.typed import as_kind
-from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
+from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
 from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from modekit.errors import OutputError
-from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Lock, read_marker
+from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, read_marker
+from modekit.files.output import Lock
 from modekit.files.write import Content, appearing, files_below, is_temporary, make_folder, remove, sync_folder, write_file
 
 _PATIENCE = 60.0

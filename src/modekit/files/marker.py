@@ -8,25 +8,20 @@ a copy under another name is no longer ours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modekit.errors import OutputError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_text
-from modekit.files.write import empty_folder, files_below, is_temporary, json_bytes, remove, remove_if_empty, write_file
+from modekit.files.write import files_below, is_temporary, json_bytes
 
 MARKER = ".modekit"
 CHANGE_LOCK = ".modekit.lock"
 CHANGED = ".modekit.changed"
 INTERNAL = (MARKER, CHANGE_LOCK, CHANGED)
 """What modekit keeps in an output for itself."""
-LOCK = "lock"
-_ATTEMPTS = 20
 STATISTICS = "router"
 """A folder in which everything is modekit's."""
 _WEIGHTS = (".safetensors", ".gguf")
@@ -104,92 +99,3 @@ def _digest_of(path: Path) -> str:
         return hashlib.sha256(read_bytes(path, _SMALL if path.name.endswith(_WEIGHTS) else LARGE)).hexdigest()
     except ValueError:  # larger
         return ""
-
-
-class Lock:
-    """Held from `take` to `release`.
-
-    The file is removed while the lock is held; who had it open by then gets a lock on no file, which `FileLock` sees, and
-    asks again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = FileLock(path)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this object holds it."""
-        return self._lock.is_locked
-
-    def take(self, *, patience: float = 0.0) -> bool:
-        """Take it if it becomes free within some seconds; whether it did.
-
-        Raises OSError where its folder is not there, or a link has its name.
-        """
-        try:
-            self._lock.acquire(timeout=patience, poll_interval=0.01)
-        except Timeout:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Give it free, if it is held, and remove its file."""
-        if self._lock.is_locked:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-            self._lock.release()
-
-
-class WorkFolder:
-    """OUT.partial or OUT.training, whose marker names OUT: a copy under another name is no longer ours.
-
-    `last`: names in it that go last when it is removed, in this order, so that a kill leaves what is still known.
-    """
-
-    def __init__(self, out: Path, kind: Literal["partial", "training"], last: Sequence[str] = ()) -> None:
-        if not out.name:
-            raise OutputError("the output needs a folder of its own", where=str(out), remedy="name a folder in it")
-        self.path = out.with_name(f"{out.name}.{kind}")
-        self.lock = Lock(self.path / LOCK)
-        self._marker, self._last = Marker(kind=kind, of=out.name), (*last, MARKER)
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether modekit made it for this output; also where a kill left no mark yet, or no longer: but for an empty lock."""
-        if self.path.is_symlink() or not self.path.is_dir():
-            return False
-        marker = read_marker(self.path)
-        if marker is not None:
-            return marker == self._marker
-        return all(is_temporary(each) or (each.name == LOCK and not each.lstat().st_size) for each in self.path.iterdir())
-
-    def take(self) -> None:
-        """Make it, or find our own, and hold it. Raises OutputError where it is somebody else's or held, and OSError."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                with suppress(FileExistsError):
-                    self.path.mkdir(parents=True)
-                if not self.is_ours:
-                    remedy = "move it away, or choose another output folder"
-                    raise OutputError("a folder that modekit did not make is in the way", where=str(self.path), remedy=remedy)
-                if not self.lock.take():
-                    remedy = "wait for it, or choose another folder"
-                    raise OutputError("another process is writing this output folder", where=str(self.path), remedy=remedy)
-                write_file(self.path / MARKER, self._marker.as_bytes())
-                return
-            except FileNotFoundError:  # another process has just finished, and removed it
-                self.lock.release()
-                if attempt == _ATTEMPTS - 1:  # or the system takes no folder here
-                    raise
-
-    def clear(self) -> None:
-        """Remove it while it is held.
-
-        Another process that comes just then finds the folder empty, or with its own lock in it, and it stays.
-        """
-        empty_folder(self.path, but=(*self._last, LOCK))
-        for name in self._last:
-            remove(self.path / name)
-        self.lock.release()
-        remove_if_empty(self.path)

@@ -1,4 +1,4 @@
-"""May OUT be written? What lies there, what a kill left of it, what it is made from, and whether the disk has room.
+"""OUT.partial, in which OUT is made, and whether it may be: what lies there, what it is made from, the disk's room.
 
 staging.py says how OUT.partial, the folder beside it in which it is made, is laid out.
 """
@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
+
 from modekit.errors import OutputError, some_of
-from modekit.files.marker import CHANGE_LOCK, WorkFolder, foreign_files, read_marker
-from modekit.files.write import files_below, remove
+from modekit.files.marker import CHANGE_LOCK, MARKER, Marker, foreign_files, read_marker
+from modekit.files.write import empty_folder, files_below, is_temporary, remove, remove_if_empty, write_file
 
 Replace = Literal["nothing", "modekit's own", "in place"]
 """What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
@@ -30,69 +32,6 @@ def replaced_by(overwrite: bool) -> Replace:
 def work_of(out: Path) -> WorkFolder:
     """Where an output is made. Raises OutputError for a path without a name, such as /."""
     return WorkFolder(out, "partial", last=(JOURNAL,))
-
-
-def is_in_the_making(folder: Path) -> bool:
-    """Whether a folder is an output's work folder, or the unfinished output in it."""
-    work = folder.parent if folder.name in {NEW, OLD} else folder
-    name = work.name.removesuffix(".partial")
-    return name not in ("", work.name) and work_of(work.with_name(name)).is_ours
-
-
-def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()) -> None:
-    """Raise OutputError when something is at OUT that may not be replaced, or OUT and a source lie in one another.
-
-    What a kill left of an earlier commit is mended first. Raises OutputError, too, where OUT cannot be written.
-    """
-    refuse_entangled(out, sources)
-    try:
-        mend(out)
-    except OSError as error:
-        raise failed(out, error) from None
-    refuse_what_is_there(out, replace)
-
-
-def failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
-    """What is said of an output that cannot be written, and of what is left of it."""
-    free = disk_of(out).free
-    return OutputError(
-        f"the output folder cannot be written; {left_of(out, finished=finished)}",
-        where=str(out),
-        found=f"{error.strerror or error} ({free:,} bytes free)",
-        remedy=None if finished else "free space, or choose a folder that can be written",
-    )
-
-
-def left_of(out: Path, *, finished: bool) -> str:
-    """What a command that gave up has left: nothing, unless it was finished or the disk would not let it be removed."""
-    work = work_of(out).path
-    if finished:
-        return f"{out.name} was finished by then"
-    if os.path.lexists(work / OLD):
-        return f"the old folder is {work.name}/{OLD}, and the next command that asks for {out.name} puts it back"
-    return f"{work.name} could not be removed" if os.path.lexists(work) else "nothing was left behind"
-
-
-def is_there(out: Path) -> bool:
-    """Whether there is an output, once what a kill left is mended. Raises OutputError, OSError."""
-    mend(out)
-    return out.exists()
-
-
-def mend(out: Path) -> None:
-    """Put right what a kill inside a commit left, unless a process is at it. Raises OutputError, OSError."""
-    if not out.name:
-        return
-    work = work_of(out)
-    try:
-        if work.is_ours and work.lock.take():
-            mend_commit(work.path, out)
-            if not any((work.path / name).exists() for name in (JOURNAL, NEW, OLD)):
-                work.clear()
-    except FileNotFoundError:  # whoever was at it has just finished
-        pass
-    finally:
-        work.lock.release()
 
 
 def mend_commit(work: Path, out: Path) -> None:
@@ -171,3 +110,98 @@ def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
                 found=f"it is, holds or lies in {folder}",
                 remedy="choose a folder beside it",
             )
+
+
+LOCK = "lock"
+
+
+_ATTEMPTS = 20
+
+
+class Lock:
+    """Held from `take` to `release`.
+
+    The file is removed while the lock is held; who had it open by then gets a lock on no file, which `FileLock` sees, and
+    asks again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = FileLock(path)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds it."""
+        return self._lock.is_locked
+
+    def take(self, *, patience: float = 0.0) -> bool:
+        """Take it if it becomes free within some seconds; whether it did.
+
+        Raises OSError where its folder is not there, or a link has its name.
+        """
+        try:
+            self._lock.acquire(timeout=patience, poll_interval=0.01)
+        except Timeout:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give it free, if it is held, and remove its file."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            self._lock.release()
+
+
+class WorkFolder:
+    """OUT.partial or OUT.training, whose marker names OUT: a copy under another name is no longer ours.
+
+    `last`: names in it that go last when it is removed, in this order, so that a kill leaves what is still known.
+    """
+
+    def __init__(self, out: Path, kind: Literal["partial", "training"], last: Sequence[str] = ()) -> None:
+        if not out.name:
+            raise OutputError("the output needs a folder of its own", where=str(out), remedy="name a folder in it")
+        self.path = out.with_name(f"{out.name}.{kind}")
+        self.lock = Lock(self.path / LOCK)
+        self._marker, self._last = Marker(kind=kind, of=out.name), (*last, MARKER)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether modekit made it for this output; also where a kill left no mark yet, or no longer: but for an empty lock."""
+        if self.path.is_symlink() or not self.path.is_dir():
+            return False
+        marker = read_marker(self.path)
+        if marker is not None:
+            return marker == self._marker
+        return all(is_temporary(each) or (each.name == LOCK and not each.lstat().st_size) for each in self.path.iterdir())
+
+    def take(self) -> None:
+        """Make it, or find our own, and hold it. Raises OutputError where it is somebody else's or held, and OSError."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with suppress(FileExistsError):
+                    self.path.mkdir(parents=True)
+                if not self.is_ours:
+                    remedy = "move it away, or choose another output folder"
+                    raise OutputError("a folder that modekit did not make is in the way", where=str(self.path), remedy=remedy)
+                if not self.lock.take():
+                    remedy = "wait for it, or choose another folder"
+                    raise OutputError("another process is writing this output folder", where=str(self.path), remedy=remedy)
+                write_file(self.path / MARKER, self._marker.as_bytes())
+                return
+            except FileNotFoundError:  # another process has just finished, and removed it
+                self.lock.release()
+                if attempt == _ATTEMPTS - 1:  # or the system takes no folder here
+                    raise
+
+    def clear(self) -> None:
+        """Remove it while it is held.
+
+        Another process that comes just then finds the folder empty, or with its own lock in it, and it stays.
+        """
+        empty_folder(self.path, but=(*self._last, LOCK))
+        for name in self._last:
+            remove(self.path / name)
+        self.lock.release()
+        remove_if_empty(self.path)

@@ -24,19 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modekit.errors import InterruptError, OutputError
-from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, Lock, foreign_files, marker_of
-from modekit.files.output import (
-    JOURNAL,
-    NEW,
-    OLD,
-    Replace,
-    failed,
-    left_of,
-    mend_commit,
-    refuse_entangled,
-    refuse_what_is_there,
-    work_of,
-)
+from modekit.files.copies import sweep
+from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, foreign_files, marker_of
+from modekit.files.mending import failed, left_of
+from modekit.files.output import JOURNAL, NEW, OLD, Lock, Replace, mend_commit, refuse_entangled, refuse_what_is_there, work_of
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.write import (
     Entry,
@@ -45,7 +36,6 @@ from modekit.files.write import (
     remove,
     remove_if_empty,
     safetensors_header,
-    sweep,
     sync_file,
     sync_folder,
     sync_tree,

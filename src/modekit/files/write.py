@@ -25,10 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from modekit.files.read import open_regular
-
 _TEMPORARY = re.compile(r"\.modekit\.[0-9a-f]{16}\.tmp")
-_CHUNK = 2**20
 Entry = tuple[str, str, tuple[int, ...], int]
 """name, safetensors dtype, shape, bytes: one tensor of a file's header."""
 _LENGTH, _BOUNDARY = 8, 64
@@ -127,38 +124,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(code, said, str(path)) from None
 
 
-@contextmanager
-def library_writes(folder: Path) -> Iterator[Path]:
-    """A new folder that a library writes into; what it wrote moves to `folder` by rename when the block ends well.
-
-    A library follows whatever link lies at a name, so it gets a folder that nobody could foresee. Each file and folder takes
-    the place of what has its name. Raises OSError, also for what the library makes of a full disk.
-    """
-    make_folder(folder)
-    new = temporary_in(folder)
-    try:
-        with disk_errors(folder):
-            new.mkdir()
-            yield new
-        for path in sorted(new.iterdir()):
-            remove(folder / path.name)
-            path.rename(folder / path.name)
-    finally:
-        remove(new)
-
-
-def new_folder(folder: Path) -> None:
-    """Make an empty folder in the place of whatever has its name; of a link, the link goes. Raises OSError."""
-    remove(folder)
-    folder.mkdir()
-
-
-def link_in(folder: Path) -> str | None:
-    """The first link in a folder that a library is about to write into, in words; None where there is none."""
-    links = (folder / name for name in files_below(folder) if (folder / name).is_symlink())
-    return next((f"{path.relative_to(folder)} is a link to {path.readlink()}" for path in links), None)
-
-
 def write_file(path: Path, content: Content, *, sync: bool = True) -> None:
     """Write a file so that it is seen whole or not at all. Raises OSError."""
     with appearing(path, sync=sync) as temporary, create(temporary) as stream:
@@ -171,41 +136,6 @@ def write_file(path: Path, content: Content, *, sync: bool = True) -> None:
 def write_json(path: Path, value: object, *, sync: bool = True) -> None:
     """Write data as JSON, as `write_file`."""
     write_file(path, json_bytes(value), sync=sync)
-
-
-def copy_file(file: Path, target: Path) -> None:
-    """Copy a regular file's bytes; the copy appears whole, in place of what has its name. Raises OSError."""
-    with open_regular(file) as source, appearing(target, sync=False) as temporary, create(temporary) as stream:
-        shutil.copyfileobj(source, stream, _CHUNK)
-
-
-def carry_over(folder: Path, target: Path, *, but: Collection[str] = (), links: bool = False) -> None:
-    """The regular files of a folder under the same names in another, without copying them where the file system can.
-
-    `but` names entries of the folder that stay behind. With `links`, links are made anew as they are; else they stay, too,
-    since what they lead to may be no part of the folder. Raises OSError.
-    """
-    for name in files_below(folder):
-        path = folder / name
-        if name.partition("/")[0] in but or is_temporary(path):
-            continue
-        make_folder((target / name).parent)
-        if path.is_symlink():
-            if links:
-                with appearing(target / name, sync=False) as temporary:
-                    temporary.symlink_to(path.readlink())
-        elif path.is_file():
-            link_file(path, target / name)
-
-
-def link_file(file: Path, target: Path) -> None:
-    """The same bytes under another name, without copying them where the file system can. Raises OSError."""
-    if not file.is_symlink():
-        with suppress(OSError), appearing(target, sync=False) as temporary:
-            remove(target)  # a rename onto another name of the same bytes would do nothing
-            os.link(file, temporary)
-            return
-    copy_file(file, target)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -222,16 +152,6 @@ def temporary_in(folder: Path) -> Path:
 def is_temporary(path: Path) -> bool:
     """Whether something bears such a name: a kill may have left it."""
     return _TEMPORARY.fullmatch(path.name) is not None
-
-
-def sweep(folder: Path) -> None:
-    """Remove what kills left of things in the making, in a folder that is modekit's and that no other process writes."""
-    with suppress(OSError):
-        for path in folder.iterdir():
-            if is_temporary(path):
-                remove(path)
-            elif path.is_dir() and not path.is_symlink():
-                sweep(path)
 
 
 def remove(path: Path) -> None:

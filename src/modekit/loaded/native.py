@@ -31,7 +31,7 @@ from modekit.planning.shape import other_record
 from modekit.run import QUIET, Run
 from modekit.sources.config import check_no_code, whole
 from modekit.sources.names import in_layer, split_layer
-from modekit.sources.natives import Native
+from modekit.sources.native import Native
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _FAR = 10_000.0  # between two logits: softmax gives the lower one exactly nothing

@@ -16,7 +16,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
 from modekit.files.read import UNREADABLE, read_text
 from modekit.recipes.paths import locate
-from modekit.recipes.strict_yaml import StrictLoader
+from modekit.recipes.read import StrictLoader
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one

@@ -18,7 +18,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, number, whole
 from modekit.sources.family import Family
 from modekit.sources.names import EMBEDDING, HEAD, in_layer, weight_of
-from modekit.sources.natives import Native, Widening
+from modekit.sources.native import Native, Widening
 from modekit.sources.source import ModelSource
 
 TERMS, EXACT_TERMS = 2, 3

@@ -29,8 +29,8 @@ from pydantic import BaseModel, Field
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
-from modekit.sources.natives import Widening
-from modekit.weights.made import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
+from modekit.sources.native import Widening
+from modekit.weights.padding import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 
 _AVERAGED = 2.0**-4
 """Of averages: embeddings may be small, and the base's first norm sees both."""

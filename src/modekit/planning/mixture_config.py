@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from modekit.planning.shape import RouterSlot
+from modekit.recipes.fits import ScoreKind
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import ScoreKind
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, module_of, split_layer

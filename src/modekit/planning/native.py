@@ -29,9 +29,11 @@ from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
-from modekit.sources.natives import Native, native_of
+from modekit.sources.native import Native
+from modekit.sources.natives import native_of
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, FFNKind, Join, Made, Pad, Padded, Zeros, scaled
+from modekit.weights.made import Copy, Join, Made, Padded, Zeros, scaled
+from modekit.weights.padding import FFNKind, Pad
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.names import is_ignored
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.sources.vocabulary import Vocabulary
-from modekit.weights.numeric import stored
+from modekit.weights.flat import stored
 
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 

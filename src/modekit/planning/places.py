@@ -17,7 +17,7 @@ from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import Family, Stack
+from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import (
     HEAD,
@@ -31,6 +31,7 @@ from modekit.sources.names import (
     weight_of,
 )
 from modekit.sources.source import ModelSource
+from modekit.sources.stack import Stack
 
 ATTENTION = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"),

@@ -18,8 +18,8 @@ from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native import NativeShape
 from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
+from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import MOST_TOKENS
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource

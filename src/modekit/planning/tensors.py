@@ -26,8 +26,10 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Fold, Join, Made, Merged, Pad, Padded
-from modekit.weights.numeric import BLOCK, DTYPES, FlatArray, blocks, is_finite, to_bytes, to_float32
+from modekit.weights.flat import FlatArray
+from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded
+from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
+from modekit.weights.padding import Pad
 from modekit.weights.reading import WeightReader, where_of
 
 EMBEDDING_FILE = "model-embedding.safetensors"

@@ -12,10 +12,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from modekit.recipes.mixture import CHOICES, READ_BY
+from modekit.recipes.fits import AUTO, Fit, row_of
+from modekit.recipes.mixture import CHAT_DECAY, CHOICES, READ_BY, without_effect
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import AUTO, CHAT_DECAY, Fit, row_of, without_effect
 from modekit.recipes.strict import RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"

@@ -9,17 +9,17 @@ import json
 import re
 from pathlib import Path
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
+from modekit.files.read import read_text
 from modekit.files.typed import problem_said
 from modekit.recipes.edit import choices
-from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture
+from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture, Router
 from modekit.recipes.paths import spelled_out
 from modekit.recipes.recipe import Expert, Output, Recipe
-from modekit.recipes.router import Router
 from modekit.recipes.strict import NAME_RULE, RecipeData, breaks_name_rule, did_you_mean
-from modekit.recipes.strict_yaml import read_yaml
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 _MOST_PROBLEMS = 20  # shown at once; the others are counted
@@ -126,3 +126,82 @@ def schema_text() -> str:
     """The recipe's JSON schema as it is shipped."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
+LARGEST = 2**20
+"""Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
+
+
+_MOST, _CHARACTERS = 2**16, 256  # values once every alias is written out, a long text counting as several
+
+
+_DEEPEST = 50  # collections within each other
+
+
+_LARGEST_NUMBER = 10**100
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently drop the first; values that are none; bombs of aliases."""
+
+    _size = _depth = 0
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[str | None, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node. Raises YAMLError as soon as there are too many, each alias written out, or they nest too deeply."""
+        event, before = self.peek_event(), self._size  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            self._size += self._sizes.get(event.anchor, _MOST if event.anchor in self.anchors else 0)
+        else:
+            self._size += 1 + len(getattr(event, "value", "")) // _CHARACTERS
+        if self._size > _MOST or self._depth > _DEEPEST:
+            what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST} values, aliases written out"
+            raise yaml.composer.ComposerError(None, None, what, event.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if event.anchor is not None:
+            self._sizes[event.anchor] = self._size - before
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        """The value of a node. Raises YAMLError where it is none of its kind: 2001-99-99, !!int x, half of a character."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
+            raise _problem(f"this is no {node.tag.rpartition(':')[2][:40]}", node) from None
+        if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:
+            raise _problem("a number of more than 100 digits", node)
+        return value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        """Build a dict from a YAML mapping."""
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _problem(f"'{key.value[:100]}' is given twice", key)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds, unchecked. Raises OSError, and ValueError that says what is wrong where."""
+    return parse_yaml(read_text(path, LARGEST), path.name)
+
+
+def parse_yaml(text: str, name: str) -> object:
+    """What YAML of that name says, unchecked. Raises ValueError that says what is wrong where."""
+    try:
+        return yaml.load(text, StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split()).replace('"<unicode string>"', name)) from None
+
+
+def _problem(what: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)

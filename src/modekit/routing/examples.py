@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import TextError
+from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Expert
-from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Document, reads_of
 from modekit.text.plain import WORD

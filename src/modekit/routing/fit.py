@@ -16,8 +16,8 @@ import numpy as np
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.checkpoint.router_file import Gates
+from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import Router
 from modekit.run import QUIET, Run
 
 _HASHED = 0.01  # logits of the first expert of a token; half of it the second's, and so on: those chosen weigh the same
@@ -125,4 +125,4 @@ SETTERS: dict[str, Callable[[Fitting], FittedRouter] | str] = {
     "lexical": "modekit.routing.lexical:lexical_gates",
     "arrow": "modekit.routing.linear:low_rank_gates",
 }
-"""By the name of the fit (recipes/router.py): a function, or where it needs torch its place."""
+"""By the name of the fit (recipes/fits.py): a function, or where it needs torch its place."""

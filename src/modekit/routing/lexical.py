@@ -26,8 +26,8 @@ from modekit.checkpoint.router_file import evidence_columns, rows_of
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS
+from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Expert, place_of_base
-from modekit.recipes.router import Router
 from modekit.routing.evidence import TokenRows, averaged, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fit import FittedRouter, Fitting

@@ -25,7 +25,7 @@ from modekit.planning.mixture_config import leader_of
 from modekit.planning.modekit_shape import whole_module_unscored
 from modekit.planning.reuse import Origins
 from modekit.planning.shape import RouterSlot
-from modekit.recipes.router import Router
+from modekit.recipes.mixture import Router
 from modekit.routing.fit import FittedRouter, Fitting
 from modekit.routing.inputs import DomainStatistics, read_domains
 from modekit.run import QUIET, Run

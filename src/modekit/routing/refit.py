@@ -16,9 +16,9 @@ from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.files.write import json_bytes
 from modekit.planning.make import make_plan
 from modekit.recipes.edit import as_written, changed_mixture, choices, with_following, with_mixture
+from modekit.recipes.mixture import CHAT_DECAY
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import CHAT_DECAY
 from modekit.recipes.strict import RecipePart
 from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run

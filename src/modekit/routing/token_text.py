@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
-from modekit.recipes.router import MOST_TOKENS
 from modekit.routing.examples import Tokens, chats_of
 from modekit.routing.fit import Fitting
 from modekit.routing.kept import FitText, Get, Header, Provenance, checked, kept_or_text, load_kept, save_kept

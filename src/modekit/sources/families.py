@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from modekit.errors import UnsupportedError
 from modekit.sources.config import Config, whole
-from modekit.sources.family import LINEAR, Family, Stack, every
+from modekit.sources.family import Family, every
 from modekit.sources.pairs import PAIRS
+from modekit.sources.stack import LINEAR, Stack
 from modekit.sources.structure import is_installed, structure
 
 _FUSED_GATE_UP = {**LINEAR, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")}

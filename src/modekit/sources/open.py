@@ -5,48 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from modekit.errors import SourceError
-from modekit.recipes.paths import may_be_hub_id
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
-from modekit.sources.source import ModelSource, no_model_folder, open_source
-
-
-def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
-    """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
-
-    Raises SourceError when it is a path to nothing.
-    """
-    try:
-        folder = (root / Path(spec).expanduser()).resolve()
-        if folder.is_dir():
-            return folder
-    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
-        folder = root / spec
-    if not may_be_hub_id(spec):
-        raise no_model_folder(folder, f"{label} ({spec})")
-    return None
-
-
-def model_folder(
-    spec: str, revision: str | None, *, root: Path, label: str, run: Run = QUIET, as_adapter: bool = False
-) -> Path:
-    """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
-    folder = local_folder(spec, root=root, label=label)
-    if folder is None:
-        from modekit.sources.hub import download  # its import takes longer than a whole local plan
-
-        return download(spec, revision, where=f"{label} ({spec})", run=run, as_adapter=as_adapter)
-    if revision is not None:
-        raise SourceError(
-            "a revision has no effect with a folder",
-            where=f"{label} ({spec})",
-            found=revision,
-            remedy="remove revision, or name the model by its hub id",
-        )
-    return folder
+from modekit.sources.source import ModelSource, local_folder, model_folder, open_source
 
 
 def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET) -> tuple[ModelSource, ...]:

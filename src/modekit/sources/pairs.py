@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from modekit.sources.config import Config
-from modekit.sources.family import Family, Stack
+from modekit.sources.family import Family
+from modekit.sources.stack import Stack
 
 PAIR_CLASS = "ModekitForSeq2SeqLM"
 """What config.json of a mixture of one of them calls its class."""

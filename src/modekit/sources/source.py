@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, read_json
+from modekit.recipes.paths import may_be_hub_id
 from modekit.run import QUIET, Run
 from modekit.sources.config import FROM_GGUF, Config, check_no_code, damaged_model, read_config, refuse_other_kinds
 from modekit.sources.header import TensorRef, read_header
@@ -202,3 +203,38 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
         what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
         raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
     return names
+
+
+def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
+    """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
+
+    Raises SourceError when it is a path to nothing.
+    """
+    try:
+        folder = (root / Path(spec).expanduser()).resolve()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
+        folder = root / spec
+    if not may_be_hub_id(spec):
+        raise no_model_folder(folder, f"{label} ({spec})")
+    return None
+
+
+def model_folder(
+    spec: str, revision: str | None, *, root: Path, label: str, run: Run = QUIET, as_adapter: bool = False
+) -> Path:
+    """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
+    folder = local_folder(spec, root=root, label=label)
+    if folder is None:
+        from modekit.sources.hub import download  # its import takes longer than a whole local plan
+
+        return download(spec, revision, where=f"{label} ({spec})", run=run, as_adapter=as_adapter)
+    if revision is not None:
+        raise SourceError(
+            "a revision has no effect with a folder",
+            where=f"{label} ({spec})",
+            found=revision,
+            remedy="remove revision, or name the model by its hub id",
+        )
+    return folder

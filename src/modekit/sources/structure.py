@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from modekit.errors import UnsupportedError
 from modekit.recipes.layers import stack_of
 from modekit.sources.config import Config, damaged_model, entries, no_usable
-from modekit.sources.family import Family, Stack
+from modekit.sources.family import Family
 from modekit.sources.names import split_layer, weight_of
+from modekit.sources.stack import Stack
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import TrainingRecord
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.results_folder import write_results
+from modekit.files.copies import library_writes
 from modekit.files.read import LARGE, read_bytes
-from modekit.files.write import json_bytes, library_writes, remove
+from modekit.files.write import json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.loaded.states import take_state
 from modekit.processes import processes

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
 from modekit.files.typed import Count, Number, as_kind

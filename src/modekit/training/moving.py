@@ -20,7 +20,7 @@ from modekit.errors import TrainingError
 from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.places import ATTENTION
-from modekit.sources.family import Stack
+from modekit.sources.stack import Stack
 from modekit.training.settings import Group
 
 _PARTS: tuple[Group, ...] = ("routers", "experts", "attention", "mlp", "embeddings", "head", "norms")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import as_kind, shortened
-from modekit.recipes.strict_yaml import read_yaml
+from modekit.recipes.read import read_yaml
 from modekit.text.amounts import SAMPLE_TOKENS
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]

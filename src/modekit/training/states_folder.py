@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modekit.errors import InterruptError, OutputError, TrainingError
-from modekit.files.marker import LOCK, MARKER, WorkFolder
+from modekit.files.copies import link_in, sweep
+from modekit.files.marker import MARKER
+from modekit.files.output import LOCK, WorkFolder
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
-from modekit.files.write import empty_folder, link_in, sweep, write_json
+from modekit.files.write import empty_folder, write_json
 from modekit.loaded.states import whole_states
 from modekit.processes import processes
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TrainingError
-from modekit.files.output import refuse_existing
+from modekit.files.mending import refuse_existing
 from modekit.processes import processes
 from modekit.run import QUIET, Run
-from modekit.sources.open import model_folder
-from modekit.sources.source import open_source
+from modekit.sources.source import model_folder, open_source
 from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.end_to_end import train_end_to_end

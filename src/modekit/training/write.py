@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, TrainingRecord
 from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.copies import carry_over, link_file
 from modekit.files.marker import INTERNAL
 from modekit.files.staging import Staging, staging
-from modekit.files.write import carry_over, json_bytes, link_file, write_all, write_file
+from modekit.files.write import json_bytes, write_all, write_file
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles

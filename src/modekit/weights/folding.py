@@ -17,7 +17,8 @@ import numpy.typing as npt
 from modekit.sources.adapter import LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
-from modekit.weights.numeric import BLOCK, Array, FlatArray, Rows, Singles, moved, stored, to_float32
+from modekit.weights.flat import FlatArray, Rows, stored
+from modekit.weights.numeric import BLOCK, Array, Singles, moved, to_float32
 
 Read = Callable[[TensorRef], Array]
 """The whole of a tensor of the adapter as a flat array, in its own dtype."""

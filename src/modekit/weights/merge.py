@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
-from modekit.weights.numeric import FlatArray, Rows, blocks, moved
+from modekit.weights.flat import FlatArray, Rows
+from modekit.weights.numeric import blocks, moved
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
 Block = npt.NDArray[np.float64]

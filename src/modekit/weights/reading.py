@@ -12,10 +12,11 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.sources.source import ModelSource
 from modekit.weights.factorise import Factors, factorise
-from modekit.weights.numeric import Singles, blocks, is_finite, stored, to_float32
+from modekit.weights.flat import stored
+from modekit.weights.numeric import Singles, blocks, is_finite, to_float32
 
 if TYPE_CHECKING:
-    from modekit.weights.made import Fills
+    from modekit.weights.padding import Fills
 
 
 class WeightReader:

@@ -23,7 +23,8 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.names import split_layer
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
-from modekit.weights.numeric import BLOCK, FlatArray, holds_only_finite, to_float32
+from modekit.weights.flat import FlatArray, holds_only_finite
+from modekit.weights.numeric import BLOCK, to_float32
 from modekit.weights.reading import WeightReader
 
 _Double = npt.NDArray[np.float64]

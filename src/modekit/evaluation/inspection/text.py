@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
 from modekit.evaluation.inspection.inspect import counted, token_trace

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, SourceError, TextError, check_packages
 from modekit.evaluation.loss import only_finite

@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modekit.errors import ModekitError
 from modekit.experts.corpus.texts import checked_texts, count_tokens, none_in_split, read_domain
-from modekit.files.output import Replace, refuse_existing
+from modekit.files.copies import library_writes
+from modekit.files.mending import refuse_existing
+from modekit.files.output import Replace
 from modekit.files.staging import staging
-from modekit.files.write import library_writes, write_json
+from modekit.files.write import write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of

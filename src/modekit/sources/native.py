@@ -1,0 +1,149 @@
+"""What a native MoE architecture is that says a family's mixture of whole FFN experts exactly; natives.py has the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from modekit.sources.config import Config
+from modekit.sources.family import Family
+from modekit.sources.names import in_layer
+
+Rule = tuple[Callable[[Config], bool], str]
+"""(holds for this dense config, reason shown when it does not)."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the native architecture wants and the dense family lacks: zeros, so that it adds nothing.
+
+    `shape` is given in the letters D hidden, F expert hidden, E experts, or digits.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the result has it: vLLM does not load a tensor without a number, which says nothing anyway."""
+        return "0" not in self.shape
+
+
+@dataclass(frozen=True)
+class Widening:
+    """How a decoder of the architecture takes channels besides the base's (planning/channels.py).
+
+    Attributes:
+        before_attention, after_attention: the RMS norms over the hidden size under a layer, by module.
+        recency: whether constant queries and keys score the distance of two tokens and nothing else.
+        interleaved: whether the two numbers that are rotated together stand side by side in a head, not half a head apart.
+        whole_heads: head_dim is always hidden size / heads, so that the channels are as many as the new heads are wide.
+    """
+
+    before_attention: ClassVar[str] = "input_layernorm"
+    after_attention: ClassVar[str] = "post_attention_layernorm"
+    norms: ClassVar[tuple[str, ...]] = (before_attention, after_attention)
+
+    recency: bool = True
+    interleaved: bool = False
+    whole_heads: bool = False
+
+
+def experts_in(block: str, *modules: str) -> dict[str, str]:
+    """Native name per projection with `{expert}`, by the modules of gate, up and down."""
+    names = zip(("gate", "up", "down"), modules, strict=True)
+    return {part: f"{block}.experts.{{expert}}.{module}.weight" for part, module in names}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The native partner of one dense family.
+
+    Attributes:
+        family: the dense family.
+        native_type: `model_type` of the result.
+        native_class: `architectures[0]` of the result.
+        experts: native name per projection with `{expert}`; None when the native layout fuses experts in one tensor.
+        fused: native names of the fused (E, 2F, D) and (E, D, F) tensors; None when experts are tensors of their own.
+        router: native name under the layer of the (E, D) gate.
+        router_module: attribute path under the loaded decoder layer of the module that returns (logits, weights, index).
+        block_module: attribute path of the block in a loaded native layer.
+        num_experts_key, top_k_key: config keys of the native architecture.
+        expert_hidden_key: native config key of F when it is not `intermediate_size`.
+        fixed: native settings that make the row exact.
+        computed: native settings that follow from the dense config.
+        dropped: dense keys that mean nothing to the native architecture.
+        constants: see `Constant`.
+        rules: what must hold.
+        serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
+        without_gguf: why llama.cpp does not run it; empty where it does.
+        vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
+        widening: how it takes channels of a router's own, or the reason why it cannot.
+    """
+
+    family: Family
+    native_type: str
+    native_class: str
+    router: str = "mlp.gate.weight"
+    experts: Mapping[str, str] | None = field(default_factory=lambda: experts_in("mlp", "gate_proj", "up_proj", "down_proj"))
+    fused: tuple[str, str] | None = None
+    router_module: str = "mlp.gate"
+    block_module: str = "mlp"
+    num_experts_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+    expert_hidden_key: str | None = None
+    writes_head_dim: bool = True
+    fixed: Config = field(default_factory=dict)
+    computed: Mapping[str, Callable[[Config], object]] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    constants: tuple[Constant, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    serves: str = "vLLM"
+    serves_with_biases: str = ""
+    without_gguf: str = ""
+    vllm_differs: tuple[Rule, ...] = ()
+    widening: Widening | str = Widening()
+
+    @property
+    def written_constants(self) -> tuple[Constant, ...]:
+        """Those that the result has."""
+        return tuple(constant for constant in self.constants if constant.is_written)
+
+    def empty_names(self, layers: int) -> set[str]:
+        """Tensors without a number that the architecture has and the result leaves out; older results have them."""
+        left_out = [constant.name for constant in self.constants if not constant.is_written]
+        return {in_layer(layer, name) for layer in range(layers) for name in left_out}
+
+    def refusals(self, config: Config) -> list[str]:
+        """Why this row does not fit a dense config; empty when it does."""
+        full = self.family.dense_config(config)
+        return [reason for holds, reason in self.rules if not holds(full)]
+
+    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
+        """The native config.json: the dense one, renamed and completed.
+
+        `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
+        """
+        dense = self.family.dense_config(config)
+        native = dict(dense)
+        for key in (*self.dropped, *_NOT_ARCHITECTURE):
+            native.pop(key, None)
+        if not self.writes_head_dim:
+            native.pop("head_dim", None)
+        native.update(self.fixed)
+        native.update(
+            {
+                "architectures": [self.native_class],
+                "model_type": self.native_type,
+                "dtype": dtype,
+                self.num_experts_key: experts,
+                self.top_k_key: top_k,
+                self.expert_hidden_key or "intermediate_size": expert_hidden,
+            }
+        )
+        native.update({key: compute(dense) for key, compute in self.computed.items()})
+        return native
+
+
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
