@@ -46,6 +46,14 @@ def test_a_build_plans_its_tensors_once(shop: Workshop, monkeypatch: pytest.Monk
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("backbone", ["base", "average"])
+def test_what_is_not_carried_of_attention_is_named(tmp_path: Path, backbone: str) -> None:
+    shop = make_workshop(tmp_path, "qwen2", hidden_size=128)
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, "backbone": backbone}
+    (note,) = said(shop, "of every expert", mixture=mixture, output={"format": "native", "carry": "all"})
+    assert "(self_attn.k_proj.bias, self_attn.q_proj.bias, self_attn.v_proj.bias aside, which all share)" in note
+
+
 def test_an_adapter_of_another_base_is_named(shop: Workshop) -> None:
     folder = shop.root / "law-lora"
     write_adapter(folder, lora("mlp.up_proj", 48, 32, layers=1, seed=1))

@@ -65,7 +65,7 @@ def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> 
     parquet.write_table(pa.table(sides), tmp_path / "c.parquet")
     parquet.write_table(pa.table({"translation": [{"en": s, "fr": t} for s, t in SAID]}), tmp_path / "d.parquet")
     rows = "".join(f"{source}\t{target}\n" for source, target in SAID)
-    (tmp_path / "news.tsv").write_text(f"source\ttarget\n{rows}")
+    (tmp_path / "news.tsv").write_text(f"source\ttarget\n{rows}\n")  # and a blank line
     found = [read(tmp_path, spec) for spec in ("a.jsonl", "b.jsonl", "c.parquet", "d.parquet", "news.tsv")]
     assert all(documents == found[0] and all(isinstance(each, Pair) for each in documents) for documents in found)
     assert set(found[0]) == set(PAIRS)

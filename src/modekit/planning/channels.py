@@ -20,7 +20,7 @@ F hidden units, K units per channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -247,8 +247,8 @@ class Channels:
             return Pad(rows=self.spare, columns=self.more_units, carried=carried)
         return Pad(rows=self.more_units, columns=self.spare, carried=carried)
 
-    def notes(self, recipe: Recipe) -> Iterable[str]:
-        """What a user should know of them."""
+    def notes(self, recipe: Recipe, left: Sequence[str]) -> Iterable[str]:
+        """What a user should know of them; `left`: what experts have of their own in a layer that is not carried."""
         yield (
             f"the {recipe.mixture.router.fit} router adds {self.spare} channels to the base's {self.hidden} "
             f"({self.spare / self.hidden:.1%}) and a layer in front; the rest computes the same"
@@ -256,7 +256,8 @@ class Channels:
         if self.carry is not None:
             kept = {"attention": True, "head": self.carry.head, "embedding": self.carry.embedding}
             yield (
-                f"{', '.join(name for name, holds in kept.items() if holds)} of every expert: carried through "
+                f"{', '.join(name for name, holds in kept.items() if holds)} of every expert"
+                f"{' (' + ', '.join(left) + ' aside, which all share)' if left else ''}: carried through "
                 f"{self.carry.channels} of these channels and {self.carry.units} hidden units; "
                 "`modekit verify --deep` measures how exactly"
             )

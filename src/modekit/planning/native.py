@@ -23,7 +23,7 @@ from modekit.planning.shape import (
     other_record,
     unread,
 )
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
@@ -227,7 +227,10 @@ class NativeForm:
         if self._native.native_type == "mixtral" and self.shape.config.get("sliding_window"):
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
         if self._channels is not None:
-            yield from self._channels.notes(self._recipe)
+            experts = [each for each in self._sources[1:] if each is not self._base]
+            own = {each for each in self._base.tensors if each.startswith(in_layer(0)) and not is_ignored(each)}
+            left = sorted(name for name in own - self.mixed - self.carried if any(touched(each, name) for each in experts))
+            yield from self._channels.notes(self._recipe, [name.removeprefix(in_layer(0)) for name in left])
 
     def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
         """What the result has of a tensor of the base: nothing of the experts' own. Raises UnsupportedError."""

@@ -240,7 +240,7 @@ def _read_separated(stream: io.BufferedReader, suffix: str, *, where: str) -> It
         rows = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count))
     try:
         names = next(rows, [])
-        for row in rows:
+        for row in filter(None, rows):  # blank lines are no rows
             yield {**dict.fromkeys(names), **dict(zip(names, row, strict=False))}
     except csv.Error as error:
         remedy = "correct the line, or save it again"

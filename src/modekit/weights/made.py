@@ -227,6 +227,4 @@ Made = Copy | Columns | Fold | Delta | Join | Scale | Merged | Zeros | Padded
 
 def scaled(made: Made, factor: float) -> Made:
     """Times a number."""
-    if isinstance(made, Scale):
-        return Scale(made.of, made.factor * factor)
     return made if factor == 1.0 or isinstance(made, Zeros) else Scale(made, factor)
