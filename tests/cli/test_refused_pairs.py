@@ -18,24 +18,22 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("asked", "option", "remedy"),
+    ("asked", "remedy"),
     [
-        *((["serve", "--engine", name], f"--engine {name}", "in Python") for name in ("llama", "vllm", "transformers")),
-        (["serve"], "", "in Python"),
-        (["export", "--gguf"], "--gguf", "in Python"),
-        (["inspect", "--text", "fever"], "--text", "leave it out"),
-        (["eval-tasks", "hellaswag"], "", "modekit eval-translation OUT"),
-        (["eval-tasks", "questions"], "", "modekit eval-translation OUT"),
+        *((["serve", "--engine", name], "in Python") for name in ("llama", "vllm", "transformers")),
+        (["serve"], "in Python"),
+        (["export", "--gguf"], "in Python"),
+        (["inspect", "--text", "fever"], "leave it out"),
+        (["eval-tasks", "hellaswag"], "modekit eval-translation OUT"),
+        (["eval-tasks", "questions"], "modekit eval-translation OUT"),
     ],
 )
-def test_what_needs_a_decoder_alone(
-    out: Path, asked: list[str], option: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_needs_a_decoder_alone(out: Path, asked: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command, *options = asked
     folder = [out.parent / "X"] if command == "export" else []
     before = tree(out.parent)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: pytest.fail("the network was asked"))
     message = refuse(command, out, *folder, *options)
     assert "has an encoder" in message and remedy in message
-    assert f"where:    {out}{': ' if option else ''}{option}\n" in message
+    assert f"where:    {out}" in message
     assert "native" not in message and "leave --engine out" not in message and tree(out.parent) == before
