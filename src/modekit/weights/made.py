@@ -12,7 +12,7 @@ Shape legend: O, I rows and columns of a weight, R rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -34,9 +34,6 @@ from modekit.weights.reading import WeightReader
 @dataclass(frozen=True)
 class Copy(Stored):
     """A stored tensor, in its own dtype."""
-
-    def cut(self, rows: tuple[int, int]) -> Copy:
-        return Copy(rows_of(self.ref, *rows))
 
     def numbers(self, reading: WeightReader) -> FlatArray:
         return stored(reading.opened, self.ref)
@@ -69,9 +66,6 @@ class Fold(Stored):
     @property
     def read(self) -> tuple[TensorRef, ...]:
         return (self.ref, *self.change.refs)
-
-    def cut(self, rows: tuple[int, int]) -> Fold:
-        return replace(self, ref=rows_of(self.ref, *rows), change=replace(self.change, rows=rows))
 
     def numbers(self, reading: WeightReader) -> FlatArray:
         return folded(self.change, stored(reading.opened, self.ref), self.ref.shape, reader(reading.opened))
@@ -183,9 +177,6 @@ class Merged(Making):
     @property
     def arrays(self) -> int:
         return 2 * len(self.parts)  # every model's block, in float64
-
-    def cut(self, rows: tuple[int, int]) -> Merged:
-        return replace(self, base=self.base.cut(rows), experts=tuple(each.cut(rows) for each in self.experts))
 
     def numbers(self, reading: WeightReader) -> FlatArray:
         return merged(self.rule, self.base.numbers(reading), [each.numbers(reading) for each in self.experts])
