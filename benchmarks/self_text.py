@@ -20,8 +20,8 @@ import torch
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import read_table
 from modekit.checkpoint.open import open_checkpoint
-from modekit.checkpoint.router_file import read_table
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.files.mending import is_there

@@ -22,7 +22,7 @@ from modekit.engines.converter import converter_folder, is_installed
 from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of
 from modekit.engines.proof import Proof
 from modekit.engines.registry import Outtype
-from modekit.files.marker import marker_of
+from modekit.files.staging import marker_of
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
 from modekit.sources import contents

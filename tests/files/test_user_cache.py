@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from modekit.files import read
-from modekit.files.user_cache import is_proven_here, keep_proven, known_digest
+from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.sources import contents
-from modekit.sources.contents import blake3_of, known_blake3
+from modekit.sources.contents import blake3_of, known_blake3, known_digest
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="permissions are others there")
 

@@ -36,9 +36,8 @@ from conftest import SMALL, VOCAB, Workshop, character_tokenizer, save, tiny_mod
 from modekit.errors import ModekitError, SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import OpenFiles, read_header
 from modekit.sources.families import FAMILIES
-from modekit.sources.header import read_header
 from modekit.sources.source import ModelSource, open_source
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode

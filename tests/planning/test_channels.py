@@ -15,8 +15,8 @@ from conftest import VOCAB, logits_of, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import read_table
 from modekit.checkpoint.open import open_checkpoint
-from modekit.checkpoint.router_file import read_table
 from modekit.errors import UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of

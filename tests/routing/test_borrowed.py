@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from modekit.routing.lexical import with_borrowed
-from modekit.sources.header import TensorRef, read_header
+from modekit.sources.contents import read_header
+from modekit.sources.header import TensorRef
 
 TOKENS, HIDDEN, EXPERTS = 400, 8, 3
 

@@ -14,9 +14,9 @@ from generated import check_generation
 from modekit.building.build import build as build_plan
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import read_table
 from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.checkpoint.router_file import read_table
 from modekit.errors import CheckpointError, RecipeError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -221,5 +221,5 @@ def test_damaged_tokens_are_refused(tmp_path: Path, wrong: dict[str, torch.Tenso
 
 def test_opening_reads_the_columns_of_the_evidence_alone(native: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an embedding of gigabytes, too."""
-    monkeypatch.setattr("modekit.checkpoint.router_file.rows_of", None)
+    monkeypatch.setattr("modekit.checkpoint.evidence.rows_of", None)
     assert open_checkpoint(native.folder).record == native.record

@@ -11,8 +11,8 @@ from blake3 import blake3
 
 from modekit.errors import SourceError
 from modekit.files.staging import safetensors_header
-from modekit.sources.contents import CHUNK, OpenFiles, blake3_of
-from modekit.sources.header import TensorRef, read_header
+from modekit.sources.contents import CHUNK, OpenFiles, blake3_of, read_header
+from modekit.sources.header import TensorRef
 from modekit.weights.flat import same_bytes, stored
 
 COUNT = 3 * CHUNK // 4 + 5

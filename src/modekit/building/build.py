@@ -31,7 +31,6 @@ from modekit.files.copies import copy_file, link_file
 from modekit.files.output import Replace, check_room, replaced_by, work_of
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
-from modekit.files.user_cache import keep_digest
 from modekit.files.write import make_folder, remove, write_all, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.tensors import PlannedTensor
@@ -39,7 +38,7 @@ from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import FittedRouter, Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.contents import OpenFiles, WeightFile
+from modekit.sources.contents import OpenFiles, WeightFile, keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import is_local

@@ -20,8 +20,7 @@ import numpy.typing as npt
 
 from modekit.files.read import open_regular
 from modekit.files.write import safetensors_header, write_all
-from modekit.sources.contents import CHUNK, OpenFiles
-from modekit.sources.header import read_header
+from modekit.sources.contents import CHUNK, OpenFiles, read_header
 from modekit.weights.bases import PassThrough
 from modekit.weights.flat import read_float32
 

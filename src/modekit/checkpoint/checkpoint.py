@@ -23,18 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
+from modekit.checkpoint.evidence import changed_blake3, embedding_writer, read_evidence
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
-from modekit.checkpoint.router_file import (
-    FIT_ANEW,
-    Gates,
-    changed_blake3,
-    changed_index,
-    embedding_writer,
-    read_evidence,
-    read_index,
-    router_bytes,
-    sha256_of,
-)
+from modekit.checkpoint.router_file import FIT_ANEW, Gates, changed_index, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
@@ -51,8 +42,8 @@ from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
-from modekit.sources.contents import OpenFiles, known_blake3
-from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
+from modekit.sources.contents import OpenFiles, known_blake3, read_header
+from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef
 from modekit.sources.names import weight_of
 from modekit.sources.tokenizer import COPIED_FILES
 from modekit.weights.flat import read_float32

@@ -1,30 +1,22 @@
-"""A router's numbers: gates are a file of their own, so that a re-fit rewrites only that, with the index that names it;
-evidence lies inside an embedding, as planning/channels.py says.
-
-Shape legend: E experts, V vocabulary, D the base's hidden size, P channels besides it, N columns of evidence.
-"""
+"""The file of a router's gates: a re-fit rewrites only that, with the index that names it (evidence.py has the rest)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 from pydantic import BaseModel, Field
 
-from modekit.errors import CheckpointError, RecipeError
+from modekit.errors import RecipeError
 from modekit.files.typed import PlainName, read_as
-from modekit.files.write import json_bytes, safetensors_header, write_all, write_file, write_json
-from modekit.planning.channels import Channels
+from modekit.files.write import json_bytes, safetensors_header, write_file, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.shape import RouterSlot
-from modekit.sources.contents import OpenFiles
-from modekit.sources.header import ITEMSIZE, TensorRef
-from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes, to_float32
+from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 
 FIT_ANEW = "put it back, or set the router again with `modekit fit`"
 Writer = Callable[[io.FileIO], None]
@@ -81,91 +73,3 @@ def changed_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) ->
 def _index(weight_map: Mapping[str, str], slots: Sequence[RouterSlot], total_size: int) -> dict[str, object]:
     gates = {slot.name: ROUTER_FILE for slot in slots}
     return {"metadata": {"total_size": total_size}, "weight_map": {**weight_map, **gates}}
-
-
-def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
-    """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
-    parts = []
-    for start, _, sizes_V in _sized_rows(channels, embedding):
-        values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
-        parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
-    columns = memoryview(b"".join(parts))
-    if not is_finite(columns, embedding.dtype):
-        raise RecipeError(
-            f"the router's evidence is not finite in {DTYPES[embedding.dtype]}",
-            where="mixture.router",
-            remedy="raise temperature, or fit on other text",
-        )
-    return columns
-
-
-def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
-    """The columns that an embedding has."""
-    start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
-    with OpenFiles() as opened:
-        blocks = (_as_bytes(rows, embedding)[:, start:stop] for _, rows in rows_of(opened, embedding))
-        return memoryview(b"".join(block.tobytes() for block in blocks))
-
-
-def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
-    """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
-    parts = []
-    for _, values, sizes_V in _sized_rows(channels, embedding):
-        with np.errstate(all="ignore"):
-            parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
-    table_VN = np.concatenate(parts)
-    if not np.isfinite(table_VN).all():
-        raise CheckpointError("the router's table in the embedding is not finite", where=str(embedding.file), remedy=FIT_ANEW)
-    return table_VN
-
-
-def _sized_rows(
-    channels: Channels, embedding: TensorRef
-) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float64]]]:
-    """Blocks of rows: the place of the first, the rows in float32, and their sizes."""
-    with OpenFiles() as opened:
-        for start, rows in rows_of(opened, embedding):
-            values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
-            yield start, values, channels.row_scale.sizes(values[:, : channels.hidden])
-
-
-def embedding_writer(channels: Channels, embedding: TensorRef, columns: memoryview) -> Writer:
-    """Writes the file of an embedding that is there with other evidence."""
-
-    def write(stream: io.FileIO) -> None:
-        header = safetensors_header([(embedding.name, embedding.dtype, embedding.shape, embedding.nbytes)])
-        write_all(stream, memoryview(header))
-        for rows in _changed(channels, embedding, columns):
-            write_all(stream, rows)
-
-    return write
-
-
-def changed_blake3(channels: Channels, embedding: TensorRef, columns: memoryview) -> str:
-    """The hash of an embedding that is there with other evidence."""
-    digest = blake3()
-    for rows in _changed(channels, embedding, columns):
-        digest.update(rows)
-    return digest.hexdigest()
-
-
-def _changed(channels: Channels, embedding: TensorRef, columns: memoryview) -> Iterator[memoryview]:
-    start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
-    said = np.frombuffer(columns, np.uint8).reshape(embedding.shape[0], stop - start)
-    with OpenFiles() as opened:
-        for first, rows in rows_of(opened, embedding):
-            changed = _as_bytes(rows, embedding)
-            changed[:, start:stop] = said[first : first + len(changed)]
-            yield changed.data.cast("B")
-
-
-def rows_of(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memoryview]]:
-    """Blocks of whole rows, and the number of the first in each."""
-    height, width = embedding.shape
-    row, step = width * ITEMSIZE[embedding.dtype], max(1, BLOCK // width)
-    for start in range(0, height, step):
-        yield start, opened.read(embedding, start * row, min(start + step, height) * row)
-
-
-def _as_bytes(rows: memoryview, embedding: TensorRef) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(rows, np.uint8).reshape(-1, embedding.shape[1] * ITEMSIZE[embedding.dtype])

@@ -11,10 +11,10 @@ import numpy as np
 from modekit.errors import MismatchError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
 from modekit.sources.compatible import check_same_architecture, check_sizes
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import OpenFiles, check_floats
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
-from modekit.sources.header import TensorRef, check_floats
+from modekit.sources.header import TensorRef
 from modekit.sources.names import is_ignored, module_of, split_layer
 from modekit.sources.source import ModelSource
 from modekit.weights.flat import holds_only_finite, stored

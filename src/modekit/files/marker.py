@@ -69,13 +69,6 @@ def read_marker(folder: Path) -> Marker | None:
         return None
 
 
-def marker_of(folder: Path, kind: Kind, *, but: Collection[str] = ()) -> Marker:
-    """The marker of an output all of whose files, but for some, modekit wrote. Raises OSError."""
-    marker = Marker(kind=kind)
-    names = [name for name in files_below(folder) if not (marker.owns(name) or (folder / name).is_symlink())]
-    return marker.with_files(folder, names, but=but)
-
-
 def foreign_files(folder: Path) -> list[str] | None:
     """Files of an output that are not modekit's: put there, or changed, by others. None for a folder without a marker."""
     marker = read_marker(folder)

@@ -18,20 +18,21 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modekit.errors import InterruptError, OutputError
 from modekit.files.copies import sweep
-from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, foreign_files, marker_of
+from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, Marker, foreign_files
 from modekit.files.mending import failed, left_of
 from modekit.files.output import JOURNAL, NEW, OLD, Lock, Replace, mend_commit, refuse_entangled, refuse_what_is_there, work_of
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.write import (
     Entry,
     create,
+    files_below,
     make_folder,
     remove,
     remove_if_empty,
@@ -233,3 +234,10 @@ def staging(
             remedy = None if finished else "run the command again to start over"
             raise InterruptError(f"interrupted; {left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
         raise
+
+
+def marker_of(folder: Path, kind: Kind, *, but: Collection[str] = ()) -> Marker:
+    """The marker of an output all of whose files, but for some, modekit wrote. Raises OSError."""
+    marker = Marker(kind=kind)
+    names = [name for name in files_below(folder) if not (marker.owns(name) or (folder / name).is_symlink())]
+    return marker.with_files(folder, names, but=but)

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 
-from modekit.files.read import UNREADABLE, FileState, read_text
+from modekit.files.read import UNREADABLE
 from modekit.files.write import make_folder, write_file
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_WRONG = (*UNREADABLE, RuntimeError)
+WRONG = (*UNREADABLE, RuntimeError)
 """What asking the cache raises; RuntimeError where the user has no home."""
 
 
@@ -32,27 +29,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modekit"
 
 
-def known_digest(path: Path) -> str | None:
-    """The blake3 of a file that was read before and has not changed since, by size, times and inode; else None."""
-    try:
-        found = read_text(_file_of(_in_state(path, FileState.of(path))), 2**10)
-        return found if _DIGEST.fullmatch(found) else None
-    except _WRONG:
-        return None
-
-
-def keep_digest(path: Path, state: FileState, blake3: str) -> None:
-    """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
-    with suppress(*_WRONG):
-        now = FileState.of(path)
-        if now == state and now.is_settled:
-            keep_proven(_in_state(path, now), blake3)
-
-
 def keep_proven(what: str, found: str = "") -> None:
     """Keep that something was proven here, or what was found of it."""
-    with suppress(*_WRONG):
-        file = _file_of(what)
+    with suppress(*WRONG):
+        file = file_of(what)
         if not file.parent.exists():
             make_folder(file.parent)
             file.parent.chmod(stat.S_IRWXU)  # whatever the umask says
@@ -62,16 +42,12 @@ def keep_proven(what: str, found: str = "") -> None:
 def is_proven_here(what: str) -> bool:
     """Whether it was."""
     try:
-        return _file_of(what).is_file()
-    except _WRONG:
+        return file_of(what).is_file()
+    except WRONG:
         return False
 
 
-def _in_state(path: Path, state: FileState) -> str:
-    return f"{os.path.realpath(path)} {astuple(state)}"
-
-
-def _file_of(what: str) -> Path:
+def file_of(what: str) -> Path:
     """A file of the cache. Raises OSError where its folder is a link, or another user may write into it."""
     path = cache_folder() / "known"
     with suppress(FileNotFoundError):

@@ -28,11 +28,11 @@ from modekit.planning.make import plan_first
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
 from modekit.planning.shape import unread
-from modekit.recipes.recipe import Expert
+from modekit.recipes.recipe import Expert, label_of
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.open import Opener, label_of
+from modekit.sources.open import Opener
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import copied_content, copied_files, gone_pair_files
 

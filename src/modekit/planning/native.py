@@ -35,6 +35,8 @@ from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Join, Made, Padded, Zeros, scaled
 from modekit.weights.padding import FFNKind, Pad
 
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
+
 
 @dataclass(frozen=True)
 class NativeShape(AnyShape):
@@ -204,7 +206,7 @@ class NativeForm:
         gate = self._in_base(0, "gate")
         self.router_dtype, self._sizes = code_of(gate), gate.shape
         sizes = {"experts": len(recipe.experts), "top_k": recipe.top_k, "expert_hidden": gate.shape[0]}
-        config = native.native_config(self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
+        config = native_config(native, self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
         config = config if self._channels is None else self._channels.widened(config)
         self.shape = NativeShape(config, recipe, self._base.spec, native, self._channels)
         self._carry = None if self._channels is None else self._channels.carry
@@ -339,3 +341,31 @@ def _of_all(name: str, code: str, parts: Sequence[Made | None], matrix: tuple[in
     found, shape = tuple(made for made in parts if made is not None), (len(parts), *matrix)
     made = Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)
     return PlannedTensor(name, code, shape, "expert", made)
+
+
+def native_config(
+    row: Native, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str
+) -> dict[str, object]:
+    """The native config.json: the dense one, renamed and completed.
+
+    `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
+    """
+    dense = row.family.dense_config(config)
+    native = dict(dense)
+    for key in (*row.dropped, *_NOT_ARCHITECTURE):
+        native.pop(key, None)
+    if not row.writes_head_dim:
+        native.pop("head_dim", None)
+    native.update(row.fixed)
+    native.update(
+        {
+            "architectures": [row.native_class],
+            "model_type": row.native_type,
+            "dtype": dtype,
+            row.num_experts_key: experts,
+            row.top_k_key: top_k,
+            row.expert_hidden_key or "intermediate_size": expert_hidden,
+        }
+    )
+    native.update({key: compute(dense) for key, compute in row.computed.items()})
+    return native

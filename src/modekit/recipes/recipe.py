@@ -321,3 +321,8 @@ def _parse_size(value: object) -> object:
     if found is None or found[2] not in _UNITS or found[1].count(".") > 1:
         raise ValueError(f"'{value[:64]}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def label_of(place: int, expert: Expert) -> str:
+    """What messages call an expert's model."""
+    return f"experts[{place}] '{expert.name}'"

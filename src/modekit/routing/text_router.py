@@ -18,7 +18,7 @@ import torch
 
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.router_file import read_table
+from modekit.checkpoint.evidence import read_table
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import place_of_base

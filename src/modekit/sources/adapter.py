@@ -24,9 +24,10 @@ from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.sources.config import Config, is_mixture
+from modekit.sources.contents import check_floats, read_header
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
-from modekit.sources.header import TensorRef, check_floats, read_header
+from modekit.sources.header import TensorRef
 from modekit.sources.names import embedding_in, layers_of, split_layer, weight_of
 from modekit.sources.source import ModelSource, no_weights
 from modekit.sources.towers import Naming, naming_of

@@ -12,9 +12,9 @@ from modekit.errors import MismatchError, SourceError, some_of
 from modekit.recipes.layers import Layer, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, check_values, is_mixture, words
+from modekit.sources.contents import check_floats
 from modekit.sources.families import own_family
 from modekit.sources.family import UNTIE, Family
-from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import read_beside

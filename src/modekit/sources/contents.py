@@ -1,4 +1,7 @@
-"""The bytes of weight files, which others may change at any moment: read into memory, never mapped.
+"""Weight files: their headers, and their bytes, which others may change at any moment: read into memory, never mapped.
+
+A safetensors header is 8 bytes of its length (little endian), JSON with dtype, shape and data_offsets per tensor, then the
+data. The safetensors library checks them.
 
 A map of a file that becomes shorter kills the process that looks at it, without a word (SIGBUS), and the pages that it has
 looked at count as its memory. What is read is held by whoever reads it, and no longer. A file that is not in the state in
@@ -7,22 +10,68 @@ which its header was read is refused, so that what is copied, what is hashed and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from modekit.errors import SourceError
-from modekit.files.read import FileState, open_regular
-from modekit.files.user_cache import keep_digest, known_digest
-from modekit.sources.header import TensorRef
+from modekit.files.read import FileState, open_regular, parse_json, read_text
+from modekit.files.user_cache import WRONG, file_of, keep_proven
+from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.quantised import PackedRef
 
 CHUNK = 2**19
 """Bytes read at a time where a whole file or tensor goes by: they stay in the processor's cache while they are looked at."""
 
 _ALONE = "leave the models alone while they are read, and run the command again"
+_AGAIN = "download or save the file again"
+
+
+def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
+    """Tensors of one safetensors file. Raises SourceError for a file that the safetensors library does not open."""
+    from safetensors import SafetensorError, safe_open
+
+    where = f"{where}: {file.name}"
+    try:
+        with open_regular(file) as raw, safe_open(file, framework="numpy"):
+            state = FileState.of(raw)
+            (length,) = struct.unpack("<Q", raw.read(8))
+            header = parse_json(raw.read(length).decode("utf-8"))
+            header.pop("__metadata__", None)
+            return {name: _tensor(name, said, 8 + length, file, state) for name, said in header.items()}
+    except OSError as error:
+        raise SourceError("file cannot be read", where=where, found=error.strerror or error, remedy=_AGAIN) from None
+    except (SafetensorError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError("safetensors file is damaged, or none", where=where, found=error, remedy=_AGAIN) from None
+
+
+def _tensor(name: str, said: Mapping[str, Any], data_start: int, file: Path, state: FileState) -> TensorRef:
+    begin, end = said["data_offsets"]
+    return TensorRef(name, file, said["dtype"], tuple(said["shape"]), data_start + begin, data_start + end, state)
+
+
+def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
+    """Raise SourceError for a tensor of no float."""
+    for ref in refs:
+        if ref.dtype not in DTYPE_NAMES:
+            raise SourceError(
+                "tensor dtype cannot be mixed",
+                where=f"{where}: {ref.name}",
+                found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES),
+                remedy="save it in bf16, fp16 or fp32",
+            )
+
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class WeightFile:
@@ -191,3 +240,24 @@ def known_blake3(path: Path, progress: Callable[[int, int], None] = lambda done,
     Raises SourceError.
     """
     return known_digest(path) or blake3_of(path, progress)
+
+
+def known_digest(path: Path) -> str | None:
+    """The blake3 of a file that was read before and has not changed since, by size, times and inode; else None."""
+    try:
+        found = read_text(file_of(_in_state(path, FileState.of(path))), 2**10)
+        return found if _DIGEST.fullmatch(found) else None
+    except WRONG:
+        return None
+
+
+def keep_digest(path: Path, state: FileState, blake3: str) -> None:
+    """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
+    with suppress(*WRONG):
+        now = FileState.of(path)
+        if now == state and now.is_settled:
+            keep_proven(_in_state(path, now), blake3)
+
+
+def _in_state(path: Path, state: FileState) -> str:
+    return f"{os.path.realpath(path)} {astuple(state)}"

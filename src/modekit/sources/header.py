@@ -1,20 +1,12 @@
-"""The header of a safetensors file: which tensors, and where their bytes lie (contents.py reads these).
-
-8 bytes of its length (little endian), JSON with dtype, shape and data_offsets per tensor, then the data. The safetensors
-library checks them.
-"""
+"""A tensor in a safetensors file: which, and where its bytes lie (contents.py reads headers and bytes)."""
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from modekit.errors import SourceError
-from modekit.files.read import FileState, open_regular, parse_json
+from modekit.files.read import FileState
 
 ITEMSIZE = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -24,7 +16,6 @@ ITEMSIZE = {
 }
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
-_AGAIN = "download or save the file again"
 
 
 @dataclass(frozen=True)
@@ -61,39 +52,3 @@ class TensorRef:
     def source_dtype(self) -> str:
         """The dtype that it gets where a recipe says `dtype: source`."""
         return self.dtype
-
-
-def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
-    """Tensors of one safetensors file. Raises SourceError for a file that the safetensors library does not open."""
-    from safetensors import SafetensorError, safe_open
-
-    where = f"{where}: {file.name}"
-    try:
-        with open_regular(file) as raw, safe_open(file, framework="numpy"):
-            state = FileState.of(raw)
-            (length,) = struct.unpack("<Q", raw.read(8))
-            header = parse_json(raw.read(length).decode("utf-8"))
-            header.pop("__metadata__", None)
-            return {name: _tensor(name, said, 8 + length, file, state) for name, said in header.items()}
-    except OSError as error:
-        raise SourceError("file cannot be read", where=where, found=error.strerror or error, remedy=_AGAIN) from None
-    except (SafetensorError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError("safetensors file is damaged, or none", where=where, found=error, remedy=_AGAIN) from None
-
-
-def _tensor(name: str, said: Mapping[str, Any], data_start: int, file: Path, state: FileState) -> TensorRef:
-    begin, end = said["data_offsets"]
-    return TensorRef(name, file, said["dtype"], tuple(said["shape"]), data_start + begin, data_start + end, state)
-
-
-def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
-    """Raise SourceError for a tensor of no float."""
-    for ref in refs:
-        if ref.dtype not in DTYPE_NAMES:
-            raise SourceError(
-                "tensor dtype cannot be mixed",
-                where=f"{where}: {ref.name}",
-                found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES),
-                remedy="save it in bf16, fp16 or fp32",
-            )

@@ -119,31 +119,3 @@ class Native:
         """Why this row does not fit a dense config; empty when it does."""
         full = self.family.dense_config(config)
         return [reason for holds, reason in self.rules if not holds(full)]
-
-    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
-        """The native config.json: the dense one, renamed and completed.
-
-        `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
-        """
-        dense = self.family.dense_config(config)
-        native = dict(dense)
-        for key in (*self.dropped, *_NOT_ARCHITECTURE):
-            native.pop(key, None)
-        if not self.writes_head_dim:
-            native.pop("head_dim", None)
-        native.update(self.fixed)
-        native.update(
-            {
-                "architectures": [self.native_class],
-                "model_type": self.native_type,
-                "dtype": dtype,
-                self.num_experts_key: experts,
-                self.top_k_key: top_k,
-                self.expert_hidden_key or "intermediate_size": expert_hidden,
-            }
-        )
-        native.update({key: compute(dense) for key, compute in self.computed.items()})
-        return native
-
-
-_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")

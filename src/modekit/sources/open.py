@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from modekit.recipes.recipe import Expert, Recipe
+from modekit.recipes.recipe import Expert, Recipe, label_of
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
@@ -51,8 +51,3 @@ class Opener:
         """Where a model lies, and its commit on the hub."""
         folder = model_folder(spec, revision, root=self.root, label=label, run=self.run, as_adapter=as_adapter)
         return folder, folder.name if local_folder(spec, root=self.root, label=label) is None else None
-
-
-def label_of(place: int, expert: Expert) -> str:
-    """What messages call an expert's model."""
-    return f"experts[{place}] '{expert.name}'"

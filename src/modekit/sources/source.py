@@ -13,7 +13,8 @@ from modekit.files.read import LARGE, UNREADABLE, FileState, read_json
 from modekit.recipes.paths import may_be_hub_id
 from modekit.run import QUIET, Run
 from modekit.sources.config import FROM_GGUF, Config, check_no_code, damaged_model, read_config, refuse_other_kinds
-from modekit.sources.header import TensorRef, read_header
+from modekit.sources.contents import read_header
+from modekit.sources.header import TensorRef
 from modekit.sources.towers import WRAPPERS, may_wrap, plain_names, text_config
 
 SPECIALIST_FILE = "specialist.json"

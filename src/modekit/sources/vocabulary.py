@@ -24,6 +24,7 @@ from modekit.errors import some_of
 from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, whole
+from modekit.sources.cuts import other_cuts
 from modekit.sources.family import Family
 from modekit.sources.grown import Grown, TokenRows
 from modekit.sources.source import ModelSource
@@ -38,7 +39,6 @@ from modekit.sources.tokenizer import (
     check_same_pieces,
     check_same_tokenizer,
     copied_files,
-    other_cuts,
     read_beside,
     read_tokens,
 )
