@@ -20,10 +20,9 @@ from blake3 import blake3
 
 from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences, carry_bases
-from modekit.building.record import make_record
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest, read_carried
-from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, make_record
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import SourceError, UnsupportedError

@@ -23,6 +23,7 @@ import numpy as np
 from modekit.building.carrying import Carrying
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest, read_carried
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import check_router
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.sources import changed_settings
 from modekit.errors import ModekitError, SourceError
@@ -200,7 +201,7 @@ def _check_router(checkpoint: Checkpoint) -> Check:
             found = None if ref is None else list(ref.shape)
             return Check("router", "failed", f"{slot.name}: {found}, expected {list(slot.shape)}")
     try:
-        checkpoint.check_router()
+        check_router(checkpoint)
     except ModekitError as error:
         return Check("router", "failed", f"{error.what}: {error.found}")
     again = "modekit fit sets it again"

@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,31 +24,39 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.checkpoint.evidence import changed_blake3, embedding_writer, read_evidence
-from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
-from modekit.checkpoint.router_file import FIT_ANEW, Gates, changed_index, read_index, router_bytes, sha256_of
+from modekit.checkpoint.evidence import changed_blake3, embedding_writer
+from modekit.checkpoint.record import (
+    RECORD_FILE,
+    CarryRecord,
+    FileRecord,
+    MixtureRecord,
+    RouterRecord,
+    SourceRecord,
+    TokensRecord,
+)
+from modekit.checkpoint.router_file import Gates, changed_index, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together
+from modekit.files.output import work_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
 from modekit.files.typed import Count, as_kind, shortened
-from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import Content, digest_of_data, json_bytes
 from modekit.planning.channels import Channels
 from modekit.planning.modekit_shape import without_names
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Shape, open_shape
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.sources.config import Config, whole
+from modekit.sources.config import Config, settings_digest, whole
 from modekit.sources.contents import OpenFiles, known_blake3, read_header
 from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef
 from modekit.sources.names import weight_of
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import COPIED_FILES
 from modekit.weights.flat import read_float32
-from modekit.weights.numeric import is_finite
 
 
 class _Config(BaseModel):
@@ -120,56 +129,6 @@ class Checkpoint:
                 raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=BUILD_AGAIN)
         return tensors
 
-    def check_router(self) -> None:
-        """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
-        modekit.json, and finite; SourceError where they cannot be read. What a checkpoint without gates has is not compared.
-
-        Where a training moved the embedding, that is known by its own digest. One that this user's modekit has looked through
-        is not read again while its file is what it was.
-        """
-        inside = {name: ref for name, ref in self.tensors.items() if ref.file == self.folder / ROUTER_FILE}
-        shapes = {name: ref.shape for name, ref in inside.items() if ref.dtype in DTYPE_NAMES}
-        if {slot.name: slot.shape for slot in self.slots} != shapes:
-            raise self._other_router(
-                self.folder / ROUTER_FILE, "gates of other names or shapes, or a strange dtype", "those of config.json"
-            )
-        if inside:
-            digest, gates = sha256_of(_content(self.folder / ROUTER_FILE)), zip(self.slots, self.gates(), strict=True)
-            broken = next((slot.name for slot, gate in gates if not np.isfinite(gate).all()), None)
-            self._compare(self.folder / ROUTER_FILE, digest, broken, self.record.router.sha256)
-        if self.shape.channels is None:
-            return
-        channels, embedding = self.carrier
-        if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
-            found = f"{embedding.dtype} {list(embedding.shape)}"
-            raise self._other_router(embedding.file, found, f"{channels.hidden + channels.spare} columns")
-        trained, state = self.record.trained.get(embedding.name), embedding.state
-        expected = self.record.router.evidence if trained is None else trained
-        claim = f"evidence {os.path.realpath(embedding.file)} {state and astuple(state)} {channels.evidence} {expected}"
-        if is_proven_here(claim):
-            return
-        columns = read_evidence(channels, embedding)
-        with OpenFiles() as opened:
-            digest = sha256_of(columns) if trained is None else opened.blake3(embedding)
-        self._compare(embedding.file, digest, None if is_finite(columns, embedding.dtype) else embedding.name, expected)
-        if state is not None and state.is_settled:
-            keep_proven(claim)
-
-    def _compare(self, file: Path, found: str, broken: str | None, expected: str) -> None:
-        if found != expected:
-            raise self._other_router(file, f"digest {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it")
-        if broken is not None:
-            raise self._other_router(file, f"NaN or Inf in {broken}", "finite numbers")
-
-    def _other_router(self, file: Path, found: str, expected: str) -> CheckpointError:
-        return CheckpointError(
-            "the router, its file or its table in the embedding, is not the one that modekit.json records",
-            where=str(file),
-            found=shortened(found),
-            expected=expected,
-            remedy=FIT_ANEW,
-        )
-
     @property
     def parameters(self) -> Parameters:
         """How many it has."""
@@ -199,7 +158,7 @@ class Checkpoint:
             "evidence_sha256": record.router.evidence,
             "embedding": digests.pop(EMBEDDING_FILE, ""),
             "weights": digest_of_data(digests),
-            "tokenizer": digest_of_data([sha256_of(_content(self.folder / name, LARGE)) for name in sorted(COPIED_FILES)]),
+            "tokenizer": digest_of_data([sha256_of(content_of(self.folder / name, LARGE)) for name in sorted(COPIED_FILES)]),
             "config": digest_of_data(without_names(self.config)),
         }
 
@@ -296,8 +255,63 @@ class Checkpoint:
             )
 
 
-def _content(path: Path, limit: int = 2**32) -> bytes:
+def content_of(path: Path, limit: int = 2**32) -> bytes:
+    """Of a file; nothing where it cannot be read."""
     try:
         return read_bytes(path, limit)
     except UNREADABLE:
         return b""
+
+
+def make_record(
+    plan: Plan,
+    out: Path,
+    hashes: Mapping[str, str],
+    router: RouterRecord,
+    known: Mapping[ModelSource, SourceRecord] = {},
+    carried: str = "",
+) -> MixtureRecord:
+    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes.
+
+    `known`: records of sources that were read before, and may be gone; `carried`: sha256 of carried.safetensors.
+    """
+    unique, carry = list(dict.fromkeys(plan.sources)), plan.shape.channels and plan.shape.channels.carry
+    return MixtureRecord(
+        format=1,
+        modekit_version=version("modekit"),
+        recipe=plan.recipe,
+        recipe_digest=plan.recipe.digest(),
+        recipe_folder="." if plan.root == work_of(out).path else os.path.relpath(plan.root, out),
+        dense_config=plan.family.dense_config(plan.sources[0].config),
+        native_type=plan.shape.native_type,
+        dense_parameters=plan.sources[0].parameters,
+        expert_sources=[unique.index(source) for source in plan.sources[1:]],
+        sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
+        router=router,
+        tokens=_tokens_record(plan),
+        carry=CarryRecord(**dict(carry), sha256=carried) if carry else None,
+    )
+
+
+def _tokens_record(plan: Plan) -> TokensRecord | None:
+    if plan.vocabulary is None or not plan.vocabulary.is_grown:
+        return None
+    tokenizer = plan.vocabulary.tokenizer
+    return TokensRecord(tokenizer=tokenizer.number, eos=list(tokenizer.eos), written=sorted(tokenizer.written))
+
+
+def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
+    if known is not None:
+        files, config = known.files, known.config
+    else:
+        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
+        config = settings_digest(source.written_config)
+    return SourceRecord(
+        label=source.label,
+        spec=source.spec,
+        revision=source.revision,
+        folder=os.path.relpath(source.folder, out),
+        files=files,
+        config=config,
+        packed=source.packed,
+    )

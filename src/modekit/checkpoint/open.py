@@ -1,19 +1,29 @@
-"""A checkpoint folder, opened."""
+"""A finished checkpoint is opened: is it whole, and its router the one that modekit.json records?"""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
-from modekit.checkpoint.checkpoint import Checkpoint
+import numpy as np
+
+from modekit.checkpoint.checkpoint import Checkpoint, content_of
+from modekit.checkpoint.evidence import read_evidence
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord
+from modekit.checkpoint.router_file import FIT_ANEW, sha256_of
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import finish_change
 from modekit.files.mending import is_in_the_making, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
+from modekit.files.user_cache import is_proven_here, keep_proven
+from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN
+from modekit.sources.contents import OpenFiles
+from modekit.sources.header import DTYPE_NAMES
+from modekit.weights.numeric import is_finite
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -23,7 +33,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     records; SourceError when a shard is damaged.
     """
     checkpoint = open_with_any_router(folder)
-    checkpoint.check_router()
+    check_router(checkpoint)
     return checkpoint
 
 
@@ -53,6 +63,58 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
+
+
+def check_router(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
+    modekit.json, and finite; SourceError where they cannot be read. What a checkpoint without gates has is not compared.
+
+    Where a training moved the embedding, that is known by its own digest. One that this user's modekit has looked through
+    is not read again while its file is what it was.
+    """
+    file = checkpoint.folder / ROUTER_FILE
+    inside = {name: ref for name, ref in checkpoint.tensors.items() if ref.file == file}
+    shapes = {name: ref.shape for name, ref in inside.items() if ref.dtype in DTYPE_NAMES}
+    if {slot.name: slot.shape for slot in checkpoint.slots} != shapes:
+        raise _other_router(file, "gates of other names or shapes, or a strange dtype", "those of config.json")
+    if inside:
+        digest, gates = sha256_of(content_of(file)), zip(checkpoint.slots, checkpoint.gates(), strict=True)
+        broken = next((slot.name for slot, gate in gates if not np.isfinite(gate).all()), None)
+        _compare(file, digest, broken, checkpoint.record.router.sha256)
+    if checkpoint.shape.channels is None:
+        return
+    channels, embedding = checkpoint.carrier
+    if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
+        found = f"{embedding.dtype} {list(embedding.shape)}"
+        raise _other_router(embedding.file, found, f"{channels.hidden + channels.spare} columns")
+    trained, state = checkpoint.record.trained.get(embedding.name), embedding.state
+    expected = checkpoint.record.router.evidence if trained is None else trained
+    claim = f"evidence {os.path.realpath(embedding.file)} {state and astuple(state)} {channels.evidence} {expected}"
+    if is_proven_here(claim):
+        return
+    columns = read_evidence(channels, embedding)
+    with OpenFiles() as opened:
+        digest = sha256_of(columns) if trained is None else opened.blake3(embedding)
+    _compare(embedding.file, digest, None if is_finite(columns, embedding.dtype) else embedding.name, expected)
+    if state is not None and state.is_settled:
+        keep_proven(claim)
+
+
+def _compare(file: Path, found: str, broken: str | None, expected: str) -> None:
+    if found != expected:
+        raise _other_router(file, f"digest {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it")
+    if broken is not None:
+        raise _other_router(file, f"NaN or Inf in {broken}", "finite numbers")
+
+
+def _other_router(file: Path, found: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        "the router, its file or its table in the embedding, is not the one that modekit.json records",
+        where=str(file),
+        found=shortened(found),
+        expected=expected,
+        remedy=FIT_ANEW,
+    )
 
 
 def refuse_pairs(checkpoint: Checkpoint, what: str, remedy: str = "call it in Python (docs/translation.md)") -> None:

@@ -16,14 +16,11 @@ Shape legend: V tokens, D hidden size, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from modekit.errors import some_of
-from modekit.files.write import json_bytes
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import Config, whole
+from modekit.sources.config import whole
 from modekit.sources.cuts import other_cuts
 from modekit.sources.family import Family
 from modekit.sources.grown import Grown, TokenRows
@@ -33,17 +30,14 @@ from modekit.sources.tokenizer import (
     Readers,
     ReadTokens,
     Tokens,
-    chat_template,
     check_alike,
     check_ids_fit,
     check_same_pieces,
     check_same_tokenizer,
-    copied_files,
-    read_beside,
     read_tokens,
 )
+from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer
 
-_GENERATION, _TEMPLATE = "generation_config.json", "chat_template.jinja"
 _ONE_TOKENIZER = "train both with one tokenizer that has the tokens of both, or leave one of the experts out"
 
 
@@ -169,74 +163,3 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
         if read.size > (most or first).size:
             largest = number
     return SharedTokens(found, largest, tuple(notes))
-
-
-@dataclass(frozen=True)
-class TokenizerChoice:
-    """Whose tokenizer a mixture has, and what goes with it.
-
-    Attributes:
-        source: whose files are copied.
-        number: its place among the models, the base's being 0.
-        eos: ids of the tokens at which a text may end; empty: as the base's config says.
-        settings: what config.json says of special tokens.
-        written: files that no model has like this -> their content.
-        notes: what a user should know.
-    """
-
-    source: ModelSource
-    number: int = 0
-    eos: tuple[int, ...] = ()
-    settings: Config = field(default_factory=dict)
-    written: Mapping[str, bytes] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def owner(self) -> str:
-        """Whose files they are, for messages."""
-        return f"those of {self.source.label}" if self.number else "the base model's"
-
-    @property
-    def has_template(self) -> bool:
-        """Whether there is a chat template."""
-        return _TEMPLATE in self.written or bool(chat_template(self.source.folder))
-
-    @property
-    def copied_files(self) -> tuple[Path, ...]:
-        """Of its files. Raises SourceError for a link out of the folder."""
-        found = copied_files(self.source.folder, where=self.source.where)
-        return tuple(file for file in found if file.name not in self.written)
-
-
-def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> TokenizerChoice:
-    """The largest tokenizer, its chat template (or else the base's, or an expert's), and every token that ends a text."""
-    owner, read = sources[shared.largest], shared.read[shared.largest]
-    if shared.are_same or read is None:
-        return TokenizerChoice(sources[0])
-    inside = {*read.tokens.values()}
-    eos = tuple(dict.fromkeys(end for each in (owner, *sources) for end in _ends(each, read.tokens) if end in inside))
-    said: int | list[int] = eos[0] if len(eos) == 1 else list(eos)
-    names = ("bos_token_id", "pad_token_id", "eos_token_id") if not isinstance(owner, AdapterSource) else ()
-    settings = {name: owner.config[name] for name in names if name in owner.config} | ({"eos_token_id": said} if eos else {})
-    written: dict[str, bytes] = {}
-    generation = next((found for each in (owner, sources[0]) if (found := read_beside(each.folder, _GENERATION))), None)
-    if generation is not None and eos:
-        written[_GENERATION] = json_bytes({**generation, "eos_token_id": said})
-    teller = next((each for each in (owner, *sources) if chat_template(each.folder)), None)
-    template = None if teller is None or teller is owner else chat_template(teller.folder)
-    if template is not None:
-        written[_TEMPLATE] = template.encode()
-    whose = "no model has a chat template" if teller is None else f"the chat template is that of {teller.label}"
-    notes = [f"the tokenizer is that of {owner.label}, and {whose}", *([f"a text ends at {shared.shown(eos)}"] if eos else [])]
-    return TokenizerChoice(owner, shared.largest, eos, settings, written, tuple(notes))
-
-
-def _ends(source: ModelSource, tokens: Tokens) -> Iterator[int]:
-    """Ids of the tokens at which a model's texts end, by its tokenizer, its generation config and its config."""
-    said = read_beside(source.folder, "tokenizer_config.json").get("eos_token")
-    name = said.get("content") if isinstance(said, dict) else said
-    if isinstance(name, str) and name in tokens:
-        yield tokens[name]
-    for config in (read_beside(source.folder, _GENERATION), {} if isinstance(source, AdapterSource) else source.config):
-        found = config.get("eos_token_id")
-        yield from (each for each in (found if isinstance(found, list) else [found]) if type(each) is int)
