@@ -43,6 +43,14 @@ def test_full_models_lose_what_is_not_mixed(workshop: Workshop, shape: str) -> N
     assert "what law, code changed" in note and "`modekit verify --deep` measures" in note
 
 
+def test_models_in_a_few_bits_lose_it_too(workshop: Workshop) -> None:
+    experts = [{**expert, "bits": 2} for expert in workshop.recipe["experts"]]
+    (note,) = notes_of(workshop, experts=experts)
+    assert "what medicine, law, code changed" in note
+    whole = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
+    assert notes_of(workshop, experts=experts, mixture={"method": "gating", **whole}) == []
+
+
 @pytest.mark.parametrize(
     "mixture",
     [{"backbone": "average"}, {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}],

@@ -64,7 +64,7 @@ class ModekitForm:
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
-                    "changes of norms and biases are lost"
+                    "changes of embedding, head, norms and biases are lost"
                 )
 
     def experts(self) -> Iterator[PlannedTensor]:

@@ -128,8 +128,8 @@ def _lost(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: C
                 lost.append(
                     f"{len(outside)} of the {len(_changed(source))} tensors that {expert.name} changes ({_kinds(outside)})"
                 )
-        elif mixture.backbone == BASE and expert.is_whole and not all_mixed and not (ffns and changed_ffn_alone(source)):
-            models.append(expert.name)
+        elif mixture.backbone == BASE and not (all_mixed or expert.is_base or expert.lora_rank is not None):
+            models += [] if ffns and changed_ffn_alone(source) else [expert.name]
     lost += [f"what {', '.join(models)} changed outside of the mixed modules"] if models else []
     if lost:
         yield (
