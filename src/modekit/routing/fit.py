@@ -69,7 +69,7 @@ class Fitting:
 @dataclass(frozen=True)
 class FittedRouter:
     """The gate of every router slot, the record for modekit.json, and, where the checkpoint's embedding carries it, the
-    evidence that the gates read (checkpoint/router_file.py).
+    evidence that the gates read (checkpoint/evidence.py).
     """
 
     gates: Gates
