@@ -202,7 +202,7 @@ def losses_of(checkpoint: Checkpoint, tokens: int) -> Mapping[str, Score]:
 RESIDENT = """
 import sys, torch
 from pathlib import Path
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 checkpoint = open_checkpoint(Path(sys.argv[1]))

@@ -68,8 +68,8 @@ def test_a_cache_is_not_read_with_another_number_of_streams(workshop: Workshop) 
     ("said", "wanted"),
     [
         ({"modules": "decoder", "always_on": {"expert": "law", "weight": 0.5, "apart": True}}, "is the base with a weight"),
-        ({"modules": "all", **COMMON}, "modules: decoder"),
-        ({"modules": "decoder", "backbone": "average", **COMMON}, "needs backbone: base"),
+        ({"modules": "all", **COMMON}, "another word than modules: all"),
+        ({"modules": "decoder", "backbone": "average", **COMMON}, "backbone: base"),
         ({"modules": "decoder", "router": {"fit": "logistic"}}, "before the first layer"),
     ],
 )

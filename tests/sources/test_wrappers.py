@@ -166,7 +166,7 @@ def test_what_stays_behind_is_said(case: str, tmp_path: Path) -> None:
     recipe = parse_recipe({"base_model": "./base", "experts": [{"name": "law", "adapter": "./lora"}], "mixture": RANDOM})
     plan = make_plan(recipe, tmp_path)
     base, law = (note for note in plan.notes if note.endswith("stay behind"))
-    assert base.startswith("base_model: only the language model is mixed") and "mtp (1 tensors, 128 B)" in base
+    assert base.startswith("base_model: only the language model is mixed") and "mtp" in base
     assert law.startswith("experts[0] 'law'") and re.search("visual|vision", law)
     assert set(plan.source_states) == {tmp_path / "base" / "model.safetensors", tmp_path / "lora" / "adapter_model.safetensors"}
 

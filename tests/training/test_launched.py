@@ -133,3 +133,55 @@ def test_other_commands_refuse_a_launcher(workshop: Workshop) -> None:
         check=False,
     )
     assert done.returncode == 2 and "this command runs in one process" in done.stderr
+
+
+SHARDED = """
+import sys
+import torch, torch.distributed
+from pathlib import Path
+from torch.distributed.fsdp import fully_shard
+from modekit.checkpoint.open import open_checkpoint
+from modekit.text.sequences import TokenSequence
+from modekit.loaded.load import load_model
+from modekit.training.batches import Batches, DomainSequences, plan_parts
+from modekit.training.objective import Objective
+from modekit.training.settings import train_settings
+
+torch.distributed.init_process_group("gloo")
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+settings = train_settings({"losses": {"lm": 1.0, "label": 0.2, "z": 0.01}, "what": ["all"]}, where="test")
+draw = torch.Generator().manual_seed(3)
+corpora = [
+    DomainSequences(name, place, [TokenSequence(tuple(torch.randint(3, 96, (31,), generator=draw).tolist()), 31)] * 2)
+    for place, name in enumerate("abc")
+]
+batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=2, pack=False), 0)
+
+def objective():
+    mixture = load_model(checkpoint.folder)
+    if checkpoint.shape.plain:
+        mixture.set_experts_implementation("eager")
+    return Objective(mixture, checkpoint, settings, teachers=[], train_top_k=None, packed=False)
+
+whole = objective()
+for number in range(2):
+    whole(**batches[number]).backward()
+sharded = objective()
+for layer in sharded.model.model.layers:
+    fully_shard(layer)
+fully_shard(sharded)
+(2.0 * sharded(**batches[torch.distributed.get_rank()])).backward()
+for (name, one), two in zip(whole.named_parameters(), sharded.parameters()):
+    if one.grad is not None and float(one.grad.abs().max()) > 0:
+        assert torch.allclose(two.grad.full_tensor(), one.grad, atol=1e-6), name
+print("the same gradients")
+"""
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
+def test_a_sharded_mixture_has_the_same_gradients(workshop: Workshop, mixture: dict[str, object] | None) -> None:
+    """FSDP2 (fully_shard): parameters are whole only while their layer runs."""
+    folder = workshop.build("OUT", **({"mixture": mixture} if mixture else {}))
+    script = workshop.root / "sharded.py"
+    script.write_text(SHARDED)
+    assert "the same gradients" in launch(2, str(script), str(folder))

@@ -335,7 +335,7 @@ class _Reading:
     def _tied(self, ref: TensorRef) -> UnsupportedError:
         """PEFT computes both apart until it merges; then one change lands in both, so that no tied model is the adapter's."""
         return UnsupportedError(
-            "the adapter changes the embedding or the head, which are one tensor in this base model",
+            "the adapter changes an embedding or a head that this base model shares",
             where=f"{self._where}: {ref.name}",
             remedy=f"train the adapter without embeddings and lm_head, or {UNTIE}",
         )
