@@ -39,10 +39,14 @@ def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDA
 
 def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
     """The columns that an embedding has."""
-    start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
+    itemsize, (height, width) = ITEMSIZE[embedding.dtype], embedding.shape
+    first, size = channels.evidence.start * itemsize, (channels.evidence.stop - channels.evidence.start) * itemsize
+    columns = memoryview(bytearray(height * size))
     with OpenFiles() as opened:
-        blocks = (_as_bytes(rows, embedding)[:, start:stop] for _, rows in rows_of(opened, embedding))
-        return memoryview(b"".join(block.tobytes() for block in blocks))
+        file = opened.file(embedding)
+        for row in range(height):  # of a row these few bytes alone are read
+            file.fill(columns[row * size : (row + 1) * size], embedding.start + row * width * itemsize + first)
+    return columns
 
 
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
