@@ -15,7 +15,7 @@ from rich.text import Text
 
 import modekit.cli.shell as shell
 from command_line import ended
-from conftest import Workshop
+from conftest import Workshop, make_workshop
 from modekit.cli.printing import console_for
 from modekit.errors import ModekitError
 from refusal import borrow, refuse, run_python
@@ -119,3 +119,19 @@ def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], 
         shell.main()
     shown = capsys.readouterr()
     assert end.value.code == 2 and "balance" in shown.out + shown.err and "error" not in shown.err
+
+
+def test_what_was_changed_by_hand_is_said_and_nothing_else(tmp_path: Path) -> None:
+    """A lexical router in a plain checkpoint has another eps than the base: that is no change."""
+    router = {"fit": "lexical", "sequence_length": 32}
+    out = make_workshop(tmp_path).build(mixture={"method": "routing", "top_k": 1, "router": router})
+    assert "changed" not in "".join(map(str, ended("route", out, "the court")))
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))
+    assert (out / "config.json").read_text() != config
+    assert "note: changed since modekit wrote them: config.json" in ended("route", out, "the court")[2]
+
+
+def test_a_recipe_is_no_mixture(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base_model: ./base\n")
+    assert "this is a recipe, not a mixture" in refuse("eval", tmp_path / "recipe.yaml")

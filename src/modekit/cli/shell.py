@@ -17,7 +17,8 @@ from typer.exceptions import TyperException
 from modekit.cli.arrangement import example_of
 from modekit.cli.printing import err
 from modekit.cli.words import list_settings
-from modekit.errors import InterruptError, ModekitError
+from modekit.errors import InterruptError, ModekitError, some_of
+from modekit.files.marker import changed_files
 from modekit.files.mending import refuse_existing
 from modekit.files.output import replaced_by
 from modekit.files.write import FULL
@@ -131,10 +132,18 @@ def resolved(path: Path) -> Path:
 
 
 def checkpoint_in(folder: Path) -> Checkpoint:
-    """The checkpoint of a folder. Raises CheckpointError."""
+    """The checkpoint of a folder, with a note where its files were changed by hand. Raises CheckpointError."""
     from modekit.checkpoint.open import open_checkpoint
 
-    return open_checkpoint(resolved(folder))
+    if folder.suffix in (".yaml", ".yml") and folder.is_file():
+        raise ModekitError(
+            "this is a recipe, not a mixture", where=str(folder), remedy=f"modekit build {folder} OUT, then give OUT"
+        )
+    opened = open_checkpoint(resolved(folder))
+    if changed := changed_files(opened.folder):
+        said = f"note: changed since modekit wrote them: {some_of(changed)}; `modekit verify {folder}` compares them"
+        err.print(Text(said), soft_wrap=True)
+    return opened
 
 
 def writable(path: Path, overwrite: bool, *, trains: bool = False) -> Path:
