@@ -58,6 +58,7 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, refits: bool = F
         for place, (expert, origin) in enumerate(zip(edit.recipe.experts, edit.origins, strict=True))
         if origin is None
     }
+    _check_is_another(checkpoint, edit, new, run)
     experts = list(enumerate(record.recipe.experts))
     recorded = [recorded_model(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts]
     opened = [opened_expert(checkpoint, opener, number, base) for number, _ in experts]
@@ -147,6 +148,21 @@ def _lacking(checkpoint: Checkpoint, numbers: Sequence[int]) -> SourceError | Ch
         found=some_of([checkpoint.source_folder(record.sources[record.expert_sources[number]]) for number in numbers]) or None,
         remedy="put back what it was, or build the mixture again (docs/experts.md)",
     )
+
+
+def _check_is_another(checkpoint: Checkpoint, edit: MixtureEdit, new: Mapping[int, ModelSource], run: Run) -> None:
+    """Raise RecipeError when the model that is to take an expert's place is the one that is there, byte for byte."""
+    record = checkpoint.record
+    if edit.change.what != "replace" or edit.recipe.digest() != record.recipe_digest:
+        return
+    ((place, source),) = new.items()
+    if changed_weights(record.sources[record.expert_sources[place]], source.folder, run) is None:
+        raise RecipeError(
+            "this very model exists in its place already",
+            where=str(checkpoint.folder),
+            found=f"{edit.change.expert}: {edit.change.source}",
+            remedy="name another model or text",
+        )
 
 
 def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
