@@ -26,7 +26,7 @@ from modekit.text.sequences import encode
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.moving import make_trainable, moving_of, names_of
 from modekit.training.objective import Objective
-from modekit.training.settings import TrainSettings
+from modekit.training.settings import Group, TrainSettings
 
 torch.set_num_threads(1)
 
@@ -53,9 +53,10 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
     rates: dict[str, list[float]] = {}
     for what in ("routers", "attention"):
         mixture = load_model(checkpoint.folder)
-        mixture_of(mixture, checkpoint).prepare_training()
-        groups = ["routers"] if what == "routers" else ["routers", "attention"]
-        make_trainable(mixture, names_of(moving_of(mixture, checkpoint), groups))  # type: ignore[arg-type]
+        loaded = mixture_of(mixture, checkpoint)
+        loaded.prepare_training()
+        groups: list[Group] = ["routers"] if what == "routers" else ["routers", "attention"]
+        make_trainable(loaded, names_of(moving_of(mixture, checkpoint), groups))
         objective = Objective(mixture, checkpoint, settings, teachers=[], train_top_k=None, packed=not averaging)
         moving = [parameter for parameter in mixture.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(moving, lr=1e-4)

@@ -132,9 +132,9 @@ def ablation() -> dict[str, Variant]:
         variants[f"linear | {named} | 4"] = ({"method": "linear", "backbone": backbone}, None)
         for top_k in (1, 2, 4):
             mixture = {"method": "routing", "top_k": top_k, "backbone": backbone}
-            for fit in ("random", "centroid"):
+            for name, fit in (("noisy", "random"), ("centroid", "centroid")):
                 router = {"fit": fit, **(few if FITS[fit].reads_text else {})}
-                variants[f"{FITS[fit].label} | {named} | {top_k}"] = ({**mixture, "router": router}, None)
+                variants[f"{name} | {named} | {top_k}"] = ({**mixture, "router": router}, None)
             trained = {**mixture, "router": {"fit": "logistic", **few}}
             variants[f"trained routers | {named} | {top_k}"] = (trained, short)
             variants[f"trained routers and attention | {named} | {top_k}"] = (trained, more)

@@ -240,15 +240,15 @@ def test_a_context_that_nobody_asked_for_is_no_larger_than_memory() -> None:
 
 def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
-    native, adapters, out = mixtures["native"].shape, mixtures["adapters"].shape, Path("OUT")
-    assert choose_engine(native, "auto", out) == ("llama", "it fits") == choose_engine(native, "llama", out)
-    name, why = choose_engine(adapters, "auto", out)
+    native, adapters = mixtures["native"], mixtures["adapters"]
+    assert choose_engine(native, "auto") == ("llama", "it fits") == choose_engine(native, "llama")
+    name, why = choose_engine(adapters, "auto")
     assert name == "transformers" and why.startswith("not llama: it keeps adapters")
     for engine in ("llama", "vllm"):
         with pytest.raises(UnsupportedError, match="cannot be served"):
-            choose_engine(adapters, engine, out)
+            choose_engine(adapters, engine)
     monkeypatch.setattr(converter, "is_installed", lambda: False)
-    name, why = choose_engine(native, "auto", out)
+    name, why = choose_engine(native, "auto")
     assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
 
 

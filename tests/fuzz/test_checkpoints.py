@@ -179,7 +179,7 @@ def read_everything(folder: Path) -> None:
     with told():
         pack(checkpoint).sizes()
     with told():
-        choose_engine(checkpoint.shape, "auto", checkpoint.folder)
+        choose_engine(checkpoint, "auto")
         context_of(checkpoint, None)
     for file in (folder / "router").iterdir():
         with told():

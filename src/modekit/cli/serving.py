@@ -53,12 +53,10 @@ class ServeOptions:
 @grouped
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
-    from modekit.checkpoint.open import refuse_pairs
     from modekit.engines.serve import choose_engine, serving
 
     opened = checkpoint_in(checkpoint)
-    refuse_pairs(opened, "no engine can serve the mixture")
-    engine, _ = choose_engine(opened.shape, options.engine, opened.folder)
+    engine, _ = choose_engine(opened, options.engine)
     unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
     refuse_without_effect(
         f"an engine that reads it; {engine} serves this mixture",

@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
 from modekit.engines.child import KEY, Child, default_threads, threads_environment
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.errors import CheckpointError, EngineError, UnsupportedError
-from modekit.planning.plan import Shape
 from modekit.run import QUIET, Run
 
 _PARALLEL = 4
@@ -63,19 +61,20 @@ class ServedMixture:
             self.child, answered = self.start(), None
 
 
-def choose_engine(shape: Shape, asked: EngineName, folder: Path) -> tuple[str, str]:
-    """The engine for a mixture of such a form, and why it is that one. Raises UnsupportedError, which names its folder, when
-    none can serve it, or not the one asked for.
+def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
+    """The engine for a mixture, and why it is that one. Raises UnsupportedError when none can serve it, or not the one asked
+    for.
     """
+    refuse_pairs(checkpoint, "no engine can serve the mixture")
     refused: list[str] = []
     for name in ENGINES if asked == "auto" else [asked]:
-        reason = ENGINES[name].refusal(shape)
+        reason = ENGINES[name].refusal(checkpoint.shape)
         if reason is None:
             return name, "; ".join(refused) or "it fits"
         refused.append(f"not {name}: {reason}")
     raise UnsupportedError(
         "the mixture cannot be served",
-        where=str(folder),
+        where=str(checkpoint.folder),
         found="; ".join(refused),
         remedy=INSTALL if asked == "auto" else "leave --engine out, and one that can is taken",
     )
@@ -150,8 +149,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     """Start an engine with a mixture; it answers inside the block. Raises UnsupportedError and EngineError before it listens,
     never at the first request.
     """
-    refuse_pairs(checkpoint, "no engine can serve the mixture")
-    name, why = choose_engine(checkpoint.shape, settings.engine, checkpoint.folder)
+    name, why = choose_engine(checkpoint, settings.engine)
     engine, key = ENGINES[name], key_of_clients(settings.host, no_key=settings.no_key)
     threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
     wanted = {

@@ -74,14 +74,18 @@ def foreign_files(folder: Path) -> list[str] | None:
     marker = read_marker(folder)
     if marker is None:
         return None
-    changed = changed_files(folder)
+    changed = _changed(folder, marker)
     return [name for name in files_below(folder) if name in changed or not (marker.owns(name) or name in marker.files)]
 
 
 def changed_files(folder: Path) -> list[str]:
     """Files that modekit wrote into an output and others changed since, as far as the marker has their digests."""
     marker = read_marker(folder)
-    return [name for name, digest in marker.files.items() if _is_another(folder / name, digest)] if marker is not None else []
+    return [] if marker is None else _changed(folder, marker)
+
+
+def _changed(folder: Path, marker: Marker) -> list[str]:
+    return [name for name, digest in marker.files.items() if _is_another(folder / name, digest)]
 
 
 def _is_another(path: Path, digest: str) -> bool:

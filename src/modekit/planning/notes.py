@@ -166,18 +166,17 @@ def changed_ffn_alone(source: ModelSource) -> bool:
 
 def _twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
     """Experts that are one model, or one part of it, or have one text, and those that are the base, by their folders."""
-    same: dict[object, list[str]] = {}
+    models, texts = dict[object, list[str]](), dict[object, list[str]]()
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         folder = source.folder.resolve()
         if not expert.is_base and folder == sources[0].folder.resolve():
             yield f"{expert.name}: it is the base model itself: write `model: base`, which needs no tensors of its own"
         elif not expert.is_base:
-            same.setdefault((folder, tuple(expert.layers or ())), []).append(expert.name)
-    texts: dict[tuple[str, ...], list[str]] = {}
-    for expert in recipe.experts:
+            models.setdefault((folder, tuple(expert.layers or ())), []).append(expert.name)
         if expert.text and not expert.writes_text:
             texts.setdefault(tuple(sorted(expert.text)), []).append(expert.name)
-    for each in (each for each in texts.values() if len(each) > 1):
-        yield f"{' and '.join(each)} have one text: no router can choose between them by it; correct the paths"
-    for each in (each for each in same.values() if len(each) > 1):
-        yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"
+    for found, are, to_do in (
+        (texts, "have one text: no router can choose between them by it", "correct the paths"),
+        (models, "are one model: no router can choose between them", "keep one, or correct the paths"),
+    ):
+        yield from (f"{' and '.join(names)} {are}; {to_do}" for names in found.values() if len(names) > 1)
