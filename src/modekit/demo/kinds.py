@@ -72,7 +72,7 @@ class Size:
 
 
 _REAL = Training(steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True)
-SMALL = Size(960, TRAINING.with_(steps=120), fit_tokens=131_072, eval_tokens=16_384)
+SMALL = Size(960, TRAINING.with_(steps=120), fit_tokens=65_536, eval_tokens=16_384)
 SIZES: dict[str, Size] = {
     "small": SMALL,
     "small lora": Size(960, TRAINING.with_(steps=160, learning_rate=3e-3), fit_tokens=131_072, eval_tokens=16_384),
