@@ -6,7 +6,7 @@ Shape legend: V vocabulary, D the base's hidden size, P channels besides it, N c
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,9 @@ from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes
 
 def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
     """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
-    parts = []
+    parts, unit = [], _unit(channels, [sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)])
     for start, _, sizes_V in _sized_rows(channels, embedding):
-        values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
+        values = unit * channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
         parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
     columns = memoryview(b"".join(parts))
     if not is_finite(columns, embedding.dtype):
@@ -51,14 +51,22 @@ def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
 
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
     """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
-    parts = []
+    parts, sizes = [], list[npt.NDArray[np.float64]]()
     for _, values, sizes_V in _sized_rows(channels, embedding):
+        sizes.append(sizes_V)
         with np.errstate(all="ignore"):
             parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
-    table_VN = np.concatenate(parts)
+    table_VN = np.concatenate(parts) / np.float32(_unit(channels, sizes))
     if not np.isfinite(table_VN).all():
         raise CheckpointError("the router's table in the embedding is not finite", where=str(embedding.file), remedy=FIT_ANEW)
     return table_VN
+
+
+def _unit(channels: Channels, sizes: Sequence[npt.NDArray[np.float64]]) -> float:
+    """What evidence is multiplied with: where penalties follow from it (planning/penalties.py), the usual size of an embedding,
+    by which the norm behind attention divides it.
+    """
+    return float(np.median(np.concatenate(sizes))) * channels.embedding_scale if channels.inner else 1.0
 
 
 def _sized_rows(

@@ -139,12 +139,13 @@ class NativeMixture(LoadedMixture):
         """Logits are taken from what routers read, outside the layer, so that a layer that is computed again for its gradient
         runs the same operations.
         """
-        trace = RouterTrace(len(self.checkpoint.slots), self.gates())
+        routers = self.routers()
+        trace = RouterTrace(len(routers), self.gates())
 
         def read(number: int, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             trace.said[number] = args[0]
 
-        handles = [router.register_forward_pre_hook(partial(read, number)) for number, router in enumerate(self.routers())]
+        handles = [router.register_forward_pre_hook(partial(read, number)) for number, router in enumerate(routers)]
         with removed(handles):
             yield trace
 

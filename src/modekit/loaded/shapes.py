@@ -11,13 +11,16 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.mixture import ExpertView, LoadedMixture
 from modekit.loaded.modekit import ModekitMixture, ModekitView
 from modekit.loaded.native import DenseView, NativeMixture
+from modekit.loaded.routed import RoutedMixture
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native import NativeShape
 from modekit.planning.plan import Shape
+from modekit.planning.routed import RoutedShape
 from modekit.run import QUIET, Run
 
 _LOADED: Mapping[type[Shape], tuple[type[LoadedMixture], Callable[..., ExpertView]]] = {
     NativeShape: (NativeMixture, DenseView),
+    RoutedShape: (RoutedMixture, DenseView),  # whose fit runs no expert
     ModekitShape: (ModekitMixture, ModekitView),
 }
 

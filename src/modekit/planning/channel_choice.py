@@ -52,7 +52,8 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
             expected=f"at most {group} decays, and {size} as experts times decays",
             remedy="name fewer, or write output: {format: modekit}",
         )
-    evident = 2 * len(decays) * experts + 1
+    width_key = native.expert_hidden_key if native.routed and native.expert_hidden_key else "intermediate_size"
+    evident = 2 * len(decays) * experts + 1 + (experts if native.routed else 0)
     needed = evident if carry is None else blocks_of(evident + 1) + carry.channels  # what is carried begins with a block
     return Channels(
         hidden=whole(dense, "hidden_size"),
@@ -60,7 +61,7 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         kv_heads=kv_heads,
         head_dim=size,
         layers=whole(dense, "num_hidden_layers"),
-        expert_hidden=whole(dense, "intermediate_size"),
+        expert_hidden=whole(dense, width_key),
         spare=_spare(recipe, widening, needed, group * size),
         experts=experts,
         decays=decays,
@@ -71,6 +72,7 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         residual_scale=number(dense, "residual_multiplier", 1.0),
         turns=turns,
         carry=carry,
+        **({} if native.routed is None else {"inner": native.routed.count(dense), "width_keys": (width_key,)}),
     )
 
 

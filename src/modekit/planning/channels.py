@@ -13,8 +13,10 @@ What experts differ by in attention, head and embedding has two further sets (be
 attention writes what the experts' output projections are to make of it; V tells queries, keys and values, or the head, what the
 expert differs by. Some more hidden units of every expert read and clear them.
 
-Shape legend: D hidden size, P, R_U, R_V channels, E experts, J averages, H head size, G query heads per key-value head,
-F hidden units, K units per channel.
+Where the base is a mixture itself, E more hold penalties, by which its routers keep to one expert (penalties.py).
+
+Shape legend: D hidden size, P, R_U, R_V channels, E experts, M experts that each of them has of its own, J averages, H head
+size, G query heads per key-value head, F hidden units, K units per channel.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from modekit.planning.penalties import LOUD, front_units, gate_entries
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
@@ -36,7 +39,6 @@ _AVERAGED = 2.0**-4
 """Of averages: embeddings may be small, and the base's first norm sees both."""
 CONSTANT = 4.0
 """Of the constant channel, beside evidence of about that size: quantised together, neither is lost."""
-_FFN_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _ATTENTION: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
 MEASURED_TOKENS = 1_024
 """Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
@@ -92,6 +94,8 @@ class Channels:
         score_scale, embedding_scale, residual_scale: by which the family multiplies scores, embeddings, what layers add.
         turns: of the rotary embedding, where evidence fades.
         carry: what else has channels.
+        inner: M, where the base is a mixture itself; else 0.
+        width_keys: of the config, for F.
         eps: size of the evidence beside a stream of size 1: its square is what the norms see of it.
     """
 
@@ -113,6 +117,8 @@ class Channels:
     residual_scale: float
     turns: tuple[float, ...]
     carry: CarrySize | None = None
+    inner: int = 0
+    width_keys: tuple[str, ...] = ("intermediate_size", "moe_intermediate_size")
 
     @property
     def group(self) -> int:
@@ -140,12 +146,16 @@ class Channels:
         return slice(self.evidence.stop, 2 * self.evidence.stop - self.hidden)
 
     @property
+    def penalties(self) -> slice:
+        """Channels that say how far every expert is from being chosen, where the base is a mixture itself."""
+        return slice(self.context.stop, self.context.stop + (self.experts if self.inner else 0))
+
+    @property
     def constant(self) -> int:
         """The channel that is the same for all tokens behind the first norm: the last one, or that before what is carried."""
         if self.carry is None:
             return self.hidden + self.spare - 1
-        evident = 2 * self.experts * len(self.decays) + 1  # evidence, its averages, and the constant
-        return self.hidden + blocks_of(evident + 1) - 1
+        return self.hidden + blocks_of(self.penalties.stop - self.hidden + 2) - 1  # two that are constant
 
     @property
     def still(self) -> int:
@@ -182,7 +192,7 @@ class Channels:
             "rms_norm_eps": self.norm_eps * self.hidden / (self.hidden + self.spare),
             **self._one_layer_more(config),
         }
-        for key in _FFN_WIDTHS:
+        for key in self.width_keys:
             if config.get(key) is not None:
                 wide[key] = self.expert_hidden + self.more_units
         if self.carry is not None and self.carry.head:
@@ -241,11 +251,21 @@ class Channels:
         return Pad(columns=self.spare, scale=self.norm_scale, entries=tuple((0, column, self.norm_scale) for column in passed))
 
     def expert_pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad:
-        """How the FFN's gate, up (F, D) or down (D, F) in a layer of the result is widened."""
+        """How the FFN's gate, up (F, D) or down (D, F) in a layer of the result is widened; without an expert, that of all."""
         carried = None if self.carry is None else CarriedPart(part, layer, expert)
+        entries = front_units(self, part, expert is None) if self.inner and layer == 0 else ()
         if part == "down":
-            return Pad(rows=self.spare, columns=self.more_units, carried=carried)
-        return Pad(rows=self.more_units, columns=self.spare, carried=carried)
+            return Pad(rows=self.spare, columns=self.more_units, entries=entries, carried=carried)
+        return Pad(rows=self.more_units, columns=self.spare, entries=entries, carried=carried)
+
+    def router_pad(self, layer: int) -> Pad:
+        """How the gates of a layer of the result are widened, where the base is a mixture itself."""
+        carries = self.carry is not None and layer > 0
+        return Pad(
+            columns=self.spare,
+            entries=gate_entries(self, layer),
+            carried=CarriedPart("router", layer) if carries else None,
+        )
 
     def notes(self, recipe: Recipe, left: Sequence[str]) -> Iterable[str]:
         """What a user should know of them; `left`: what experts have of their own in a layer that is not carried."""
@@ -269,15 +289,19 @@ class Channels:
         they read of what is carried.
         """
         passed: list[int] = []
+        loud = range(0)
         if module == self.widening.after_attention:
             passed = list(range(self.context.start, self.context.stop))
+            if self.inner:
+                heard = self.penalties if layer else self.context
+                loud, passed = range(heard.start, heard.stop), [] if layer else [self.constant]
             if self.carry is not None:
                 passed += [self.still, *range(self.outputs.start, self.inputs.stop)]
         elif module == self.widening.before_attention and layer == 0:
             passed = [*range(self.evidence.start, self.evidence.stop), self.constant]
         elif module == self.widening.before_attention:
             passed = list(range(self.inputs.start, self.inputs.stop))
-        return tuple((0, column, self.norm_scale) for column in passed)
+        return tuple((0, column, self.norm_scale * factor) for part, factor in ((passed, 1), (loud, LOUD)) for column in part)
 
     def _entries(self, part: str) -> tuple[Entry, ...]:
         """Of the heads that average, in the first layer."""

@@ -18,6 +18,7 @@ from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
 from modekit.planning.notes import check_adapters, notes_of
 from modekit.planning.plan import Plan
+from modekit.planning.routed import RoutedForm
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.edit import choices, with_following
 from modekit.recipes.mixture import BackboneExpert
@@ -184,12 +185,14 @@ def _native_form(
     if native is None:
         return None, " | ".join(tried)
     try:
-        form = NativeForm(recipe, sources, native, code_of)
+        form = (RoutedForm if native.routed else NativeForm)(recipe, sources, native, code_of)
     except UnsupportedError as error:  # it cannot carry the router
         if is_asked or recipe.output.channels is not None:
             raise
         return None, error.what
     kind, name = f"'{family.model_type}'", native.native_type
+    if native.routed is not None:
+        return form, f"fine-tunes of one {kind} fit into one with the experts of all"
     if form.carried:
         return form, f"a {name} holds experts of {kind} with their attention, in the router's channels"
     return form, f"whole FFN experts of {kind} with a linear router have an exact native form: {name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.typed import shortened
@@ -35,6 +35,7 @@ from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Join, Made, Padded, Zeros, scaled
 from modekit.weights.padding import FFNKind, Pad
 
+_PARTS: tuple[FFNKind, ...] = ("gate", "up", "down")
 _NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
 
 
@@ -63,16 +64,25 @@ class NativeShape(AnyShape):
         except StopIteration:
             what = "modekit.json names a family that this version of modekit does not know"
             raise CheckpointError(what, where=where, found=native_type, remedy=BUILD_AGAIN) from None
+        cls._check_counts(config, recipe, where, native, dense)
+        return cls(config, recipe, where, native, channels_said_by(config, recipe, where, native, dense, carry))
+
+    @classmethod
+    def _check_counts(cls, config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> None:
         for key in (native.num_experts_key, native.top_k_key):
             count, most = config.get(key), len(recipe.experts)
             if type(count) is not int or not 1 <= count <= most:
                 raise other_record(f"{where}: {key}", shortened(repr(count)), f"1 to {most}, the number of experts")
-        return cls(config, recipe, where, native, channels_said_by(config, recipe, where, native, dense, carry))
 
     @property
     def family(self) -> Family:
         """The row of the dense family."""
         return self.native.family
+
+    @property
+    def inner(self) -> int:
+        """How many experts each of the recipe's has of its own: 1, unless the base is a mixture itself."""
+        return 1
 
     @property
     def native_type(self) -> str:
@@ -144,8 +154,8 @@ class NativeShape(AnyShape):
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
         self.check_sizes(tensors)
-        native = self.native
-        paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(self.experts)]
+        native, count = self.native, self.experts * self.inner
+        paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(count)]
         ranks = dict.fromkeys(paths, 2) | dict.fromkeys(native.fused or (), 3)
         ranks |= {each.name: len(each.shape) for each in native.written_constants}
         for name, rank in ((in_layer(layer, path), rank) for layer in range(self._layers) for path, rank in ranks.items()):
@@ -153,7 +163,7 @@ class NativeShape(AnyShape):
                 raise self.disagreement(name)
         for layer in range(self._layers) if native.fused is not None else ():
             both, down = (tensors[in_layer(layer, name)].shape for name in native.fused or ())
-            if both != (self.experts, both[1], down[1]) or down != (self.experts, down[1], both[1] // 2) or both[1] % 2:
+            if both != (count, both[1], down[1]) or down != (count, down[1], both[1] // 2) or both[1] % 2:
                 raise self.disagreement(f"an FFN of layer {layer}")
 
     def recorded(self, expert: int, base: ModelSource, tensors: Tensors, file: Path) -> Recorded:
@@ -191,10 +201,14 @@ class NativeForm:
         mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
     """
 
+    kind: ClassVar[type[NativeShape]] = NativeShape
+
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
         self._recipe, self._sources, self._native, self._code_of = recipe, sources, native, code_of
         self._family, self._base = native.family, sources[0]
         self._dense = self._family.dense_config(self._base.config)
+        self._inner = 1 if native.routed is None else native.routed.count(self._dense)
+        self._count = len(recipe.experts) * self._inner
         self.mixes_more = f"{native.native_type} mixes FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         self._channels = channels_of(recipe, native, self._dense)
         if self._channels is not None:
@@ -202,16 +216,22 @@ class NativeForm:
             self._channels = channels_of(recipe, native, self._dense, carry)
         self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
-        self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._family.mlp.values()}
+        self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._own_paths}
         gate = self._in_base(0, "gate")
         self.router_dtype, self._sizes = code_of(gate), gate.shape
-        sizes = {"experts": len(recipe.experts), "top_k": recipe.top_k, "expert_hidden": gate.shape[0]}
+        top_k = recipe.top_k if native.routed is None else whole(self._dense, native.top_k_key)
+        sizes = {"experts": self._count, "top_k": top_k, "expert_hidden": gate.shape[0]}
         config = native_config(native, self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
         config = config if self._channels is None else self._channels.widened(config)
-        self.shape = NativeShape(config, recipe, self._base.spec, native, self._channels)
+        self.shape = self.kind(config, recipe, self._base.spec, native, self._channels)
         self._carry = None if self._channels is None else self._channels.carry
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
+
+    @property
+    def _own_paths(self) -> Iterable[str]:
+        """Tensors under a layer of the base of which every expert has its own."""
+        return self._family.mlp.values()
 
     @property
     def carried(self) -> set[str]:
@@ -254,20 +274,19 @@ class NativeForm:
 
     def _with_channels(self, tensor: PlannedTensor) -> PlannedTensor:
         pad = None if self._channels is None else self._channels.pad_of(tensor.name, tensor.shape, self._family.parts)
-        return _widened(tensor, pad)
+        return widened(tensor, pad)
 
     def experts(self) -> Iterator[PlannedTensor]:
         """What the result has besides the backbone: in front a layer whose experts add nothing, all experts, constants."""
-        nothing = dict.fromkeys(self._family.mlp, [None] * len(self._recipe.experts))
+        nothing = dict.fromkeys(_PARTS, [None] * self._count)
         if self._front:
             yield from self._in_front()
             yield from self._of_layer(0, nothing)
         for layer in range(self._layers):
-            refs = {part: self._in_base(layer, part) for part in self._family.mlp}
-            made = {part: [as_in(source, ref) for source in self._sources[1:]] for part, ref in refs.items()}
+            made = {part: [each for one in self._sources[1:] for each in self._of(one, layer, part)] for part in _PARTS}
             yield from self._of_layer(layer + self._front, made)
         spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
-        letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": len(self._recipe.experts)}
+        letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": self._count}
         for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape, name = tuple(letters.get(each) or int(each) for each in constant.shape), in_layer(layer, constant.name)
@@ -292,22 +311,27 @@ class NativeForm:
         factors, of_base = self._factors(), max(0, layer - self._front)
         for part, path in (self._native.experts or {}).items():
             ref = self._in_base(of_base, part)
-            for expert, own in enumerate(made[part]):
+            for number, own in enumerate(made[part]):
+                expert = number // self._inner
                 given = scaled(own or Zeros(ref.shape), factors[expert] if part == "down" else 1.0)
-                name = in_layer(layer, path.format(expert=expert))
+                name = in_layer(layer, path.format(expert=number))
                 plain = PlannedTensor(name, self._code_of(ref), ref.shape, "expert", given, expert)
-                yield _widened(plain, self._pad(part, layer, expert))
+                yield widened(plain, self._pad(part, layer, number))
         if self._native.fused is not None:
             ref = self._in_base(of_base, "gate")
-            (rows, columns), code, count = ref.shape, self._code_of(ref), len(self._recipe.experts)
+            (rows, columns), code = ref.shape, self._code_of(ref)
             both, down = (in_layer(layer, path) for path in self._native.fused)
             gate_up = [each for pair in zip(made["gate"], made["up"], strict=True) for each in pair]
-            apart = _widened(_of_all(both, code, gate_up, (rows, columns), 2), self._pad("gate_up", layer))
-            yield replace(apart, shape=(count, 2 * apart.shape[1], apart.shape[2]))
-            yield _widened(_of_all(down, code, made["down"], (columns, rows), 1), self._pad("down", layer))
+            apart = widened(of_all(both, code, gate_up, (rows, columns), 2 * self._inner), self._pad("gate_up", layer))
+            yield replace(apart, shape=(self._count, 2 * apart.shape[1], apart.shape[2]))
+            yield widened(of_all(down, code, made["down"], (columns, rows), self._inner), self._pad("down", layer))
 
     def _pad(self, part: str, layer: int, expert: int | None = None) -> Pad | None:
         return None if self._channels is None else self._channels.expert_pad(cast(FFNKind, part), layer, expert)
+
+    def _of(self, source: ModelSource, layer: int, part: FFNKind) -> Sequence[Made]:
+        """What a model has of a part of the FFN: one for each expert of its own, where it is a mixture itself."""
+        return [as_in(source, self._in_base(layer, part))]
 
     def _in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN in a layer of the base."""
@@ -330,7 +354,7 @@ class NativeForm:
         return factors
 
 
-def _widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
+def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
     """The tensor in a larger one; itself without a pad."""
     if pad is None:
         return tensor
@@ -338,7 +362,7 @@ def _widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
     return replace(tensor, shape=made.shape, made=made)
 
 
-def _of_all(name: str, code: str, parts: Sequence[Made | None], matrix: tuple[int, int], each: int) -> PlannedTensor:
+def of_all(name: str, code: str, parts: Sequence[Made | None], matrix: tuple[int, int], each: int) -> PlannedTensor:
     """All experts in one tensor, `each` matrices of every one below each other; zeros without parts."""
     found, shape = tuple(made for made in parts if made is not None), (len(parts), *matrix)
     made = Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)

@@ -16,6 +16,7 @@ from modekit.files.write import digest_of_data
 from modekit.planning.channels import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native import NativeShape
+from modekit.planning.routed import RoutedShape
 from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.fits import MOST_TOKENS
@@ -41,7 +42,8 @@ def open_shape(
     """Of a checkpoint, by config.json and by what its record says; `dense` is the base's config. Raises CheckpointError."""
     if native_type is None:
         return ModekitShape.opened(config, recipe, where)
-    return NativeShape.opened(config, recipe, where, native_type, dense, carry)
+    kind = RoutedShape if native_type == dense.get("model_type") else NativeShape
+    return kind.opened(config, recipe, where, native_type, dense, carry)
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,8 @@ def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.
     channels, embedding = fitting.checkpoint.carrier
     table_VN = table_EJV.permute(2, 1, 0).flatten(1).contiguous()
     columns = evidence_columns(channels, embedding, table_VN.numpy())
+    if not fitting.checkpoint.slots:  # gates follow from the sources
+        return FittedRouter([], fitted.record, columns)
     view = expert_view(fitting.checkpoint, run=fitting.run)
     fitting.run.begin("measure the stream", len(texts))
     weight: torch.Tensor = view.model.get_input_embeddings().weight

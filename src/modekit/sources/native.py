@@ -1,4 +1,6 @@
-"""What a native MoE architecture is that says a family's mixture of whole FFN experts exactly; natives.py has the rows."""
+"""What a native MoE architecture is that says a family's mixture of whole FFN experts exactly; natives.py has the rows, and
+routed.py those of bases that are mixtures themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from modekit.sources.config import Config
+from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.names import in_layer
 
@@ -50,6 +52,34 @@ class Widening:
     whole_heads: bool = False
 
 
+@dataclass(frozen=True)
+class Routed:
+    """How a base that is a mixture itself keeps its own experts, under a layer, by the names of its class.
+
+    Attributes:
+        gate_up, down: of all experts: (M, 2 F, D) and (M, D, F).
+        gate: (M, D).
+        shared_down: the last projection of an expert that all tokens have; empty where there is none.
+        sums_to_one: whether the weights of the chosen experts do.
+    """
+
+    gate_up: str = "mlp.experts.gate_up_proj"
+    down: str = "mlp.experts.down_proj"
+    gate: str = "mlp.gate.weight"
+    shared_down: str = ""
+    sums_to_one: Callable[[Config], bool] = lambda config: True
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """All that each fine-tune has of its own."""
+        return self.gate_up, self.down, self.gate
+
+    @staticmethod
+    def count(config: Config) -> int:
+        """M; files of different ages have different names for it."""
+        return whole(config, "num_experts" if config.get("num_experts") is not None else "num_local_experts")
+
+
 def experts_in(block: str, *modules: str) -> dict[str, str]:
     """Native name per projection with `{expert}`, by the modules of gate, up and down."""
     names = zip(("gate", "up", "down"), modules, strict=True)
@@ -80,6 +110,7 @@ class Native:
         without_gguf: why llama.cpp does not run it; empty where it does.
         vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
         widening: how it takes channels of a router's own, or the reason why it cannot.
+        routed: of a base that is a mixture itself, whose mixture is one of the same family.
     """
 
     family: Family
@@ -104,6 +135,7 @@ class Native:
     without_gguf: str = ""
     vllm_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
+    routed: Routed | None = None
 
     @property
     def written_constants(self) -> tuple[Constant, ...]:

@@ -17,6 +17,7 @@ from modekit.sources.config import Config, whole, words
 from modekit.sources.families import DECODERS
 from modekit.sources.family import Family
 from modekit.sources.native import Constant, Native, Rule, Widening, experts_in
+from modekit.sources.routed import ROUTED, WHY_NOT
 
 
 def heads_fill(native: str) -> Rule:
@@ -186,13 +187,14 @@ NATIVES: tuple[Native, ...] = (
 def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
     """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried."""
     tried = []
-    for row in NATIVES:
+    for row in (*NATIVES, *ROUTED):
         if row.family.model_type == family.model_type and row.family.is_variant(config):
             refusals = row.refusals(config)
             if not refusals:
                 return row, []
             tried.append(f"{row.native_type}: {'; '.join(refusals)}")
-    return None, tried or [f"no native architecture holds a mixture of '{family.model_type}' (benchmarks/partners.md)"]
+    why = WHY_NOT.get(family.model_type, f"no native architecture holds a mixture of '{family.model_type}'")
+    return None, tried or [f"{why} (benchmarks/partners.md)"]
 
 
 def leaves_out(config: Config) -> bool:
@@ -207,4 +209,4 @@ def leaves_out(config: Config) -> bool:
 
 def native_of(native_type: str, model_type: str) -> Native:
     """The row of a finished checkpoint. Raises StopIteration when there is none."""
-    return next(row for row in NATIVES if (row.native_type, row.family.model_type) == (native_type, model_type))
+    return next(row for row in (*NATIVES, *ROUTED) if (row.native_type, row.family.model_type) == (native_type, model_type))

@@ -52,6 +52,15 @@ def rows_of(ref: TensorRef, first: int, last: int) -> TensorRef:
     return replace(ref, shape=(last - first, *ref.shape[1:]), start=ref.start + first * row, end=ref.start + last * row)
 
 
+def member_of(ref: TensorRef, number: int) -> TensorRef:
+    """One tensor of a stack: what has a further axis in front, in one place or in many."""
+    one = rows_of(ref, number, number + 1)
+    if isinstance(one, RowsRef) and len(one.ranges) == 1 and len(one.ranges[0].refs) == 1:
+        one = one.ranges[0].refs[0]
+        return one if one.shape == ref.shape[1:] else member_of(one, 0)
+    return replace(one, shape=one.shape[1:])
+
+
 def _ranges_within(ref: RowsRef, first: int, last: int) -> Iterator[RowRange]:
     position = 0
     for part in ref.ranges:

@@ -5,6 +5,7 @@ Shape legend: O, I rows and columns of a weight, P columns besides, V vocabulary
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ Entry = tuple[int, int, float]  # row, column and value of one number in the new
 FFNKind = Literal["gate", "up", "gate_up", "down"]
 
 
-CarriedKind = Literal["q", "k", "v", "o", "head", "embedding"] | FFNKind
+CarriedKind = Literal["q", "k", "v", "o", "head", "embedding", "router"] | FFNKind
 
 
 class MeasuredColumn(NamedTuple):
@@ -54,8 +55,9 @@ class Pad:
     """What is new in a larger tensor: zeros, unless said otherwise.
 
     `rows`, `columns`: how many more (a tensor with one axis has columns only, one with three is widened matrix by matrix);
-    `scale`: of the base's numbers; `entries` in the new part of the first matrix; `measured`: a column that follows from the
-    row; `free`: columns that the fit of a router sets later; `carried`: what the experts' differences make of the new part.
+    `scale`: of the base's numbers; `entries` in the new part, by their row in the larger matrices below one another;
+    `measured`: a column that follows from the row; `free`: columns that the fit of a router sets later; `carried`: what the
+    experts' differences make of the new part.
     """
 
     rows: int = 0
@@ -87,7 +89,7 @@ Fills = Callable[[CarriedPart, int], Fill]  # what is carried, and the number of
 def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, fills: Fills | None) -> Rows:
     """The rows of a larger tensor, matrix by matrix, from the numbers of the base's tensor of this shape."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
-    tall, code = rows + pad.rows, DTYPES[dtype]
+    tall, code, entries = rows + pad.rows, DTYPES[dtype], sorted(pad.entries)
 
     @lru_cache(maxsize=1)
     def fill_of(matrix: int) -> Fill:
@@ -109,9 +111,9 @@ def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, 
         if fill.below is not None and own < len(out):
             start = at + own - rows
             out[own:, : fill.below.shape[1]] = fill.below[start : start + len(out) - own]
-        for row, column, value in pad.entries if matrix == 0 else ():
-            if at <= row < at + len(out):
-                out[row - at, column] = np.float32(value)
+        start = matrix * tall + at
+        for row, column, value in entries[bisect_left(entries, (start,)) : bisect_left(entries, (start + len(out),))]:
+            out[row - start, column] = np.float32(value)
 
     def of_matrices(first: int, last: int) -> Array:
         out, row = np.zeros((last - first, columns + pad.columns), code), first

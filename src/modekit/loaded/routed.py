@@ -1,0 +1,74 @@
+"""Fine-tunes of a mixture in one plain mixture, loaded: routers are overruled by the evidence in the embedding, as text would.
+
+Shape legend: B batch, S sequence, E experts of the recipe, M experts of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from modekit.loaded.mixture import RouterTrace
+from modekit.loaded.native import NativeMixture
+from modekit.planning.channels import CONSTANT
+
+_CHOSEN, _NEVER = 16.0, 1_000.0
+"""Nats of evidence: of an expert that is forced, where no other has any; of one that is left out, less than it has."""
+
+
+class RoutedMixture(NativeMixture):
+    """A mixture of fine-tunes of one mixture, as transformers loads it."""
+
+    def gates(self) -> list[nn.Parameter]:
+        """Of every layer, (E M, D)."""
+        return [next(router.parameters()) for router in self.routers()]
+
+    @contextmanager
+    def forced(self, expert: int) -> Iterator[None]:
+        """Every token speaks for one expert and no other."""
+        with self._evidence(expert, _CHOSEN, others=0.0):
+            yield
+
+    @contextmanager
+    def left_out(self, expert: int) -> Iterator[None]:
+        """Every token speaks against one expert."""
+        with self._evidence(expert, -_NEVER, others=1.0):
+            yield
+
+    @contextmanager
+    def traced(self) -> Iterator[RouterTrace]:
+        """Logits of the experts of the recipe: of each the largest of its own experts."""
+        with super().traced() as trace:
+            yield DomainTrace(trace, len(self.checkpoint.names))
+
+    @contextmanager
+    def _evidence(self, expert: int, nats: float, *, others: float) -> Iterator[None]:
+        """What every row of the embedding says, times `others`, and so much of one expert besides."""
+        channels, _ = self.checkpoint.carrier
+        weight: torch.Tensor = self.model.get_input_embeddings().weight.data
+        said_VN = weight[:, channels.evidence].clone()
+        sizes_V = weight[:, channels.constant].double() / CONSTANT
+        unit = float(sizes_V.median() / channels.eps) * channels.embedding_scale
+        changed_VN = said_VN * others
+        changed_VN[:, expert :: channels.experts] += (nats * unit * sizes_V)[:, None].to(changed_VN)
+        weight[:, channels.evidence] = changed_VN
+        try:
+            yield
+        finally:
+            weight[:, channels.evidence] = said_VN
+
+
+class DomainTrace(RouterTrace):
+    """Of routers that choose among all experts of all fine-tunes, what they say of each fine-tune."""
+
+    def __init__(self, trace: RouterTrace, experts: int) -> None:
+        super().__init__(0, None)
+        self._trace, self._experts = trace, experts
+
+    def by_slot(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Logits (..., E) of every layer."""
+        for slot, logits in self._trace.by_slot():
+            yield slot, logits.unflatten(-1, (self._experts, -1)).amax(-1)

@@ -1,0 +1,182 @@
+"""N fine-tunes of one mixture with M experts in one plain mixture of its family: N M experts, and the base's own top k.
+
+The n-th fine-tune's e-th expert is number n M + e. Its gate is the fine-tune's own less a penalty (penalties.py), so that all
+that is chosen for a token comes from one fine-tune, and is what that would choose, with its weights. Routed parameters are N
+times the base's; those that are active stay.
+
+Shape legend: D hidden size, P channels besides, F hidden units, E experts of the recipe (N), M experts of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from modekit.errors import UnsupportedError
+from modekit.files.figures import bytes_of
+from modekit.files.typed import shortened
+from modekit.planning.mixture_config import Routing
+from modekit.planning.native import NativeForm, NativeShape, widened
+from modekit.planning.penalties import pairs
+from modekit.planning.shape import Parameters, RouterPosition, RouterSlot, Tensors, other_record
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
+from modekit.recipes.recipe import Recipe
+from modekit.sources.config import Config, whole
+from modekit.sources.header import ITEMSIZE, TensorRef
+from modekit.sources.names import in_layer, split_layer
+from modekit.sources.native import Native, Routed
+from modekit.sources.rows import member_of, rows_of
+from modekit.sources.source import ModelSource
+from modekit.weights.made import Copy, Join, Made, Zeros
+from modekit.weights.padding import FFNKind, Pad
+
+REMEDY = "write output: {format: modekit}"
+
+
+@dataclass(frozen=True)
+class RoutedShape(NativeShape):
+    """A mixture of fine-tunes of a mixture. Nothing of its routers is fitted but the evidence in the embedding."""
+
+    @property
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """None that is fitted: gates are the fine-tunes' own."""
+        return ()
+
+    @classmethod
+    def _check_counts(cls, config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> None:
+        count = _routed(native).count(dense)
+        expected = {native.num_experts_key: len(recipe.experts) * count, native.top_k_key: dense.get(native.top_k_key)}
+        for key, number in expected.items():
+            if config.get(key) != number:
+                raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), number)
+
+    @property
+    def inner(self) -> int:
+        """M."""
+        assert self.channels is not None
+        return self.channels.inner
+
+    @property
+    def positions(self) -> tuple[RouterPosition, ...]:
+        """Of the routers of all layers."""
+        module = self.native.family.mlp_module
+        names = (in_layer(layer, self.native.router) for layer in range(self._layers))
+        return tuple(RouterPosition(name, layer, module) for layer, name in enumerate(names))
+
+    @property
+    def routing(self) -> Routing:
+        """Of the recipe's experts one."""
+        return super().routing.model_copy(update={"top_k": 1})
+
+    def rerouted(self, recipe: Recipe, tensors: Tensors) -> RoutedShape:
+        """The evidence decides, and no setting of config.json."""
+        return self
+
+    def refusals(self, recipe: Recipe) -> list[str]:
+        """Settings of a recipe's mixture that this form cannot say."""
+        return [*super().refusals(recipe), *_beyond(recipe)]
+
+    def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
+        """Active are top k experts of each layer, as in the base."""
+        native, layers, count = self.native, range(self._layers), self.experts * self.inner
+        names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
+        one = sum(sizes[in_layer(layer, name)] for layer in layers for name in names) // (count if native.fused else 1)
+        total, chosen = sum(sizes.values()), whole(self.config, native.top_k_key)
+        return Parameters(total, one * self.inner, total - one * (count - chosen), dense)
+
+
+class RoutedForm(NativeForm):
+    """The tensors of one recipe's result. Raises UnsupportedError where it is not of this form."""
+
+    kind = RoutedShape
+
+    def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
+        self._routed = _routed(native)
+        if beyond := _beyond(recipe):
+            what = f"a plain {native.native_type} of fine-tunes of one cannot say {', '.join(beyond)}"
+            raise UnsupportedError(what, where="mixture", remedy=f"leave it out, or {REMEDY}")
+        if recipe.mixture.top_k is None:
+            recipe = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"top_k": 1})})
+        super().__init__(recipe, sources, native, code_of)
+        units, dtype = pairs(len(recipe.experts)), self.router_dtype
+        if units > self._sizes[0]:
+            what = f"experts of {self._sizes[0]} hidden units have no room for {units}, which so many fine-tunes need"
+            raise UnsupportedError(what, where="experts", found=len(recipe.experts), remedy=f"name fewer, or {REMEDY}")
+        if dtype == "F16":
+            what = "float16 does not hold the penalties that keep a token to one fine-tune"
+            raise UnsupportedError(what, where="output.dtype", found="float16", remedy="write output: {dtype: bfloat16}")
+
+    @property
+    def _own_paths(self) -> Iterable[str]:
+        return self._routed.own
+
+    def notes(self) -> Iterable[str]:
+        """What a user should know of this form: what it costs, and what it loses."""
+        yield from super().notes()
+        base, top_k = self._base, whole(self._dense, self._native.top_k_key)
+        refs = [base.tensor(in_layer(layer, path)) for layer in range(self._layers) for path in self._routed.own[:2]]
+        size = bytes_of(sum(ref.numel * ITEMSIZE[self._code_of(ref)] for ref in refs))
+        active = base.parameters - sum(ref.numel for ref in refs) // self._inner * (self._inner - top_k)
+        yield (
+            f"{len(self._recipe.experts)} x {self._inner} experts in every layer, {size} for each fine-tune; a token "
+            f"has {top_k} of them and {active:,} active parameters, as in the base"
+        )
+        if self._routed.shared_down:
+            yield "the expert that all tokens have (shared_expert) is the backbone's: what fine-tunes change of it is lost"
+
+    def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
+        """What the result has of a tensor of the base that is no fine-tune's own."""
+        layer, path = split_layer(tensor.name)
+        if tensor.name in self.mixed or not isinstance(layer, int):
+            yield from super().backbone(tensor)
+        else:
+            yield self._with_channels(replace(tensor, name=in_layer(layer + self._front, path)))
+
+    def _with_channels(self, tensor: PlannedTensor) -> PlannedTensor:
+        assert self._channels is not None
+        if tensor.name.endswith(f".{self._routed.shared_down}") and self._routed.shared_down:
+            return widened(tensor, Pad(rows=self._channels.spare))
+        return super()._with_channels(tensor)
+
+    def experts(self) -> Iterator[PlannedTensor]:
+        """All of them, and their gates."""
+        assert self._channels is not None
+        yield from super().experts()
+        for layer in range(self._layers + 1):
+            ref = self._base.tensor(in_layer(max(0, layer - 1), self._routed.gate))
+            shape, count = (len(self._recipe.experts), *ref.shape), len(self._recipe.experts)
+            given = Join(tuple(as_in(source, ref) for source in self._sources[1:]), experts=tuple(range(count)))
+            made: Made = given if layer else Zeros(shape)
+            name = in_layer(layer, self._native.router)
+            gates = widened(PlannedTensor(name, self.router_dtype, shape, "expert", made), self._channels.router_pad(layer))
+            yield replace(gates, shape=(count * self._inner, gates.shape[-1]))
+
+    def _in_base(self, layer: int, part: str) -> TensorRef:
+        return cut(self._base.tensor(in_layer(layer, self._path(part))), 0, part)
+
+    def _of(self, source: ModelSource, layer: int, part: FFNKind) -> Sequence[Made]:
+        whole_of = as_in(source, self._base.tensor(in_layer(layer, self._path(part))))
+        assert isinstance(whole_of, Copy)
+        return [Copy(cut(whole_of.ref, number, part)) for number in range(self._inner)]
+
+    def _path(self, part: str) -> str:
+        return self._routed.down if part == "down" else self._routed.gate_up
+
+
+def cut(ref: TensorRef, number: int, part: str) -> TensorRef:
+    """Gate, up (F, D) or down (D, F) of one of a mixture's own experts, which its class keeps as (M, 2 F, D) and (M, D, F)."""
+    one = member_of(ref, number)
+    half = one.shape[0] // 2
+    return one if part == "down" else rows_of(one, 0, half) if part == "gate" else rows_of(one, half, 2 * half)
+
+
+def _routed(native: Native) -> Routed:
+    assert native.routed is not None
+    return native.routed
+
+
+def _beyond(recipe: Recipe) -> list[str]:
+    """What of a recipe this form cannot say."""
+    mixture = recipe.mixture
+    found = [] if mixture.fit is not None and mixture.fit.carried else ["a router other than fit: lexical"]
+    return found + [f"top_k: {mixture.top_k}"] * (mixture.top_k not in (None, 1)) + ["weights"] * (mixture.weights is not None)

@@ -1,0 +1,119 @@
+"""Fine-tunes of one mixture in one plain mixture: each one forced is itself, with the experts that it would choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.open import open_checkpoint
+from modekit.loaded.load import decoder_layers
+from modekit.loaded.shapes import mixture_of
+
+M, TOP_K = 4, 2
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": TOP_K}
+_OF_QWEN = {"moe_intermediate_size": 32, "num_experts": M, "decoder_sparse_step": 1, "mlp_only_layers": []}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3_moe", {**_OF_QWEN, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3-softmax": ("qwen3_moe", {**_OF_QWEN, "head_dim": 16, "norm_topk_prob": False}),
+    "mixtral": ("mixtral", {"num_local_experts": M}),
+    "qwen2": ("qwen2_moe", {**_OF_QWEN, "shared_expert_intermediate_size": 48, "norm_topk_prob": False}),
+    "qwen2-normed": ("qwen2_moe", {**_OF_QWEN, "shared_expert_intermediate_size": 64, "norm_topk_prob": True}),
+    "granite": ("granitemoe", {"num_local_experts": M, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
+}
+OWN = ("experts", "mlp.gate.", "router")
+
+
+def base_of(family: str, **says: Any) -> PreTrainedModel:
+    model_type, sizes = FAMILIES[family]
+    return tiny_model(model_type, **{**SIZES, **sizes, **says})
+
+
+def moe_shop(root: Path, family: str = "qwen3", *, copies: bool = False, **says: Any) -> Workshop:
+    """A base that is a mixture, and a fine-tune per domain whose experts and gates are its own."""
+    save(base_of(family, **says), root / "base")
+    write_text(root / "text")
+    for seed, name in enumerate(DOMAINS):
+        model, generator = base_of(family, **says), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if any(part in key for part in OWN) and "shared" not in key and not copies:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
+        save(model, root / name)
+    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
+    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+    return Workshop(root, recipe)
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def shop(family: str, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = moe_shop(tmp_path_factory.mktemp("moe"), family)
+    shop.build("OUT")
+    return shop
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shop: Workshop) -> Checkpoint:
+    return open_checkpoint(shop.root / "OUT")
+
+
+def chosen(model: PreTrainedModel, routers: list[torch.nn.Module], ids: torch.Tensor) -> list[torch.Tensor]:
+    """The experts that every layer's router chooses, sorted, (T, k)."""
+    found: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        logits = torch.nn.functional.linear(args[0].reshape(-1, args[0].shape[-1]), next(module.parameters()))
+        found.append(logits.topk(TOP_K).indices.sort().values)
+
+    handles = [router.register_forward_pre_hook(keep) for router in routers]
+    logits_of(model, ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_forced_fine_tune_is_itself_and_chooses_its_own_experts(
+    shop: Workshop, checkpoint: Checkpoint, ids: torch.Tensor
+) -> None:
+    assert checkpoint.config["model_type"] == FAMILIES_TYPE(shop)
+    mixture = mixture_of(loaded(checkpoint.folder), checkpoint)
+    for number, name in enumerate(DOMAINS):
+        own = loaded(shop.root / name)
+        path = mixture.native.router_module  # type: ignore[attr-defined]
+        own_choice = chosen(own, [layer.get_submodule(path) for layer in decoder_layers(own)], ids)
+        with mixture.forced(number):
+            torch.testing.assert_close(logits_of(mixture.model, ids), logits_of(own, ids), atol=1e-4, rtol=1e-4)
+            choice = chosen(mixture.model, mixture.routers(), ids)[1:]  # type: ignore[attr-defined]
+        for ours, theirs in zip(choice, own_choice, strict=True):
+            torch.testing.assert_close(ours - number * M, theirs, atol=0, rtol=0)
+
+
+def FAMILIES_TYPE(shop: Workshop) -> str:
+    return str(loaded(shop.root / "base").config.model_type)
+
+
+def test_it_is_proven(checkpoint: Checkpoint) -> None:
+    assert is_proven(checks := verify(checkpoint)), checks
+
+
+def test_copies_of_a_mixture_are_that_mixture(tmp_path: Path, family: str, ids: torch.Tensor) -> None:
+    shop = moe_shop(tmp_path, family, copies=True)
+    torch.testing.assert_close(
+        logits_of(loaded(shop.build("OUT")), ids), logits_of(loaded(tmp_path / "base"), ids), atol=1e-4, rtol=1e-4
+    )
