@@ -430,7 +430,6 @@ REFUSED_SETTINGS: dict[str, Any] = {
     "layer_replication": [[0, 2]],
     "lora_bias": True,
     "trainable_token_indices": [3],
-    "target_parameters": ["mlp.experts.down_proj"],
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
     "megatron_config": {"a": 1},

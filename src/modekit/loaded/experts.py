@@ -15,6 +15,7 @@ from modekit.loaded.load import load_adapted, load_model
 from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
+from modekit.sources.class_names import named_by_class
 from modekit.sources.config import whole
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import HEAD, embedding_in, weight_of
@@ -31,8 +32,13 @@ def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedMode
     """A full model, or the base with an adapter folded in. Raises SourceError, and MismatchError for another base's adapter."""
     if not is_adapter(folder):
         return load_model(folder, run=run)
-    source = open_source("base_model", str(base), base, run=run)
-    return load_adapted(base, open_adapter("expert", str(folder), folder, source), run=run)
+    return load_adapted(base, _opened(base, folder, run), run=run)
+
+
+def _opened(base: Path, folder: Path, run: Run) -> AdapterSource:
+    """An adapter, checked. Raises as `open_adapter` does."""
+    source = named_by_class(open_source("base_model", str(base), base, run=run))
+    return open_adapter("expert", str(folder), folder, source)
 
 
 def load_expert_source(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> PreTrainedModel:
@@ -90,7 +96,7 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
         return load_recorded(checkpoint, place, run=run), "full model" if place else "base"
     if record.tokens is not None:  # PEFT's model may lack tokens of the mixture
         return load_recorded(checkpoint, place, run=run), "folded"
-    open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base, run=run))
+    _opened(base, folder, run)
     adapted = _in_peft(load_model(base, run=run), folder)
     return (load_expert(base, folder, run=run), "folded") if adapted is None else (adapted, "PEFT")
 

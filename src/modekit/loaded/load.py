@@ -201,7 +201,6 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
             if name in adapter.replaced:
                 values = to_float32(read(adapter.replaced[name]))
             if name in adapter.changes:
-                rows, columns = parameter.shape
-                values = folded(adapter.changes[name], values, (rows, columns), read)[:]
+                values = folded(adapter.changes[name], values, tuple(parameter.shape), read)[:]
             parameter.data = torch.from_numpy(values.copy()).view(parameter.shape).to(parameter)
     return model

@@ -152,12 +152,14 @@ class Places:
         self._check_reader(places[0].module)
         return places
 
-    def _in_order(self, stack: Stack) -> list[tuple[str, str]]:
+    def _in_order(self, layer: Layer, stack: Stack) -> list[tuple[str, str]]:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
         wanted = self._wanted
         # Projection by projection: for low-rank experts, and routers finer than a module.
         low = any(expert.adapter is not None or expert.is_low_rank for expert in self._recipe.experts)
-        if "mlp" in wanted and (low or self._recipe.mixture.router.scope in {"projection", "feature"}):
+        if "mlp" in wanted and self._family.is_block(self._family.in_layer(layer, stack.ffn)):
+            wanted = wanted - stack.ffn_parts  # an FFN that is itself a mixture is one place
+        elif "mlp" in wanted and (low or self._recipe.mixture.router.scope in {"projection", "feature"}):
             wanted = (wanted - {"mlp"}) | stack.ffn_parts
         chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
         for part in stack.parts:
@@ -208,7 +210,7 @@ class Places:
     def _of_layers(self) -> Iterator[PlannedPlace]:
         for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):
             stack = self._family.stack_of(layer)
-            for part, path in self._in_order(stack):
+            for part, path in self._in_order(layer, stack):
                 place = self._place(self._family.in_layer(layer, path), stack.ffn_calls if part == "mlp" else ())
                 if place.is_mixed:
                     yield place
@@ -297,6 +299,8 @@ def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family
             paths = {(family.stack_of(layer).name, path) for layer, path in changed}
             for stack in family.stacks:
                 wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
+                inside = {path for name, path in paths if name == stack.name and path.startswith(f"{stack.ffn}.")}
+                wanted |= {"mlp"} if stack.ffn and inside.difference(stack.parts.values()) else set()
         elif not expert.is_base:
             wanted |= set(family.all_parts) if expert.is_low_rank else {"mlp"}
     if "mlp" in wanted:

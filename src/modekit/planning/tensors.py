@@ -141,7 +141,8 @@ def low_rank(source: ModelSource, weight: str) -> LowRank | None:
     if not isinstance(source, AdapterSource) or weight in source.replaced or bias in source.replaced:
         return None
     change = source.changes.get(weight)
-    return change if isinstance(change, LowRank) and change.magnitude is None and not change.transposed else None
+    plain = isinstance(change, LowRank) and change.magnitude is None and not change.transposed and not change.experts
+    return change if plain else None
 
 
 @dataclass(frozen=True)

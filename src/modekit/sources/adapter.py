@@ -23,18 +23,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
+from modekit.sources.adapted import Adapted, Parts, wrapped
 from modekit.sources.config import Config, is_mixture
 from modekit.sources.contents import check_floats, read_header
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import TensorRef
-from modekit.sources.names import embedding_in, layers_of, split_layer, weight_of
+from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 from modekit.sources.source import ModelSource, no_weights
 from modekit.sources.towers import Naming, naming_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
+_SAME_BASE = "use an adapter that was trained on this base model"
+_JOIN = (
+    "let PEFT join it, where it was trained on single experts as transformers 4 had them: with transformers 5, "
+    "PeftModel.from_pretrained(BASE_MODEL, ADAPTER).save_pretrained(NEW)"
+)
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 _PREFIX = "base_model.model."
@@ -62,13 +68,17 @@ _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "
 class LowRank:
     """LoRA on one weight of the base: W' = W + scale * B A, for W (O, I), A (R, I), B (O, R).
 
+    On fused experts, W (E, O, I), each has its own: W'_e = W_e + scale * B_e A_e, where A (E R, I) has the expert slowest and
+    B (O, R E) has it fastest (PEFT's `ParamWrapper.get_delta_weight`).
+
     Attributes:
         a: A. For an embedding, (R, V).
         b: B. For an embedding, (D, R).
         scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
         rows: the rows of B and magnitude that belong to this weight, where it is a part of the module's; None means all.
         magnitude: DoRA's m, (O,): W' = m * (W + scale * B A) / norms of its rows. For an embedding, (D,) and columns.
-        transposed: an embedding, W (V, D): W' = W + scale * (B A)^T.
+        transposed: an embedding, W (V, D), or fused experts, W (E, I, O): W' = W + scale * (B A)^T.
+        experts: E; 0 for a matrix.
     """
 
     a: TensorRef
@@ -77,11 +87,12 @@ class LowRank:
     rows: tuple[int, int] | None = None
     magnitude: TensorRef | None = None
     transposed: bool = False
+    experts: int = 0
 
     @property
     def rank(self) -> int:
         """R."""
-        return self.a.shape[0]
+        return self.a.shape[0] // (self.experts or 1)
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -96,7 +107,7 @@ class AdapterSource(ModelSource):
     Replacing comes first: a tensor in both `replaced` and `changes` is the replacement with the change on top.
 
     Attributes:
-        changes: name of a 2-D weight of the base -> change.
+        changes: name of a weight of the base, a matrix or fused experts -> change.
         replaced: name of a tensor of the base -> the whole tensor that takes its place.
     """
 
@@ -158,6 +169,7 @@ class LoraSettings(BaseModel):
     alpha_pattern: dict[Annotated[str, Field(max_length=1000)], _Alpha] | None = Field(None, max_length=10_000)
     init_lora_weights: bool | str | None = True
     modules_to_save: list[str] | None = Field(None, max_length=10_000)
+    target_parameters: list[str] | None = Field(None, max_length=10_000)
     ensure_weight_tying: bool = False
 
 
@@ -246,33 +258,48 @@ class _Reading:
     def changes(self) -> dict[str, LowRank]:
         """Name of a weight of the base -> its change."""
         found: dict[str, LowRank] = {}
+        wrapped = self._wrapped()
         for module, parts in self._parts.items():
-            first, name = next(iter(parts.values())), weight_of(module)
+            first, weight = next(iter(parts.values())), wrapped.get(module)
             if (self._is_tied and module in self._ends) or (self._family.shares and module == self._ends[0]):
                 raise self._tied(first)
-            if name not in self._base_names:
-                raise self._unknown(first, module)
-            shape = self._whole.get(weight_of(f"{module}.base_layer"), self._base.tensors[name]).shape
-            if len(shape) != 2:
-                raise UnsupportedError(
-                    "the adapter is on a module that is no linear layer or embedding",
-                    where=f"{self._where}: {name}",
-                    found=f"shape {list(shape)}",
-                    expected="a 2-D weight",
-                    remedy="train the adapter on linear layers",
-                )
-            found[name] = self._change(module, parts, shape)
+            if weight is None:
+                weight = self._module(module, first)
+            found[weight.name] = self._change(module, parts, weight)
         return found
 
-    def _change(self, module: str, parts: Mapping[str, TensorRef], shape: tuple[int, ...]) -> LowRank:
-        """The change of a module with a weight of this shape, by exactly the tensors that the config asks for."""
-        is_embedding = self._family.looks_up(module)
-        turned = is_embedding or self._family.keeps_columns(module)
-        inputs, outputs = shape if turned else shape[::-1]
-        a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        rank = parts[a].shape[0] if a in parts and parts[a].shape else 0
-        expected: dict[str, tuple[int, ...]] = {a: (rank, inputs), b: (outputs, rank)}
-        expected |= {"lora_magnitude_vector": (outputs,)} if self._settings.use_dora else {}
+    def _module(self, module: str, first: TensorRef) -> Adapted:
+        """The weight of a module that is adapted as a whole."""
+        name, found = weight_of(module), self._family
+        if name not in self._base_names:
+            raise self._unknown(first, module)
+        shape = self._whole.get(weight_of(f"{module}.base_layer"), self._base.tensors[name]).shape
+        if len(shape) != 2:
+            raise UnsupportedError(
+                "the adapter is on a module that is no linear layer or embedding",
+                where=f"{self._where}: {name}",
+                found=f"shape {list(shape)}",
+                expected="a 2-D weight",
+                remedy="train the adapter on linear layers",
+            )
+        looked_up = found.looks_up(module)
+        return Adapted(name, shape, self._naming.named(module), looked_up or found.keeps_columns(module), looked_up)
+
+    def _wrapped(self) -> dict[str, Adapted]:
+        """The parameters that `target_parameters` names, of matrices and fused experts, in the order of the class."""
+        ends, weights = tuple(f".{each}" for each in self._settings.target_parameters or ()), list[Adapted]()
+        for name in (self._family.tensors or self._base.tensors) if ends else ():
+            shape, key = self._base.tensors[name].shape if name in self._base_names else (), self._naming.named(name)
+            if len(shape) in (2, 3) and f".{key}".endswith(ends):
+                turned = len(shape) == 3 and self._family.keeps_columns(module_of(name))
+                weights.append(Adapted(name, shape, key, turned))
+        return wrapped(self._parts, weights, self._where)
+
+    def _change(self, module: str, parts: Parts, weight: Adapted) -> LowRank:
+        """The change of a weight, by exactly the tensors that the config asks for."""
+        a, b = weight.parts
+        expected = weight.expected(parts)
+        expected |= {"lora_magnitude_vector": expected[b][:1]} if self._settings.use_dora else {}
         missing = sorted(expected.keys() - parts.keys())
         if missing:
             where, there = f"{self._where}: {module}", ", ".join(sorted(parts))
@@ -282,8 +309,10 @@ class _Reading:
                 raise self._unexplained(ref, "the config does not ask for it")
             if ref.shape != expected[part]:
                 raise self._other_shape(ref, expected[part])
-        scale = self._alpha(self._naming.named(module)) / (math.sqrt(rank or 1) if self._settings.use_rslora else rank or 1)
-        return LowRank(parts[a], parts[b], scale, None, parts.get("lora_magnitude_vector"), transposed=turned)
+        rank = expected[a][0] // (weight.experts or 1) or 1
+        scale = self._alpha(weight.key) / (math.sqrt(rank) if self._settings.use_rslora else rank)
+        magnitude = parts.get("lora_magnitude_vector")
+        return LowRank(parts[a], parts[b], scale, None, magnitude, weight.turned, weight.experts)
 
     def _alpha(self, module: str) -> float:
         """The first pattern counts that is a module's name or its end (PEFT's `get_pattern_key`)."""
@@ -346,14 +375,15 @@ class _Reading:
             return self._other_base("has more layers than the base model", ref, f"layer {layer}", f"{len(layers)} layers")
         mixed = ", itself a mixture of experts" if is_mixture(self._base.config) else ""
         expected = f"a module of {self._base.spec} ({self._base.config.get('model_type')}{mixed})"
-        return self._other_base("has a tensor for a part that the base model lacks", ref, module, expected)
+        remedy = _JOIN if mixed and ".experts." in module else _SAME_BASE
+        return self._other_base("has a tensor for a part that the base model lacks", ref, module, expected, remedy)
 
     def _other_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> MismatchError:
         wanted = f"{list(expected)}, for {self._base.spec}"
         return self._other_base("does not fit the base model's sizes", ref, list(ref.shape), wanted)
 
-    def _other_base(self, what: str, ref: TensorRef, found: object, expected: str) -> MismatchError:
-        where, remedy = f"{self._where}: {ref.name}", "use an adapter that was trained on this base model"
+    def _other_base(self, what: str, ref: TensorRef, found: object, expected: str, remedy: str = _SAME_BASE) -> MismatchError:
+        where = f"{self._where}: {ref.name}"
         return MismatchError(f"the adapter {what}", where=where, found=found, expected=expected, remedy=remedy)
 
     def _unexplained(self, ref: TensorRef, why: str) -> SourceError:

@@ -141,6 +141,10 @@ class Family:
         found = self.derived
         return found is None or module not in {*found.lookups, *found.columns, *found.blocks}
 
+    def is_block(self, module: str) -> bool:
+        """Whether a module only works as a whole, such as one with experts of its own."""
+        return self.derived is not None and module in self.derived.blocks
+
     def place_of(self, tensor: str) -> str:
         """The module that a tensor belongs to: the smallest that can be another expert's."""
         blocks = () if self.derived is None else self.derived.blocks

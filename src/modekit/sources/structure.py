@@ -61,7 +61,7 @@ class Derived(BaseModel):
         embedding, head: their modules; `head` is empty where the class has none.
         tied: tensors that are others under a second name -> those others.
         lookups: embeddings besides the first, whole names.
-        columns: linear modules that keep weights as (I, O), under a layer or whole names.
+        columns: linear modules that keep weights as (I, O), and modules that keep experts' as (E, I, O), whole names.
         heads_first: modules under a layer that see (B, heads, S, width).
         blocks: modules that only work as a whole, whole names: tensors of theirs are read by code outside of small modules.
     """
@@ -256,7 +256,7 @@ class Structure:
         for name, module in self._modules.items():
             if isinstance(module, self._nn.Embedding):
                 lookups.append(name)
-            if isinstance(module, self._columns):
+            if isinstance(module, self._columns) or getattr(module, "is_transposed", False):
                 columns.append(name)
             inside = name.removeprefix(layers).partition(".")[2] if name.startswith(layers) else ""
             if inside and self._is_linear(module) and ".experts." not in f".{inside}." and not inside.endswith(_NOT_CALLED):

@@ -3,11 +3,12 @@
 Products and sums are kept in float64 and rounded once to float32: float32 products depend on the BLAS, the number of
 threads and the shape of the block, and `verify` must compute again, anywhere, what `build` wrote.
 
-Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidden.
+Shape legend: E experts, O output, I input of a linear layer, R rank, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -33,18 +34,39 @@ def reader(opened: OpenFiles) -> Read:
 
 
 def folded(change: LowRank, base: FlatArray, shape: tuple[int, ...], read: Read) -> Rows:
-    """A changed weight (O, I), or (V, D) of an embedding, as a flat float32 array.
+    """A changed weight (O, I), (V, D) of an embedding, or (E, O, I) of fused experts, as a flat float32 array.
 
+    Of fused experts, expert e is its e-th part of O I numbers; `planning.tensors.as_in` says which tensors are folded.
     `base` is the base's weight, or the adapter's replacement of it, flat, in any float dtype. An element never depends on the
     slices by which it is read. Reading in order computes every row once (a DoRA embedding twice, for the norms of its columns).
     """
-    count, columns = shape
+    count, columns = math.prod(shape[:-1]), shape[-1]
     group = max(1, BLOCK // 4 // max(1, columns))  # float64 and its temporaries fit in a block
 
     def given(first: int, last: int) -> Singles:
         return to_float32(base[first * columns : last * columns]).reshape(last - first, columns)
 
-    return Rows(count, columns, _low_rank(change, given, shape, group, read), group)
+    rows = _per_expert(change, given, shape[1], read) if change.experts else _low_rank(change, given, shape, group, read)
+    return Rows(count, columns, rows, group)
+
+
+def _per_expert(change: LowRank, given: _Given, size: int, read: Read) -> Callable[[int, int], Singles]:
+    """Rows of W_e + scale * B_e A_e, or of its transpose, `size` of them per expert."""
+    a_ERI = read(change.a).reshape(change.experts, -1, change.a.shape[1])
+    b_ORE = read(change.b).reshape(change.b.shape[0], -1, change.experts)
+
+    def rows(first: int, last: int) -> Singles:
+        origin = given(first, last)
+        shift = np.empty(origin.shape, np.float64)
+        for expert in range(first // size, -(-last // size)):
+            start, stop = max(first, expert * size), min(last, (expert + 1) * size)
+            a_RI, b_OR = a_ERI[expert].astype(np.float64), b_ORE[:, :, expert].astype(np.float64)
+            left, right = (a_RI.T, b_OR.T) if change.transposed else (b_OR, a_RI)
+            shift[start - first : stop - first] = left[start - expert * size : stop - expert * size] @ right
+        with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
+            return moved(origin, change.scale * shift).astype(np.float32)
+
+    return rows
 
 
 def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int, read: Read) -> Callable[[int, int], Singles]:
