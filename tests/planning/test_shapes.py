@@ -18,7 +18,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.native import NativeShape
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import open_shape
 from modekit.recipes.read import load_recipe
 from refusal import borrow

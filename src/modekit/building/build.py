@@ -206,9 +206,9 @@ def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: Chec
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
     unfitted, known = RouterRecord.unfitted(plan.recipe, sha256), update.sources if update is not None else {}
     record = make_record(plan, stage.out, hashes, unfitted, known, carried_digest(stage.folder))
-    checkpoint = Checkpoint(stage.folder, record)
+    checkpoint = Checkpoint(stage.folder, record, plan.shape)
     if update is not None:
-        checkpoint = Checkpoint(stage.folder, update.continued(checkpoint.record, checkpoint.tensors))
+        checkpoint = Checkpoint(stage.folder, update.continued(record, checkpoint.tensors), plan.shape)
     stays = update.statistics if update is not None else ()
     run = Run(plan.trust_remote_code, run.progress)
     fitting = Fitting(checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run, stays)

@@ -79,17 +79,17 @@ class _Config(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder (or one in the making); `routed` is given where its routing is not that on disk."""
+    """An opened checkpoint folder; `known` is its shape where none is read: of one in the making, or under other routing."""
 
     folder: Path
     record: MixtureRecord
-    routed: Shape | None = field(default=None, compare=False)
+    known: Shape | None = field(default=None, compare=False)
 
     @cached_property
     def shape(self) -> Shape:
         """What its headers say. Raises CheckpointError when config.json or modekit.json are damaged."""
-        if self.routed is not None:
-            return self.routed
+        if self.known is not None:
+            return self.known
         record = self.record
         try:
             config = read_json(self.folder / "config.json")
@@ -123,10 +123,11 @@ class Checkpoint:
         tensors: dict[str, TensorRef] = {}
         for file in files:
             tensors.update(read_header(self.folder / file, where=str(self.folder)))
-        self.shape.check(tensors)
-        for slot in self.slots if self.routed is None else ():  # other routers' gates are yet to be written
-            if slot.name not in tensors:
-                raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=BUILD_AGAIN)
+        if self.known is None:  # else it was checked, or planned, and other routers' gates are yet to be written
+            self.shape.check(tensors)
+            for slot in self.slots:
+                if slot.name not in tensors:
+                    raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=BUILD_AGAIN)
         return tensors
 
     @property
@@ -190,7 +191,7 @@ class Checkpoint:
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
-        return replace(self, routed=self.shape.rerouted(recipe, self.tensors))
+        return replace(self, known=self.shape.rerouted(recipe, self.tensors))
 
     def scored_on(self, texts: Mapping[str, Sequence[str]], root: Path) -> Checkpoint:
         """The same, with these texts for evaluation in place of its recipe's, relative to `root`. Raises RecipeError."""

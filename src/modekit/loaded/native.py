@@ -26,7 +26,7 @@ from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by
 from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
 from modekit.planning.channels import Channels
-from modekit.planning.native import NativeShape
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import other_record
 from modekit.run import QUIET, Run
 from modekit.sources.config import check_no_code, whole

@@ -13,7 +13,7 @@ from modekit.loaded.modekit import ModekitMixture, ModekitView
 from modekit.loaded.native import DenseView, NativeMixture
 from modekit.loaded.routed import RoutedMixture
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.native import NativeShape
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import Shape
 from modekit.planning.routed import RoutedShape
 from modekit.run import QUIET, Run

@@ -15,7 +15,7 @@ from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
 from modekit.planning.channels import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.native import NativeShape
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.routed import RoutedShape
 from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard

@@ -16,7 +16,8 @@ from modekit.errors import UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.typed import shortened
 from modekit.planning.mixture_config import Routing
-from modekit.planning.native import NativeForm, NativeShape, widened
+from modekit.planning.native import NativeForm, widened
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.penalties import pairs
 from modekit.planning.shape import Parameters, RouterPosition, RouterSlot, Tensors, other_record
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in

@@ -1,6 +1,6 @@
 """What the headers of a result say in either form: its routers, what experts have of a tensor, how many parameters there are.
 
-The two forms are native.py and modekit_shape.py. What is asked of a mixture that is loaded stands in loaded/mixture.py.
+The two forms are native_shape.py and modekit_shape.py. What is asked of a mixture that is loaded stands in loaded/mixture.py.
 
 Shape legend: D width of what a router reads, E experts, J parts of a gate.
 """
