@@ -12,7 +12,8 @@ import yaml
 
 from modekit.errors import RecipeError
 from modekit.recipes.mixture import BackboneMerge
-from modekit.recipes.read import SCHEMA_FILE, load_recipe, parse_recipe, schema_text
+from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.schema import SCHEMA_FILE, schema_text
 
 RECIPE: dict[str, Any] = {
     "base_model": "./base",

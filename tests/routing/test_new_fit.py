@@ -20,7 +20,8 @@ from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS, Fit
-from modekit.recipes.read import load_recipe, parse_recipe, schema_text
+from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.schema import schema_text
 from modekit.routing.fit import SETTERS, FittedRouter, Fitting
 from modekit.routing.linear import RULES
 

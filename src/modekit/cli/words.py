@@ -86,18 +86,21 @@ def list_settings(group: Any) -> None:
 
 def described(command: str) -> str:
     """The settings that a command takes, for its help: a paragraph for each."""
-    lines = [_line_of(key, field) for key, field in _fields(command).items()]
+    lines = [_line_of(key, *field) for key, field in _fields(command).items()]
     return "\n\n".join(["Settings:", *lines]) if lines else ""
 
 
-def _fields(command: str) -> dict[str, Any]:
+def _fields(command: str) -> dict[str, tuple[Any, str]]:
+    """Key -> its field, and what it means."""
+    from modekit.recipes.schema import meaning_of
+
     kinds = [resolve_name(name) for name in SETTINGS.get(command.rpartition(" ")[2], ())]
-    found = {field.alias or key: field for kind in kinds for key, field in kind.model_fields.items()}
-    return {key: field for key, field in found.items() if key not in _NO_WORDS}
+    named = [(kind, field.alias or key, field) for kind in kinds for key, field in kind.model_fields.items()]
+    return {key: (field, field.description or meaning_of(kind, key)) for kind, key, field in named if key not in _NO_WORDS}
 
 
-def _line_of(key: str, field: Any) -> str:
-    meaning = (field.description or "").replace("[", "\\[")
+def _line_of(key: str, field: Any, meaning: str) -> str:
+    meaning = meaning.replace("[", "\\[")
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     said = f" (default {default})" if isinstance(default, (str, int, float)) else ""
     return f"{key}{said}{': ' if meaning else ''}{meaning}"

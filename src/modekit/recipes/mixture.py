@@ -34,43 +34,23 @@ class Router(Strict):
     later: ClassVar[tuple[str, ...]] = ("orders", "chat", "dimensions")
 
     fit: FitName = Field(AUTO, json_schema_extra=say_fits)
-    tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
-    sequence_length: int = Field(512, ge=8, description="Longest piece of a document, in tokens.")
-    temperature: float = Field(1.0, gt=0, description="Divides the router's logits; folded into the gate.")
-    l2: float = Field(1e-3, ge=0, description="Regularisation, relative to the mean square of the router's input.")
-    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
-    keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
-    seed: int = Field(0, ge=0, description="Seed of a random or hash router, of training one, and of text that experts write.")
-    granularity: Literal["token", "context", "sequence"] = Field(
-        "token",
-        description="What the gate reads: the token, a causal average of the text so far, or the first tokens.",
-    )
-    decay: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
-        None,
-        min_length=1,
-        max_length=256,
-        description="Decays of averages; 1: the mean so far, 0: the token. Lexical: default 0.91 with chats, else 0.98.",
-    )
-    prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
-    dimensions: int | None = Field(
-        None, ge=2, description="Cosine: dimensions that what the router reads is projected to (default: one per expert)."
-    )
-    per: Scope = Field(
-        "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
-    )
-    jitter: float = Field(0.0, ge=0, lt=1, description="Random scaling of what the gate reads, in training only.")
-    noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
-    buckets: int = Field(2**18, ge=2, le=2**24, description="Lexical: rows of a table that n-grams are hashed into.")
-    orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(
-        None,
-        min_length=1,
-        max_length=4,
-        description="Lexical: n-grams that have a table each; [1], the tokens alone, is what native architectures carry.",
-    )
-    chat: bool | None = Field(
-        None,
-        description="Fit inside the chat template, too, on short questions cut from the text; default: if the base has one.",
-    )
+    tokens_per_domain: int = Field(16_384, ge=16)
+    sequence_length: int = Field(512, ge=8)
+    temperature: float = Field(1.0, gt=0)
+    l2: float = Field(1e-3, ge=0)
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    keep_tokens: int = Field(8_192, ge=0)
+    seed: int = Field(0, ge=0)
+    granularity: Literal["token", "context", "sequence"] = "token"
+    decay: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(None, min_length=1, max_length=256)
+    prefix: int | None = Field(None, ge=1)
+    dimensions: int | None = Field(None, ge=2)
+    per: Scope = "layer"
+    jitter: float = Field(0.0, ge=0, lt=1)
+    noise: float = Field(0.0, ge=0)
+    buckets: int = Field(2**18, ge=2, le=2**24)
+    orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(None, min_length=1, max_length=4)
+    chat: bool | None = None
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Router:
@@ -147,8 +127,8 @@ class BackboneMerge(Strict):
     """A backbone merged from the experts, with its settings."""
 
     method: Literal["average", "task_arithmetic", "ties"]
-    scale: float = Field(1.0, description="Strength of task_arithmetic and ties (lambda).")
-    density: float = Field(0.2, gt=0, le=1, description="Share of each difference that ties keeps.")
+    scale: float = 1.0
+    density: float = Field(0.2, gt=0, le=1)
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> BackboneMerge:
@@ -200,18 +180,9 @@ class AlwaysOn(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("apart",)
 
-    expert: Name = Field(description="Name of an expert, or base.")
-    weight: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Its share; without one, an expert of the list is always chosen and weighted by its logit.",
-    )
-    apart: bool | None = Field(
-        None,
-        description="The base reads the text through all of its own decoder, beside the chosen experts; the two last hidden "
-        "states are averaged with this weight (the common expert of arXiv 2407.19610; takes expert: base).",
-    )
+    expert: Name
+    weight: float | None = Field(None, gt=0, lt=1)
+    apart: bool | None = None
 
 
 class Mixture(Strict):
@@ -219,35 +190,19 @@ class Mixture(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("groups", "threshold")
 
-    method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
-    top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="In place of top_k: the fewest experts whose probabilities reach it (routing only)."
-    )
-    groups: int | None = Field(
-        None, ge=2, description="In place of top_k: groups of experts, in order; the best of each is taken (routing only)."
-    )
-    threshold: Annotated[Annotated[_Share, _ONE] | Annotated[dict[Name, _Share], _MANY], _ONE_OR_MANY] | None = Field(
-        None,
-        description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
-        "or by name (routing only).",
-    )
+    method: Method = "routing"
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    groups: int | None = Field(None, ge=2)
+    threshold: Annotated[Annotated[_Share, _ONE] | Annotated[dict[Name, _Share], _MANY], _ONE_OR_MANY] | None = None
     modules: Annotated[
         Annotated[Literal["auto", "decoder", "all"], _ONE] | Annotated[list[Part], Field(min_length=1), _MANY], _ONE_OR_MANY
-    ] = Field(
-        "auto",
-        description="What experts have of their own; auto: the FFN, and what adapters change. decoder: everything between the "
-        "embedding and the head, which they share. all: everything.",
-    )
-    layers: Layers | None = Field(
-        None,
-        min_length=1,
-        description="Layers that are mixed, such as [0, '4-11']; of a model that has both [encoder, decoder.4-5]; default all.",
-    )
-    always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
-    weights: dict[Name, _Weight] | None = Field(None, description="Relative weight per expert (linear only).")
+    ] = "auto"
+    layers: Layers | None = Field(None, min_length=1)
+    always_on: AlwaysOn | None = None
+    weights: dict[Name, _Weight] | None = None
     router: Router = Field(default_factory=Router)
-    backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
+    backbone: Backbone = "base"
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Mixture:

@@ -1,7 +1,7 @@
 """The recipe: what a user writes, checked strictly at the door.
 
 Anything that changes the result is in here; command line flags only say where and how loudly. A file is read in read.py,
-which reports all problems together, each with its key.
+which reports all problems together, each with its key. What every key means stands in schema.py.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def _as_list(value: object) -> object:
 _Said = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[_Said], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
 """Text of a domain: one path, folder or hub data set, or a list of them."""
+_Size = Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)]
+"""In bytes, or like '5GB'."""
 
 
 class Expert(Strict):
@@ -43,31 +45,18 @@ class Expert(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("labels", "bits", "layers")
 
-    name: Name = Field(description="Name of the expert and of its domain.")
-    model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
-    adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter of the base.")
-    as_: Literal["full", "lora"] = Field("full", alias="as", description="lora: keep only a low-rank part of a full model.")
-    rank: int | None = Field(None, ge=1, description="Rank of that part (as: lora only; default 16).")
-    bits: int | None = Field(
-        None, ge=1, le=8, description="Keep each weight's difference from the base in so many bits per number (full models)."
-    )
-    layers: Layers | None = Field(
-        None, min_length=1, description="Layers where it has its own parts; elsewhere it is the base."
-    )
-    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    text: Texts | None = Field(
-        None,
-        description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set; self: the expert writes some.",
-    )
-    prompts: list[_Said] | None = Field(
-        None, min_length=1, description="Short texts of the domain, used like `text` for the fit."
-    )
-    negative_prompts: list[_Said] | None = Field(
-        None, min_length=1, description="Texts this expert should not take; centroid fit only."
-    )
-    labels: list[Name] | None = Field(
-        None, min_length=1, max_length=_MOST_LABELS, description="Other names under which texts of the domain are known."
-    )
+    name: Name
+    model: str | None = Field(None, min_length=1)
+    adapter: str | None = Field(None, min_length=1)
+    as_: Literal["full", "lora"] = Field("full", alias="as")
+    rank: int | None = Field(None, ge=1)
+    bits: int | None = Field(None, ge=1, le=8)
+    layers: Layers | None = Field(None, min_length=1)
+    revision: str | None = None
+    text: Texts | None = None
+    prompts: list[_Said] | None = Field(None, min_length=1)
+    negative_prompts: list[_Said] | None = Field(None, min_length=1)
+    labels: list[Name] | None = Field(None, min_length=1, max_length=_MOST_LABELS)
 
     @model_validator(mode="after")
     def _one_source(self) -> Expert:
@@ -137,48 +126,27 @@ class Output(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank")
 
-    format: Literal["auto", "native", "modekit"] = Field(
-        "auto",
-        description="native: an architecture other tools know. modekit: everything else. auto: native where it is exact.",
-    )
-    dtype: DType = Field("source", description="source keeps the base model's dtype.")
-    shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)] = Field(
-        5 * 10**9, gt=0, description="Largest shard, in bytes or like '5GB'."
-    )
-    channels: int | None = Field(
-        None,
-        ge=32,
-        le=2**16,
-        multiple_of=32,
-        description="Native, fit: lexical: channels besides the base's; default the fewest, by 32. 256 suits K-quants.",
-    )
-    carry: Literal["ffn", "all"] | None = Field(
-        None,
-        description="Native, fit: lexical: what of the experts to carry. ffn: their FFNs alone. all: attention, head and "
-        "embedding, too. Default: all if an adapter changes more than FFNs.",
-    )
-    rank: int | None = Field(
-        None,
-        ge=1,
-        le=2**12,
-        description="Channels for attention's output, and for its input, head and embedding; default: as many as exact needs "
-        "where those are few, else 64.",
-    )
+    format: Literal["auto", "native", "modekit"] = "auto"
+    dtype: DType = "source"
+    shard_size: _Size = Field(5 * 10**9, gt=0)
+    channels: int | None = Field(None, ge=32, le=2**16, multiple_of=32)
+    carry: Literal["ffn", "all"] | None = None
+    rank: int | None = Field(None, ge=1, le=2**12)
+
+
+_InShortToo = Annotated[Expert, BeforeValidator(lambda said: said, json_schema_input_type=Expert | str)]
+"""An expert in full; one in short is spelled out before (recipes/paths.py)."""
 
 
 class Recipe(Strict):
     """One mixture. See docs/recipe.md for every key."""
 
-    base_model: str = Field(min_length=1, description="Folder or hub id of the model that all experts descend from.")
-    revision: str | None = Field(None, description="Hub revision of the base model.")
-    experts: list[Annotated[Expert, BeforeValidator(lambda said: said, json_schema_input_type=Expert | str)]] = Field(
-        min_length=1, description="In full, or in short (recipes/paths.py): a path, a hub id, or base; NAME= before it."
-    )
+    base_model: str = Field(min_length=1)
+    revision: str | None = None
+    experts: list[_InShortToo] = Field(min_length=1)
     mixture: Mixture = Field(default_factory=Mixture)
     output: Output = Field(default_factory=Output)
-    eval: dict[Name, Texts] = Field(
-        default_factory=dict, description="Text per domain to evaluate on; default: the held-out part of the experts' text."
-    )
+    eval: dict[Name, Texts] = Field(default_factory=dict)
 
     @field_validator("experts")
     @classmethod
