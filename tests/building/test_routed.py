@@ -117,3 +117,32 @@ def test_copies_of_a_mixture_are_that_mixture(tmp_path: Path, family: str, ids: 
     torch.testing.assert_close(
         logits_of(loaded(shop.build("OUT")), ids), logits_of(loaded(tmp_path / "base"), ids), atol=1e-4, rtol=1e-4
     )
+
+
+def test_attention_norms_and_head_are_carried_where_weights_sum_to_one(tmp_path: Path, ids: torch.Tensor) -> None:
+    """Changes of rank 2 of attention: all but the square of a change goes through the channels."""
+    shop = moe_shop(tmp_path, "qwen3")
+    for seed, name in enumerate(DOMAINS):
+        model, generator = loaded(tmp_path / name), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+                    left, right = (torch.randn(size, 2, generator=generator) for size in parameter.shape)
+                    parameter.add_(left @ right.T * 0.03 * parameter.std())
+        save(model, tmp_path / name)
+    shares = {}
+    for carry, says in (("ffn", {}), ("all", {"rank": 256})):
+        checkpoint = open_checkpoint(shop.build(carry, output={"format": "native", "carry": carry, **says}))
+        mixture, base = mixture_of(loaded(checkpoint.folder), checkpoint), logits_of(loaded(tmp_path / "base"), ids)
+        shares[carry] = list[float]()
+        for number, name in enumerate(DOMAINS):
+            own = logits_of(loaded(tmp_path / name), ids)
+            with mixture.forced(number):
+                shares[carry].append(divergence(own, logits_of(mixture.model, ids)) / divergence(own, base))
+        assert is_proven(checks := verify(checkpoint)), checks
+    assert max(shares["all"]) < 1e-3 < min(shares["ffn"]), shares
+
+
+def divergence(own: torch.Tensor, other: torch.Tensor) -> float:
+    own, other = own.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((own.exp() * (own - other)).sum(-1).mean())

@@ -25,7 +25,6 @@ import numpy as np
 from modekit.building.differences import Differences, in_rows
 from modekit.checkpoint.carried import Carried
 from modekit.planning.plan import Plan
-from modekit.sources.names import in_layer
 from modekit.weights.numeric import Singles
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
@@ -52,7 +51,7 @@ class Carrying:
         channels = plan.shape.channels
         assert channels is not None and channels.carry is not None
         self._channels, self._size = channels, channels.carry
-        self._plan, self._carried = plan, carried
+        self._carried = carried
         self._differences = Differences(plan, read)
         self._expert = lru_cache(maxsize=2)(self._read_expert)
 
@@ -68,6 +67,8 @@ class Carrying:
                 return Fill(beside=self._head)
             case "embedding":
                 return Fill(beside=self._embedding)
+            case "router":
+                return self._router(layer, matrix)
             case "gate_up":
                 return self._ffn("up" if matrix % 2 else "gate", layer, matrix // 2)
             case "gate" | "up" | "down":
@@ -120,20 +121,28 @@ class Carrying:
             parts.append((self._channels.outputs, said))
         return self._in_columns(*parts)(slice(0, count))
 
-    def _ffn(self, kind: FFNKind, layer: int, expert: int) -> Fill:
-        said = self._expert(layer, expert)
-        return self._down(layer, expert, said) if kind == "down" else self._gate_or_up(kind, layer, expert, said)
+    def _ffn(self, kind: FFNKind, layer: int, number: int) -> Fill:
+        said = self._expert(layer, number // max(1, self._channels.inner))
+        own_FD = self._differences.ffn(kind, layer - 1, number) if layer > 0 else None
+        if kind == "down":
+            return self._down(layer, own_FD, said)
+        below = self._gates(layer) if kind == "gate" else self._passed(layer, said)
+        return self._reads_stream(layer, own_FD, said)._replace(below=below)
 
-    def _gate_or_up(self, kind: FFNKind, layer: int, expert: int, said: _Expert) -> Fill:
-        """Gate and up (F, D) read U, too; the further units of up read what is passed on, and those of gate the constant."""
+    def _router(self, layer: int, expert: int) -> Fill:
+        """Gates (M, D) of an expert that is a mixture itself."""
+        return self._reads_stream(layer, self._differences.gates(layer - 1, expert), self._expert(layer, expert))
+
+    def _reads_stream(self, layer: int, own_XD: Singles | None, said: _Expert) -> Fill:
+        """What reads the stream behind attention reads U, too. The further units of up read what is passed on, and those of
+        gate the constant.
+        """
         own_scale = None if np.array_equal(said.norm, said.own_norm) else said.own_norm / _divisor(said.norm)
         beside = None
-        if layer > 0 and self._size.outputs:
-            weights_FD = self._of_ffn(kind, layer, expert) * said.own_norm
-            seen = weights_FD @ said.outputs * np.float32(self._carried.output_sizes[layer] / _EPS)
+        if own_XD is not None and self._size.outputs:
+            seen = own_XD * said.own_norm @ said.outputs * np.float32(self._carried.output_sizes[layer] / _EPS)
             beside = self._in_columns((self._channels.outputs, seen))
-        below = self._gates(layer) if kind == "gate" else self._passed(layer, said)
-        return Fill(beside, below, own_scale)
+        return Fill(beside, None, own_scale)
 
     def _gates(self, layer: int) -> Singles:
         """Rows of the further units in gate, (K (R_U + R_V), D + P)."""
@@ -156,7 +165,7 @@ class Carrying:
         """Eps / s_v of what reads V behind a layer of the result."""
         return _EPS / (self._carried.input_sizes[layer] or 1.0)
 
-    def _down(self, layer: int, expert: int, said: _Expert) -> Fill:
+    def _down(self, layer: int, own_DF: Singles | None, said: _Expert) -> Fill:
         """Down (D, F): the channels are rows below, the further units columns beside it."""
         channels, size, units = self._channels, self._size, self._carried.units[layer]
         stream_DR = said.outputs * np.float32(self._carried.output_sizes[layer] / _EPS)
@@ -169,14 +178,10 @@ class Carrying:
         beside_OX = np.concatenate([once * np.float32(factor) for factor in factors], axis=1)
         below = np.zeros((channels.spare, channels.expert_hidden + size.units), np.float32)
         below[:, channels.expert_hidden :] = beside_OX[channels.hidden :]
-        if layer > 0:
-            written = said.inputs @ self._of_ffn("down", layer, expert) * self._into_v(layer)
+        if own_DF is not None:
+            written = said.inputs @ own_DF * self._into_v(layer)
             below[self._below(channels.inputs), : channels.expert_hidden] = written
         return Fill(lambda rows: beside_OX[rows], below)
-
-    def _of_ffn(self, kind: FFNKind, layer: int, expert: int) -> Singles:
-        """An expert's own FFN in a layer of the result."""
-        return self._differences.own(in_layer(layer - 1, self._plan.family.mlp[kind]), expert)
 
     def _read_expert(self, layer: int, expert: int) -> _Expert:
         norm, own_norm = self._differences.ffn_norm(max(0, layer - 1), expert)

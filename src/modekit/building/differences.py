@@ -16,7 +16,9 @@ import numpy.typing as npt
 from modekit.checkpoint.carried import Carried
 from modekit.planning.channel_choice import EXACT_TERMS
 from modekit.planning.channels import CarrySize
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import Plan
+from modekit.planning.routed import own_part
 from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
 from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
@@ -26,6 +28,7 @@ from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_d
 from modekit.weights.flat import read_float32
 from modekit.weights.made import Copy, Made
 from modekit.weights.numeric import Singles, as_array, to_float32
+from modekit.weights.padding import FFNKind
 from modekit.weights.reading import WeightReader
 
 _STILL = 2.0**-5
@@ -67,8 +70,8 @@ class Differences:
         self._plan, self._read = plan, read
         self._base = plan.sources[0]
         channels = plan.shape.channels
-        assert channels is not None
-        self._widening = channels.widening
+        assert channels is not None and isinstance(plan.shape, NativeShape)
+        self._widening, self._inner, self._routed = channels.widening, channels.inner, plan.shape.native.routed
         self._head = weight_of(EMBEDDING if plan.family.is_tied(self._base) else HEAD)
         self._whole: dict[str, Singles] = {}
         self._finite: set[TensorRef] = set()
@@ -133,14 +136,26 @@ class Differences:
             return Difference(b[slice(*(change.rows or (0, len(b))))] * np.float32(change.scale), a)
         return Difference(self.own(name, expert) - self.shared(name))
 
+    def ffn(self, kind: FFNKind, layer: int, number: int) -> Singles:
+        """Gate, up or down of the expert with this number, of all that experts have of their own in a layer of the base."""
+        if self._routed is None:
+            return self.own(in_layer(layer, self._plan.family.mlp[kind]), number)
+        expert, inner = divmod(number, self._inner)
+        return self._numbers(own_part(self._plan.sources[1 + expert], self._base, self._routed, layer, kind)(inner), None)
+
+    def gates(self, layer: int, expert: int) -> Singles:
+        """Of an expert that is a mixture itself, (M, D)."""
+        assert self._routed is not None
+        return self.own(in_layer(layer, self._routed.gate), expert)
+
     def own(self, name: str, expert: int, rows: slice | None = None) -> Singles:
         """A tensor of the base, or some of its rows, as an expert has it."""
-        return self._numbers(as_in(self._plan.sources[1 + expert], self._base.tensor(name)), name, rows)
+        return self._numbers(as_in(self._plan.sources[1 + expert], self._base.tensor(name)), rows)
 
-    def _numbers(self, made: Made, name: str, rows: slice | None) -> Singles:
+    def _numbers(self, made: Made, rows: slice | None) -> Singles:
         self._read.check_all_finite([ref for ref in made.refs if ref not in self._finite])
         self._finite.update(made.refs)
-        flat, shape = made.numbers(self._read), self._base.tensor(name).shape
+        flat, shape = made.numbers(self._read), made.shape
         if rows is None:
             return to_float32(flat[:]).reshape(shape)
         return to_float32(flat[rows.start * shape[1] : rows.stop * shape[1]]).reshape(-1, shape[1])
@@ -163,7 +178,7 @@ class Differences:
 
     def _shared_rows(self, name: str, rows: slice) -> Singles:
         if self._is_plain(name):
-            return self._numbers(Copy(self._base.tensor(name)), name, rows)
+            return self._numbers(Copy(self._base.tensor(name)), rows)
         if name not in self._whole:
             self._whole[name] = self.shared(name)
         return self._whole[name][rows]

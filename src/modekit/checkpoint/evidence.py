@@ -56,7 +56,7 @@ def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float
         sizes.append(sizes_V)
         with np.errstate(all="ignore"):
             parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
-    table_VN = np.concatenate(parts) / np.float32(_unit(channels, sizes))
+    table_VN: npt.NDArray[np.float32] = np.concatenate(parts) / np.float32(_unit(channels, sizes))
     if not np.isfinite(table_VN).all():
         raise CheckpointError("the router's table in the embedding is not finite", where=str(embedding.file), remedy=FIT_ANEW)
     return table_VN

@@ -71,4 +71,4 @@ class DomainTrace(RouterTrace):
     def by_slot(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Logits (..., E) of every layer."""
         for slot, logits in self._trace.by_slot():
-            yield slot, logits.unflatten(-1, (self._experts, -1)).amax(-1)
+            yield slot, logits.reshape(*logits.shape[:-1], self._experts, -1).amax(-1)

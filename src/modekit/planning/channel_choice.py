@@ -72,7 +72,8 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         residual_scale=number(dense, "residual_multiplier", 1.0),
         turns=turns,
         carry=carry,
-        **({} if native.routed is None else {"inner": native.routed.count(dense), "width_keys": (width_key,)}),
+        inner=0 if native.routed is None else native.routed.count(dense),
+        width_keys=("intermediate_size", "moe_intermediate_size") if native.routed is None else (width_key,),
     )
 
 

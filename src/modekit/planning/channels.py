@@ -118,7 +118,7 @@ class Channels:
     turns: tuple[float, ...]
     carry: CarrySize | None = None
     inner: int = 0
-    width_keys: tuple[str, ...] = ("intermediate_size", "moe_intermediate_size")
+    width_keys: tuple[str, ...] = ()
 
     @property
     def group(self) -> int:

@@ -72,11 +72,6 @@ class NativeShape(AnyShape):
         return self.native.family
 
     @property
-    def inner(self) -> int:
-        """How many experts each of the recipe's has of its own: 1, unless the base is a mixture itself."""
-        return 1
-
-    @property
     def native_type(self) -> str:
         """Of the architecture, as modekit.json keeps it."""
         return self.native.native_type

@@ -51,7 +51,8 @@ def front_units(channels: Channels, part: FFNKind, of_all: bool) -> tuple[Entry,
 
 def _repeated(parts: list[tuple[Entry, ...]], height: int, count: int) -> tuple[Entry, ...]:
     matrices = parts * count
-    return tuple((place * height + row, *rest) for place, part in enumerate(matrices) for row, *rest in part)
+    entries = ((place, entry) for place, part in enumerate(matrices) for entry in part)
+    return tuple((place * height + row, column, value) for place, (row, column, value) in entries)
 
 
 def _gate(channels: Channels) -> tuple[Entry, ...]:

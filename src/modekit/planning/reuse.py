@@ -21,7 +21,7 @@ from modekit.weights.made import Columns, Copy, Join, Made
 
 Origins = Sequence[int | None]
 """Per expert of the new mixture its number in the old one; None for one that is new."""
-_NUMBER = re.compile(r"\.(experts|differences)\.\d+\.")
+_NUMBER = re.compile(r"\.(experts|differences)\.(\d+)\.")
 
 
 def reusing(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Plan:
@@ -47,11 +47,11 @@ def _is_there(shard: Shard, there: Sequence[TensorRef]) -> bool:
     return taken == [Copy(ref) for ref in there] and [tensor.name for tensor in shard.tensors] == [ref.name for ref in there]
 
 
-def _key(tensor: PlannedTensor, origins: Origins) -> tuple[int | None, str]:
-    """What a tensor is, whatever number its expert has."""
+def _key(tensor: PlannedTensor, origins: Origins, inner: int) -> tuple[int | None, str]:
+    """What a tensor is, whatever number its expert has; `inner`: how many each has of its own."""
     if tensor.expert is None:
         return None, tensor.name
-    return origins[tensor.expert], _NUMBER.sub(r".\1.*.", tensor.name)
+    return origins[tensor.expert], _NUMBER.sub(lambda found: f".{found[1]}.{int(found[2]) % inner}.", tensor.name)
 
 
 class _Finder:
@@ -62,11 +62,12 @@ class _Finder:
         experts = zip(after.sources[1:], origins, strict=True)
         self._new = {file for source, origin in experts if origin is None for file in source.files} - {*after.sources[0].files}
         self._same = range(before.experts)
-        self._old = {_key(tensor, self._same): tensor for shard in before.shards for tensor in shard.tensors}
+        self._inner = after.shape.inner
+        self._old = {_key(tensor, self._same, self._inner): tensor for shard in before.shards for tensor in shard.tensors}
 
     def taken(self, tensor: PlannedTensor) -> tuple[PlannedTensor, str | None]:
         """The tensor with the checkpoint in place of its sources where that has it, and its name there."""
-        was = self._old.get(_key(tensor, self._origins))
+        was = self._old.get(_key(tensor, self._origins, self._inner))
         ref = None if was is None else self._model.tensors.get(was.name)
         if was is None or ref is None or (ref.dtype, ref.shape) != (was.dtype, was.shape):
             return tensor, None

@@ -9,7 +9,7 @@ Shape legend: D hidden size, P channels besides, F hidden units, E experts of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modekit.errors import UnsupportedError
@@ -32,6 +32,7 @@ from modekit.weights.made import Copy, Join, Made, Zeros
 from modekit.weights.padding import FFNKind, Pad
 
 REMEDY = "write output: {format: modekit}"
+_NOT_ONE = "attention is not carried, as the weights of a token's experts do not sum to one (norm_topk_prob: false)"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class RoutedForm(NativeForm):
             raise UnsupportedError(what, where="mixture", remedy=f"leave it out, or {REMEDY}")
         if recipe.mixture.top_k is None:
             recipe = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"top_k": 1})})
+        if not self._routed.sums_to_one(native.family.dense_config(sources[0].config)):
+            if recipe.output.carry == "all":
+                raise UnsupportedError(_NOT_ONE, where="output.carry", remedy=f"leave it out, or {REMEDY}")
+            recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"carry": "ffn"})})
         super().__init__(recipe, sources, native, code_of)
         units, dtype = pairs(len(recipe.experts)), self.router_dtype
         if units > self._sizes[0]:
@@ -122,6 +127,8 @@ class RoutedForm(NativeForm):
             f"{len(self._recipe.experts)} x {self._inner} experts in every layer, {size} for each fine-tune; a token "
             f"has {top_k} of them and {active:,} active parameters, as in the base"
         )
+        if not self._routed.sums_to_one(self._dense):
+            yield f"{_NOT_ONE}: what fine-tunes change besides experts and gates is lost"
         if self._routed.shared_down:
             yield "the expert that all tokens have (shared_expert) is the backbone's: what fine-tunes change of it is lost"
 
@@ -153,18 +160,21 @@ class RoutedForm(NativeForm):
             yield replace(gates, shape=(count * self._inner, gates.shape[-1]))
 
     def _in_base(self, layer: int, part: str) -> TensorRef:
-        return cut(self._base.tensor(in_layer(layer, self._path(part))), 0, part)
+        return _cut(self._base.tensor(in_layer(layer, self._routed.path(part))), 0, part)
 
     def _of(self, source: ModelSource, layer: int, part: FFNKind) -> Sequence[Made]:
-        whole_of = as_in(source, self._base.tensor(in_layer(layer, self._path(part))))
-        assert isinstance(whole_of, Copy)
-        return [Copy(cut(whole_of.ref, number, part)) for number in range(self._inner)]
-
-    def _path(self, part: str) -> str:
-        return self._routed.down if part == "down" else self._routed.gate_up
+        one = own_part(source, self._base, self._routed, layer, part)
+        return [one(number) for number in range(self._inner)]
 
 
-def cut(ref: TensorRef, number: int, part: str) -> TensorRef:
+def own_part(source: ModelSource, base: ModelSource, routed: Routed, layer: int, part: FFNKind) -> Callable[[int], Made]:
+    """Number of an expert of a fine-tune's own -> its gate, up or down in a layer of the base."""
+    given = as_in(source, base.tensor(in_layer(layer, routed.path(part))))
+    assert isinstance(given, Copy)
+    return lambda number: Copy(_cut(given.ref, number, part))
+
+
+def _cut(ref: TensorRef, number: int, part: str) -> TensorRef:
     """Gate, up (F, D) or down (D, F) of one of a mixture's own experts, which its class keeps as (M, 2 F, D) and (M, D, F)."""
     one = member_of(ref, number)
     half = one.shape[0] // 2

@@ -115,6 +115,11 @@ class AnyShape:
         return len(self.recipe.experts)
 
     @property
+    def inner(self) -> int:
+        """How many experts each of these has of its own: 1, unless the base is a mixture itself and that takes them apart."""
+        return 1
+
+    @property
     def family(self) -> Family:
         """Of the base."""
         raise NotImplementedError

@@ -74,6 +74,10 @@ class Routed:
         """All that each fine-tune has of its own."""
         return self.gate_up, self.down, self.gate
 
+    def path(self, part: str) -> str:
+        """Of the tensor that holds gate, up or down."""
+        return self.down if part == "down" else self.gate_up
+
     @staticmethod
     def count(config: Config) -> int:
         """M; files of different ages have different names for it."""

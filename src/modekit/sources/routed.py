@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modekit.sources.config import Config, words
+from modekit.sources.config import Config, whole, words
 from modekit.sources.family import Family
 from modekit.sources.native import Native, Routed, Rule, Widening, experts_in
 from modekit.sources.stack import LINEAR, Stack
@@ -24,7 +24,7 @@ _ONE_KIND: Rule = (
     "layers differ in their attention window",
 )
 _HEADS_FILL: Rule = (
-    lambda c: c["hidden_size"] == c["head_dim"] * c["num_attention_heads"],
+    lambda c: whole(c, "hidden_size") == whole(c, "head_dim") * whole(c, "num_attention_heads"),
     "head_dim is not hidden_size / num_attention_heads, which this family's engines assume",
 )
 _DEFAULTS = {
