@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adapter_folders import quiet, train_adapter
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
+from modekit.members.change import write_change
+from modekit.members.edits import NewExpert, add_expert, remove_expert
 
 M, TOP_K = 4, 2
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": TOP_K}
@@ -47,9 +51,7 @@ def moe_shop(root: Path, family: str = "qwen3", *, copies: bool = False, **says:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
         save(model, root / name)
     experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
-    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
-    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
-    return Workshop(root, recipe)
+    return Workshop(root, recipe_of(experts))
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -91,7 +93,7 @@ def chosen(model: PreTrainedModel, routers: list[torch.nn.Module], ids: torch.Te
 def test_a_forced_fine_tune_is_itself_and_chooses_its_own_experts(
     shop: Workshop, checkpoint: Checkpoint, ids: torch.Tensor
 ) -> None:
-    assert checkpoint.config["model_type"] == FAMILIES_TYPE(shop)
+    assert checkpoint.config["model_type"] == loaded(shop.root / "base").config.model_type
     mixture = mixture_of(loaded(checkpoint.folder), checkpoint)
     for number, name in enumerate(DOMAINS):
         own = loaded(shop.root / name)
@@ -102,10 +104,6 @@ def test_a_forced_fine_tune_is_itself_and_chooses_its_own_experts(
             choice = chosen(mixture.model, mixture.routers(), ids)[1:]  # type: ignore[attr-defined]
         for ours, theirs in zip(choice, own_choice, strict=True):
             torch.testing.assert_close(ours - number * M, theirs, atol=0, rtol=0)
-
-
-def FAMILIES_TYPE(shop: Workshop) -> str:
-    return str(loaded(shop.root / "base").config.model_type)
 
 
 def test_it_is_proven(checkpoint: Checkpoint) -> None:
@@ -141,6 +139,48 @@ def test_attention_norms_and_head_are_carried_where_weights_sum_to_one(tmp_path:
                 shares[carry].append(divergence(own, logits_of(mixture.model, ids)) / divergence(own, base))
         assert is_proven(checks := verify(checkpoint)), checks
     assert max(shares["all"]) < 1e-3 < min(shares["ffn"]), shares
+
+
+def test_adapters_are_folded_into_their_own_experts(tmp_path: Path, ids: torch.Tensor) -> None:
+    """As PEFT merges them, fused experts and gates."""
+    save(base_of("qwen3"), tmp_path / "base")
+    write_text(tmp_path / "text")
+    for seed, name in enumerate(DOMAINS[:2]):
+        torch.manual_seed(seed)
+        parameters = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+        config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=parameters)
+        train_adapter(tmp_path / "base", config, tmp_path / name)
+    experts = [{"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS[:2]]
+    checkpoint = open_checkpoint(Workshop(tmp_path, recipe_of(experts)).build("OUT"))
+    mixture = mixture_of(loaded(checkpoint.folder), checkpoint)
+    for number, name in enumerate(DOMAINS[:2]):
+        with quiet():
+            own = peft.PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / name).merge_and_unload()
+        assert (logits_of(own, ids) - logits_of(loaded(tmp_path / "base"), ids)).abs().max() > 0.01
+        with mixture.forced(number):
+            torch.testing.assert_close(logits_of(mixture.model, ids), logits_of(own, ids), atol=1e-4, rtol=1e-4)
+    assert is_proven(checks := verify(checkpoint)), checks
+
+
+@pytest.mark.parametrize("name", ["qwen3", "granite"])
+def test_members_come_and_go(tmp_path: Path, name: str) -> None:
+    """What comes out is what a build of the new recipe gives, byte for byte."""
+    shop = moe_shop(tmp_path, name)
+    two = shop.build("two", experts=shop.recipe["experts"][:2])
+    joint = shop.build("joint")
+    new = NewExpert({key: value for key, value in shop.recipe["experts"][2].items() if key != "name"}, tmp_path)
+    before = open_checkpoint(two)
+    added = write_change(before, add_expert(before, DOMAINS[2], new), tmp_path / "added")
+    removed = write_change(added, remove_expert(added, DOMAINS[2]), tmp_path / "removed")
+    for made, wanted in ((added.folder, joint), (removed.folder, two)):
+        for file in sorted(wanted.glob("*.safetensors")):
+            assert (made / file.name).read_bytes() == file.read_bytes(), file.name
+    assert is_proven(checks := verify(removed)), checks
+
+
+def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
+    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
 
 
 def divergence(own: torch.Tensor, other: torch.Tensor) -> float:

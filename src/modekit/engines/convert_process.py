@@ -41,7 +41,9 @@ def main() -> None:
     _store(settings["finer"])
     _read_other_vocabularies()
     known_class = converter.get_model_class
-    converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
+    shares = read_json(Path(settings["model"]) / "config.json", LARGE).get("shared_expert_intermediate_size")
+    own = None if shares else _QWEN2  # the base's own class has an expert that all tokens have
+    converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == own else known_class(name, **kind)
     sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
     converter.main()
     answer_caller({"done": settings["model"]})

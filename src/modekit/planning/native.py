@@ -111,12 +111,14 @@ class NativeForm:
 
     def experts(self) -> Iterator[PlannedTensor]:
         """What the result has besides the backbone: in front a layer whose experts add nothing, all experts, constants."""
-        nothing: dict[FFNKind, list[Made | None]] = dict.fromkeys(_PARTS, [None] * self._count)
+        nothing: dict[str, list[Made | None]] = dict.fromkeys(_PARTS, [None] * self._count)
         if self._front:
             yield from self._in_front()
             yield from self._of_layer(0, nothing)
         for layer in range(self._layers):
-            made = {part: [each for one in self._sources[1:] for each in self._of(one, layer, part)] for part in _PARTS}
+            made: dict[str, list[Made]] = {
+                part: [each for one in self._sources[1:] for each in self._of(one, layer, part)] for part in _PARTS
+            }
             yield from self._of_layer(layer + self._front, made)
         spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
         letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": self._count}
@@ -136,7 +138,7 @@ class NativeForm:
                 made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in norms else Zeros(ref.shape)
                 yield self._with_channels(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
 
-    def _of_layer(self, layer: int, made: Mapping[FFNKind, Sequence[Made | None]]) -> Iterator[PlannedTensor]:
+    def _of_layer(self, layer: int, made: Mapping[str, Sequence[Made | None]]) -> Iterator[PlannedTensor]:
         """The experts in a layer of the result, by what each has of a part of the FFN; zeros where there is nothing.
 
         Fused, all experts lie in two tensors, gate and up side by side in the first: there, matrices are widened one by one.

@@ -81,6 +81,7 @@ class NativeShape(AnyShape):
         """Where the result runs besides transformers."""
         biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
         engines = self.native.serves_with_biases if biased else self.native.serves
+        engines = engines.removesuffix(", llama.cpp") if self._gguf_differs else engines
         wrong = self.vllm_differs
         return f"{engines}; in vLLM with --model-impl transformers, since its own class {wrong}" if wrong else engines
 
@@ -89,7 +90,11 @@ class NativeShape(AnyShape):
         """Why llama.cpp does not run it; None where it does."""
         if "llama.cpp" in self.also_runs_in:
             return None
-        return self.native.without_gguf or f"as it is, {self.native_type} runs in {self.also_runs_in}"
+        return self._gguf_differs or self.native.without_gguf or f"as it is, {self.native_type} runs in {self.also_runs_in}"
+
+    @property
+    def _gguf_differs(self) -> str | None:
+        return next((what for holds, what in self.native.gguf_differs if holds(self.config)), None)
 
     @property
     def vllm_differs(self) -> str | None:

@@ -28,7 +28,7 @@ from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import Native, Routed
 from modekit.sources.rows import member_of, rows_of
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Join, Made, Zeros
+from modekit.weights.made import Copy, Fold, Join, Made, Zeros
 from modekit.weights.padding import FFNKind, Pad
 
 REMEDY = "write output: {format: modekit}"
@@ -170,8 +170,14 @@ class RoutedForm(NativeForm):
 def own_part(source: ModelSource, base: ModelSource, routed: Routed, layer: int, part: FFNKind) -> Callable[[int], Made]:
     """Number of an expert of a fine-tune's own -> its gate, up or down in a layer of the base."""
     given = as_in(source, base.tensor(in_layer(layer, routed.path(part))))
-    assert isinstance(given, Copy)
-    return lambda number: Copy(_cut(given.ref, number, part))
+    half = given.shape[1] // 2
+    rows = {"gate": (0, half), "up": (half, 2 * half)}.get(part)
+
+    def one(number: int) -> Made:
+        ref = _cut(given.ref, number, part)
+        return Fold(ref, replace(given.change, member=number, rows=rows)) if isinstance(given, Fold) else Copy(ref)
+
+    return one
 
 
 def _cut(ref: TensorRef, number: int, part: str) -> TensorRef:

@@ -79,6 +79,7 @@ class LowRank:
         magnitude: DoRA's m, (O,): W' = m * (W + scale * B A) / norms of its rows. For an embedding, (D,) and columns.
         transposed: an embedding, W (V, D), or fused experts, W (E, I, O): W' = W + scale * (B A)^T.
         experts: E; 0 for a matrix.
+        member: of fused experts the one that this is of; None: all.
     """
 
     a: TensorRef
@@ -88,6 +89,7 @@ class LowRank:
     magnitude: TensorRef | None = None
     transposed: bool = False
     experts: int = 0
+    member: int | None = None
 
     @property
     def rank(self) -> int:

@@ -113,6 +113,7 @@ class Native:
         serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
         without_gguf: why llama.cpp does not run it; empty where it does.
         vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
+        gguf_differs: the same of llama.cpp, which then does not run it.
         widening: how it takes channels of a router's own, or the reason why it cannot.
         routed: of a base that is a mixture itself, whose mixture is one of the same family.
     """
@@ -138,6 +139,7 @@ class Native:
     serves_with_biases: str = ""
     without_gguf: str = ""
     vllm_differs: tuple[Rule, ...] = ()
+    gguf_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
     routed: Routed | None = None
 

@@ -51,6 +51,7 @@ ROUTED: tuple[Native, ...] = (
         dropped=frozenset({"num_local_experts"}),
         rules=(_SILU, _EVERYWHERE),
         widening=Widening(recency=False),  # norms of queries and keys, as in Qwen3
+        gguf_differs=((lambda c: not _is_normed(c), "its qwen3moe divides the weights of the chosen experts by their sum"),),
         routed=Routed(sums_to_one=_is_normed),
     ),
     _row(
@@ -70,6 +71,7 @@ ROUTED: tuple[Native, ...] = (
         dropped=frozenset({"attention_bias", "num_local_experts"}),
         rules=(_SILU, _EVERYWHERE, _ONE_KIND, _HEADS_FILL),
         widening=Widening(whole_heads=True),
+        gguf_differs=((_is_normed, "its qwen2moe does not divide the weights of the chosen experts by their sum"),),
         routed=Routed(shared_down="mlp.shared_expert.down_proj.weight", sums_to_one=_is_normed),
     ),
     _row(

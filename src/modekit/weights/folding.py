@@ -46,7 +46,7 @@ def folded(change: LowRank, base: FlatArray, shape: tuple[int, ...], read: Read)
     def given(first: int, last: int) -> Singles:
         return to_float32(base[first * columns : last * columns]).reshape(last - first, columns)
 
-    rows = _per_expert(change, given, shape[1], read) if change.experts else _low_rank(change, given, shape, group, read)
+    rows = _per_expert(change, given, shape[-2], read) if change.experts else _low_rank(change, given, shape, group, read)
     return Rows(count, columns, rows, group)
 
 
@@ -54,6 +54,9 @@ def _per_expert(change: LowRank, given: _Given, size: int, read: Read) -> Callab
     """Rows of W_e + scale * B_e A_e, or of its transpose, `size` of them per expert."""
     a_ERI = read(change.a).reshape(change.experts, -1, change.a.shape[1])
     b_ORE = read(change.b).reshape(change.b.shape[0], -1, change.experts)
+    if change.member is not None:
+        b_ORE = b_ORE[slice(*change.rows) if change.rows else slice(None), :, change.member : change.member + 1]
+        a_ERI = a_ERI[change.member : change.member + 1]
 
     def rows(first: int, last: int) -> Singles:
         origin = given(first, last)
