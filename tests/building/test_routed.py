@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_folders import quiet, train_adapter
+from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
+from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
+from modekit.routing.text_router import TextRouter
 
 M, TOP_K = 4, 2
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": TOP_K}
@@ -52,6 +56,22 @@ def moe_shop(root: Path, family: str = "qwen3", *, copies: bool = False, **says:
         save(model, root / name)
     experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
     return Workshop(root, recipe_of(experts))
+
+
+def byte_shop(root: Path, family: str, **says: Any) -> Checkpoint:
+    """A mixture of two fine-tunes whose tokenizer llama.cpp and vLLM know; the first is the base, too."""
+    model_type, sizes = FAMILIES[family]
+    texts, experts = write_text(root / "text", DOMAINS[:2]), []
+    for seed, name in enumerate(DOMAINS[:2]):
+        save_byte_model(root / name, model_type, 0, **{**SIZES, **sizes, **says})
+        model, generator = loaded(root / name), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if any(part in key for part in OWN) and "shared" not in key:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
+        model.save_pretrained(root / name)
+        experts.append({"name": name, "model": f"./{name}", "text": str(texts[name])})
+    return open_checkpoint(Workshop(root, {**recipe_of(experts), "base_model": f"./{DOMAINS[0]}"}).build("OUT"))
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -186,3 +206,17 @@ def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:
 def divergence(own: torch.Tensor, other: torch.Tensor) -> float:
     own, other = own.double().log_softmax(-1), other.double().log_softmax(-1)
     return float((own.exp() * (own - other)).sum(-1).mean())
+
+
+def test_both_levels_are_inspected(shop: Workshop, checkpoint: Checkpoint) -> None:
+    """Each domain's text goes to its fine-tune, in every layer, and leaving that out costs; its own experts are told apart."""
+    found = inspect(checkpoint, tokens_per_domain=600)
+    for number, name in enumerate(DOMAINS):
+        usage = found.per_domain[name]
+        assert all(shares[number] > 0.8 for shares in usage.shares), usage.shares
+        assert [len(row) for row in usage.inner] == [M] * len(found.routers)
+        assert all(abs(sum(row) - 1) < 1e-3 for row in usage.inner)
+    assert "Own experts: law" in [table.title for table in found.tables()]
+    route = TextRouter(checkpoint)
+    said = [json.loads((shop.root / "text" / f"{name}.jsonl").read_text().splitlines()[0])["text"] for name in DOMAINS]
+    assert [route.decide(text).expert for text in said] == list(DOMAINS)

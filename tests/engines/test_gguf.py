@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from building.test_carry import adapter_shop
+from building.test_routed import byte_shop
 from byte_level import byte_tokenizer
 from command_line import ended
 from domain_mixtures import built, model_experts
@@ -124,6 +125,18 @@ def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, o
 def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
     proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written and proof.difference < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "granite", "qwen2"])
+def test_fine_tunes_of_a_mixture_run_there(tmp_path: Path, family: str) -> None:
+    proof = export_gguf(byte_shop(tmp_path, family), tmp_path / "GGUF", EXACT).proof
+    assert proof.same == proof.written and proof.difference < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3-softmax", "qwen2-normed"])
+def test_a_mixture_whose_weights_llama_cpp_takes_otherwise_is_refused(tmp_path: Path, family: str) -> None:
+    with pytest.raises(UnsupportedError, match="divide"):
+        export_gguf(byte_shop(tmp_path, family), tmp_path / "GGUF", EXACT)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "qwen2"])

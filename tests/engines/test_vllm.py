@@ -14,6 +14,7 @@ import torch
 
 from architecture.test_mixtures import OVERRIDES
 from building.test_carry import adapter_shop
+from building.test_routed import byte_shop
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from engines.test_gguf import REFUSED as NOT_IN_LLAMA
@@ -185,6 +186,14 @@ def test_the_lexical_router_in_a_plain_checkpoint(tmp_path: Path, compiled: bool
 def test_whole_adapters_in_a_plain_checkpoint(tmp_path: Path, family: str) -> None:
     checkpoint = open_checkpoint(adapter_shop(tmp_path, family, reads_bytes=True, **HEAD).build("OUT"))
     assert checkpoint.record.carry is not None
+    prompts = prompts_of(checkpoint, PROMPTS)
+    check_same(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-softmax", "mixtral", "granite", "qwen2"])
+def test_fine_tunes_of_a_mixture(tmp_path: Path, family: str) -> None:
+    heads = HEAD if family.startswith(("qwen3", "mixtral")) else WHOLE_HEADS
+    checkpoint = byte_shop(tmp_path, family, **heads)
     prompts = prompts_of(checkpoint, PROMPTS)
     check_same(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
 

@@ -34,6 +34,10 @@ class RouterTrace:
         """Logits in the order of the slots, of the routers that have run."""
         return (logits for _, logits in self.by_slot())
 
+    def inner(self) -> Iterator[torch.Tensor]:
+        """Where the base is a mixture itself, and its experts are of every one of the recipe's: their weights, (..., M)."""
+        return iter(())
+
     def by_slot(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The same with the number of each slot."""
         for slot, said in enumerate(self.said):

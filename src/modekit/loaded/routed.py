@@ -42,7 +42,7 @@ class RoutedMixture(NativeMixture):
     def traced(self) -> Iterator[RouterTrace]:
         """Logits of the experts of the recipe: of each the largest of its own experts."""
         with super().traced() as trace:
-            yield DomainTrace(trace, len(self.checkpoint.names))
+            yield DomainTrace(trace, len(self.checkpoint.names), int(self.model.config.num_experts_per_tok))
 
     @contextmanager
     def _evidence(self, expert: int, nats: float, *, others: float) -> Iterator[None]:
@@ -64,9 +64,16 @@ class RoutedMixture(NativeMixture):
 class DomainTrace(RouterTrace):
     """Of routers that choose among all experts of all fine-tunes, what they say of each fine-tune."""
 
-    def __init__(self, trace: RouterTrace, experts: int) -> None:
+    def __init__(self, trace: RouterTrace, experts: int, top_k: int) -> None:
         super().__init__(0, None)
-        self._trace, self._experts = trace, experts
+        self._trace, self._experts, self._top_k = trace, experts, top_k
+
+    def inner(self) -> Iterator[torch.Tensor]:
+        """Weights of the M experts of every layer, of whichever fine-tune was chosen; they sum to one."""
+        for _, logits in self._trace.by_slot():
+            chosen = logits.topk(self._top_k)
+            weights = torch.zeros_like(logits).scatter(-1, chosen.indices, chosen.values.softmax(-1))
+            yield weights.reshape(*logits.shape[:-1], self._experts, -1).sum(-2).cpu()
 
     def by_slot(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Logits (..., E) of every layer."""

@@ -121,7 +121,8 @@ def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, run: Run) -> Plan:
     recipe = form.shape.recipe
     _check_text(recipe, vocabulary.tokenizer.source)
     tensors = [*_backbone(sources, form, partial(_code_of, recipe.output.dtype)), *form.experts()]
-    notes = notes_of(recipe, vocabulary, form.mixes_more, form.mixed | form.carried, plain=form.shape.plain)
+    mixed, trainable = form.mixed | form.carried, form.shape.inner == 1
+    notes = notes_of(recipe, vocabulary, form.mixes_more, mixed, plain=form.shape.plain, trainable=trainable)
     return Plan(
         recipe=recipe,
         root=root,

@@ -27,15 +27,18 @@ from modekit.weights.flat import stored
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 
 
-def notes_of(recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], *, plain: bool) -> Iterator[str]:
-    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed.
+def notes_of(
+    recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], *, plain: bool, trainable: bool
+) -> Iterator[str]:
+    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed; `trainable`: whether the
+    router can be trained.
 
     Raises RecipeError for chats without a template.
     """
     sources = vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
     yield from _of_strangers(recipe, sources)
-    if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
+    if trainable and recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
         yield (
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"

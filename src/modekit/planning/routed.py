@@ -125,7 +125,7 @@ class RoutedForm(NativeForm):
         active = base.parameters - sum(ref.numel for ref in refs) // self._inner * (self._inner - top_k)
         yield (
             f"{len(self._recipe.experts)} x {self._inner} experts in every layer, {size} for each fine-tune; a token "
-            f"has {top_k} of them and {active:,} active parameters, as in the base"
+            f"has {top_k} of them, as in the base, of which {active:,} parameters are active"
         )
         if not self._routed.sums_to_one(self._dense):
             yield f"{_NOT_ONE}: what fine-tunes change besides experts and gates is lost"

@@ -58,6 +58,13 @@ class Request:
         folder, method = str(checkpoint.folder), checkpoint.record.recipe.mixture.method
         return [
             (
+                checkpoint.shape.inner > 1,
+                "fine-tunes of a mixture in its plain form are not trained: channels lead each token to one of them",
+                folder,
+                checkpoint.shape.native_type or "",
+                "train a fine-tune before it is mixed, or build with output: {format: modekit}",
+            ),
+            (
                 asked and has_no_router(checkpoint),
                 "this mixture has no router to train",
                 folder,

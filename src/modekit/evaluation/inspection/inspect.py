@@ -118,6 +118,7 @@ def _of_domain(
     shape = (len(sequences), len(checkpoint.shape.positions))
     shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
     entropy_NR, agreement_NR, tokens_NR = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    inner_RM = np.zeros((shape[1], checkpoint.shape.inner if checkpoint.shape.inner > 1 else 0))
     longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (shape[1] * len(names))))
     weights: dict[int, Array32] = dict.fromkeys(_samples(sequences, longest), np.zeros(0, np.float32))
 
@@ -126,6 +127,7 @@ def _of_domain(
         shares_NRE[row] = decided.weights_RSE.sum(1, dtype=np.float64)
         chosen_NRE[row] = decided.chosen_RSE.sum(1, dtype=np.float64)
         entropy_NR[row] = decided.entropy_RS.sum(1, dtype=np.float64)
+        inner_RM[:] += decided.inner_RSM.sum(1, dtype=np.float64)
         if domain.expert is not None:
             leads_RSE = decided.weights_RSE >= decided.weights_RSE.max(-1, keepdims=True)  # a draw of several counts in part
             agreement_NR[row] = ((leads_RSE[..., domain.expert] / leads_RSE.sum(-1)) * decided.reads_RS).sum(1)
@@ -150,6 +152,7 @@ def _of_domain(
         entropy=(entropy_NR.sum(0) / tokens_R).tolist(),
         agreement=None if domain.expert is None else (agreement_NR.sum(0) / tokens_R).tolist(),
         without=changes,
+        inner=(inner_RM / tokens_R[:, None]).tolist() if inner_RM.size else [],
     )
     samples = [_sample(sequences[row], each, [of[row] for of in (losses, *without)]) for row, each in weights.items()]
     return usage, samples

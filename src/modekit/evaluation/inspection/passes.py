@@ -25,6 +25,8 @@ from modekit.evaluation.loss import not_finite, tokens_per_pass
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import mixture_of
+from modekit.planning.shape import RouterSlot
+from modekit.sources.config import whole
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
@@ -43,12 +45,14 @@ class Decided:
         weights_RSE: of the experts; they sum to one, less what an always-on base takes.
         chosen_RSE: 1 where an expert has a weight above zero.
         entropy_RS: of the weights, nats.
+        inner_RSM: weights of each of an expert's own experts, where the base is a mixture itself; else M is 0.
     """
 
     reads_RS: npt.NDArray[np.bool_]
     weights_RSE: Array32
     chosen_RSE: Array32
     entropy_RS: Array32
+    inner_RSM: Array32
 
     @property
     def mean_SE(self) -> Array32:
@@ -74,7 +78,7 @@ def traced_losses(
 ) -> list[Array32]:
     """As `token_losses`; what the routers decided goes to `consume`."""
     mixture = mixture_of(model, checkpoint)
-    floats = sum(max(slot.width, slot.features * len(checkpoint.names)) for slot in checkpoint.slots)
+    floats = sum(max(slot.width, slot.features * len(checkpoint.names)) for slot in _routers(checkpoint))
     tokens = min(tokens_per_pass(model.config), max(512, _TRACED // max(1, floats)))
     with mixture.traced() as trace:
 
@@ -129,13 +133,14 @@ def decisions(
     of_target = [batch.target is not None and reads_target(router.name) for router in checkpoint.shape.positions]
     shapes = [(batch.target_mask if each else batch.mask).shape for each in of_target]
     found = [_means(weights) for weights in router_weights(checkpoint, trace, shapes)]
+    inner = [each.reshape(*shapes[0], -1) for each in trace.inner()]
     for at, row in enumerate(batch.rows):
         source, size = len(sequences[row].ids), sequences[row].size
         shape, experts = (len(found), size), len(checkpoint.names)
         reads = np.zeros(shape, np.bool_)
-        decided = Decided(
-            reads, np.zeros((*shape, experts), np.float32), np.zeros((*shape, experts), np.float32), np.zeros(shape, np.float32)
-        )
+        within = np.stack([each[at, :size].numpy() for each in inner]) if inner else np.zeros((*shape, 0), np.float32)
+        weights, chosen = (np.zeros((*shape, experts), np.float32) for _ in range(2))
+        decided = Decided(reads, weights, chosen, np.zeros(shape, np.float32), within)
         for router, (target, arrays) in enumerate(zip(of_target, found, strict=True)):
             own = slice(source, size) if target else slice(0, source)
             reads[router, own] = True
@@ -151,6 +156,12 @@ def _means(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return every.mean(2).cpu(), (every > 0).float().mean(2).cpu(), entropy.mean(2).cpu()
 
 
+def _routers(checkpoint: Checkpoint) -> Sequence[RouterSlot]:
+    """Those that decide; of fine-tunes of a mixture these are their own, and no slot is set."""
+    plain = (RouterSlot(router.name, whole(checkpoint.config, "hidden_size"), ()) for router in checkpoint.shape.positions)
+    return checkpoint.slots or list(plain)
+
+
 def router_weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
     """What the layers used in the last pass, per router (B, S, E), or (B, S, O, E); `shapes` are their (B, S)."""
     given = checkpoint.record.recipe.mixture.weights
@@ -159,7 +170,7 @@ def router_weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[
         for shape in shapes:
             yield torch.tensor(routing.weights, dtype=torch.float32).expand(*shape, len(checkpoint.names))
         return
-    for slot, logits, shape in zip(checkpoint.slots, trace, shapes, strict=True):
+    for slot, logits, shape in zip(_routers(checkpoint), trace, shapes, strict=True):
         decided = (*((slot.features,) if slot.features else ()), len(checkpoint.names))
         if logits.numel() == shape[0] * math.prod(decided):  # one decision for all tokens of a text
             logits = logits.reshape(shape[0], 1, *decided).expand(*shape, *decided)

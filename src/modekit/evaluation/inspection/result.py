@@ -24,6 +24,7 @@ from modekit.recipes.layers import order_of
 Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3), SIX_DIGITS]
 Rows = Sequence[Sequence[Share]]
 _Body = list[list[str | Cell]]
+_MOST_USED = 8
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Usage:
         shares: mean weight of each expert; chosen: fraction of tokens that chose it.
         agreement: fraction of tokens on which the own expert leads.
         without: expert -> what leaving it out adds to the loss; empty where there is one expert.
+        inner: of fine-tunes of a mixture, mean weights of its own experts [R][M]; else empty.
     """
 
     expert: str | None
@@ -91,6 +93,7 @@ class Usage:
     entropy: Sequence[Figure]
     agreement: Sequence[Share] | None
     without: Mapping[str, Figure]
+    inner: Rows = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,8 @@ class Inspection(Result):
         tokens: _Body = [[name, "  ".join(map(shown, own)) or "-"] for name, own in self.top_tokens.items()]
         said = "Tokens with the largest mean weight of each expert."
         found.append(ResultTable("Tokens that go to each expert", ["expert", "tokens"], tokens, said, prose=True))
-        return [*found, *(self._domain_by_layer(name, layers) for name in self.per_domain if len(layers) > 1)]
+        found += [self._domain_by_layer(name, layers) for name in self.per_domain if len(layers) > 1]
+        return found + [self._inner(name, layers) for name, usage in self.per_domain.items() if usage.inner]
 
     def _titles(self) -> list[str]:
         return [name if usage.expert is not None else f"{name}\nunseen" for name, usage in self.per_domain.items()]
@@ -175,6 +179,16 @@ class Inspection(Result):
             body.append([layer, *(Cell(f"{share:.2f}", name == usage.expert, share) for name, share in named)])
         said = "Mean weight of each expert, layer by layer."
         return ResultTable(f"By layer: {domain}", ["layer", *self.experts], body, said, detail=True)
+
+    def _inner(self, domain: str, layers: Mapping[str, Sequence[int]]) -> ResultTable:
+        """Which of the base's own experts a domain uses, layer by layer; the layer in front has none."""
+        body: _Body = []
+        for layer, (place, *_) in [*layers.items()][1:]:
+            row = self.per_domain[domain].inner[place]
+            most = sorted(range(len(row)), key=lambda number: -row[number])[:_MOST_USED]
+            body.append([layer, "  ".join(f"{number} ({row[number]:.2f})" for number in most)])
+        said = "The base's own experts by their number, with their mean weight: those that are used most."
+        return ResultTable(f"Own experts: {domain}", ["layer", "experts"], body, said, detail=True, prose=True)
 
 
 def mean_of(rows: Sequence[Sequence[float]], place: int) -> float:
