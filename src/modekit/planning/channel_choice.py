@@ -25,6 +25,7 @@ TERMS, EXACT_TERMS = 2, 3
 """K: with two units per channel the error is one in a hundred, which truncated changes hide; with three a thousandth."""
 FULL_RANK = 64
 """R_U and R_V where changes have no small rank (benchmarks/whole.md)."""
+_DENSE_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text
 
 
@@ -44,16 +45,9 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         )
     size, heads, kv_heads = (whole(dense, key) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
     group, experts, (decays, turns) = heads // kv_heads, len(recipe.experts), _decays(recipe, native, dense)
-    if len(decays) > group or len(decays) * experts > size:
-        raise UnsupportedError(
-            "an attention head cannot carry the evidence of so many experts and decays",
-            where="experts" if len(decays) <= group else "mixture.router.decay",
-            found=f"{experts} experts, {len(decays)} decays",
-            expected=f"at most {group} decays, and {size} as experts times decays",
-            remedy="name fewer, or write output: {format: modekit}",
-        )
-    width_key = native.expert_hidden_key if native.routed and native.expert_hidden_key else "intermediate_size"
-    evident = 2 * len(decays) * experts + 1 + (experts if native.routed else 0)
+    _check_evidence(experts, len(decays), group, size)
+    inner, width_keys = (0, _DENSE_WIDTHS) if native.routed is None else (native.routed.count(dense), (native.width_key,))
+    evident = 2 * len(decays) * experts + 1 + (experts if inner else 0)
     needed = evident if carry is None else blocks_of(evident + 1) + carry.channels  # what is carried begins with a block
     return Channels(
         hidden=whole(dense, "hidden_size"),
@@ -61,7 +55,7 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         kv_heads=kv_heads,
         head_dim=size,
         layers=whole(dense, "num_hidden_layers"),
-        expert_hidden=whole(dense, width_key),
+        expert_hidden=whole(dense, width_keys[0]),
         spare=_spare(recipe, widening, needed, group * size),
         experts=experts,
         decays=decays,
@@ -72,9 +66,21 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         residual_scale=number(dense, "residual_multiplier", 1.0),
         turns=turns,
         carry=carry,
-        inner=0 if native.routed is None else native.routed.count(dense),
-        width_keys=("intermediate_size", "moe_intermediate_size") if native.routed is None else (width_key,),
+        inner=inner,
+        width_keys=width_keys,
     )
+
+
+def _check_evidence(experts: int, decays: int, group: int, size: int) -> None:
+    """Raise UnsupportedError unless so many heads of a size average all of it."""
+    if decays > group or decays * experts > size:
+        raise UnsupportedError(
+            "an attention head cannot carry the evidence of so many experts and decays",
+            where="experts" if decays <= group else "mixture.router.decay",
+            found=f"{experts} experts, {decays} decays",
+            expected=f"at most {group} decays, and {size} as experts times decays",
+            remedy="name fewer, or write output: {format: modekit}",
+        )
 
 
 def channels_said_by(

@@ -225,7 +225,7 @@ def native_config(
             "dtype": dtype,
             row.num_experts_key: experts,
             row.top_k_key: top_k,
-            row.expert_hidden_key or "intermediate_size": expert_hidden,
+            row.width_key: expert_hidden,
         }
     )
     native.update({key: compute(dense) for key, compute in row.computed.items()})

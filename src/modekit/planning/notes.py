@@ -30,8 +30,8 @@ _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a m
 def notes_of(
     recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], *, plain: bool, trainable: bool
 ) -> Iterator[str]:
-    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed; `trainable`: whether the
-    router can be trained.
+    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed; `trainable`: whether
+    its router can be trained.
 
     Raises RecipeError for chats without a template.
     """

@@ -144,6 +144,11 @@ class Native:
     routed: Routed | None = None
 
     @property
+    def width_key(self) -> str:
+        """Native config key of F."""
+        return self.expert_hidden_key or "intermediate_size"
+
+    @property
     def written_constants(self) -> tuple[Constant, ...]:
         """Those that the result has."""
         return tuple(constant for constant in self.constants if constant.is_written)

@@ -129,8 +129,7 @@ def _of_domain(
         entropy_NR[row] = decided.entropy_RS.sum(1, dtype=np.float64)
         inner_RM[:] += decided.inner_RSM.sum(1, dtype=np.float64)
         if domain.expert is not None:
-            leads_RSE = decided.weights_RSE >= decided.weights_RSE.max(-1, keepdims=True)  # a draw of several counts in part
-            agreement_NR[row] = ((leads_RSE[..., domain.expert] / leads_RSE.sum(-1)) * decided.reads_RS).sum(1)
+            agreement_NR[row] = _led(decided, domain.expert)
         read_S = decided.reads_RS.any(0)
         ids_S = np.array((*sequences[row].ids, *sequences[row].target))
         top.add(ids_S[read_S].tolist(), decided.mean_SE[read_S])
@@ -152,10 +151,17 @@ def _of_domain(
         entropy=(entropy_NR.sum(0) / tokens_R).tolist(),
         agreement=None if domain.expert is None else (agreement_NR.sum(0) / tokens_R).tolist(),
         without=changes,
-        inner=(inner_RM / tokens_R[:, None]).tolist() if inner_RM.size else [],
+        inner=(inner_RM / tokens_R[:, None]).tolist() if inner_RM.size else (),
     )
     samples = [_sample(sequences[row], each, [of[row] for of in (losses, *without)]) for row, each in weights.items()]
     return usage, samples
+
+
+def _led(decided: Decided, expert: int) -> np.ndarray:
+    """Tokens of a sequence, per router, on which an expert leads; a draw of several counts in part."""
+    leads_RSE = decided.weights_RSE >= decided.weights_RSE.max(-1, keepdims=True)
+    led_R: np.ndarray = ((leads_RSE[..., expert] / leads_RSE.sum(-1)) * decided.reads_RS).sum(1)
+    return led_R
 
 
 def _sample(sequence: TokenSequence, weights_RSE: Array32, losses: Sequence[Array32]) -> _Sample:
