@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modekit.sources.families import FAMILIES
 from modekit.sources.natives import NATIVES
+from modekit.sources.routed import ROUTED
 from modekit.sources.structure import INEXACT
 from modekit.sources.towers import WRAPPERS
 
@@ -63,7 +64,8 @@ Which causal models of transformers you can mix, and how. `modekit plan` shows t
 * **whole models**: `modules: all`.
 * **FFN experts**: whole FFNs, with a router in every layer.
 * **native**: the architecture that holds such a mixture exactly, and what runs it besides transformers.
-  [Why others have none](partners.md).
+  [Why others have none](partners.md). Of a family that is a mixture itself: of its fine-tunes
+  ([how](../docs/lexical.md#bases-that-are-mixtures)).
 
 | type | adapters | whole models | FFN experts | native |
 |---|---|---|---|---|
@@ -82,7 +84,8 @@ def _line(model_type: str, rows: set[str]) -> str:
         return f"| {model_type} | as the language model within: {', '.join(WRAPPERS[model_type])} | | | |"
     if model_type in REFUSED:
         return f"| {model_type} | no: {REFUSED[model_type]} | no | no | |"
-    native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in NATIVES if each.family.model_type == model_type)
+    natives = (each for each in (*NATIVES, *ROUTED) if each.family.model_type == model_type)
+    native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in natives)
     whole = "yes" if model_type not in NO_WHOLE else f"no: {NO_WHOLE[model_type]}"
     adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in {*rows, *WHOLE_FFNS} else ""
     return f"| {model_type} | {adapters} | {whole} | {ffn} | {'; '.join(native)} |"

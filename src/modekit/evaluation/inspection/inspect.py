@@ -153,8 +153,7 @@ def _of_domain(
         without=changes,
         inner=(inner_RM / tokens_R[:, None]).tolist() if inner_RM.size else (),
     )
-    samples = [_sample(sequences[row], each, [of[row] for of in (losses, *without)]) for row, each in weights.items()]
-    return usage, samples
+    return usage, [_sample(sequences[row], each, [of[row] for of in (losses, *without)]) for row, each in weights.items()]
 
 
 def _led(decided: Decided, expert: int) -> np.ndarray:
