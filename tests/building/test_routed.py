@@ -17,12 +17,16 @@ from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
+from modekit.errors import UnsupportedError
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing.text_router import TextRouter
+from tiny_decoders import tiny_decoder
 
 M, TOP_K = 4, 2
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": TOP_K}
@@ -196,6 +200,44 @@ def test_members_come_and_go(tmp_path: Path, name: str) -> None:
         for file in sorted(wanted.glob("*.safetensors")):
             assert (made / file.name).read_bytes() == file.read_bytes(), file.name
     assert is_proven(checks := verify(removed)), checks
+
+
+@pytest.mark.parametrize(
+    ("family", "says", "why"),
+    [
+        ("qwen3", {"mixture": {"top_k": 2, "router": {"fit": "lexical"}}}, "top_k: 2"),
+        ("qwen3", {"mixture": {"top_k": 1, "router": {"fit": "logistic"}}}, "fit: lexical"),
+        ("qwen3", {"output": {"format": "native", "dtype": "float16"}}, "float16"),
+        ("qwen3-softmax", {"output": {"format": "native", "carry": "all"}}, "sum to one"),
+    ],
+)
+def test_what_this_form_cannot_say_is_refused(tmp_path: Path, family: str, says: dict[str, Any], why: str) -> None:
+    shop = moe_shop(tmp_path, family, copies=True)
+    with pytest.raises(UnsupportedError, match=why):
+        make_plan(load_recipe(shop.write(**says)), tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "why"), [("gpt_oss", "sinks"), ("olmoe", "norms of queries")])
+def test_families_that_have_no_such_form_say_why(tmp_path: Path, model_type: str, why: str) -> None:
+    save(tiny_decoder(model_type), tmp_path / "base")
+    write_text(tmp_path / "text")
+    experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    with pytest.raises(UnsupportedError, match="no native architecture") as raised:
+        make_plan(parse_recipe(recipe_of(experts)), tmp_path)
+    assert why in str(raised.value.found)
+
+
+def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
+    plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root)
+    cost = next(note for note in plan.notes if f"{len(DOMAINS)} x {M} experts" in note)
+    base = loaded(checkpoint.recipe_root / "base")
+    routed = sum(parameter.numel() for parameter in base.parameters() if parameter.ndim == 3)
+    active = sum(parameter.numel() for parameter in base.parameters()) - routed * (M - TOP_K) // M
+    assert f"{active:,} parameters are active" in cost
+    written = sum(ref.numel for ref in checkpoint.tensors.values())
+    assert plan.parameters()["total"] == written and plan.bytes_written == 4 * written
+    more = len(DOMAINS) * plan.parameters()["per_expert"] // (len(DOMAINS) * M) * (len(DOMAINS) * M - TOP_K)
+    assert plan.parameters()["active"] == written - more
 
 
 def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:

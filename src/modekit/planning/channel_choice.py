@@ -192,7 +192,7 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
     if output.carry == "ffn":
         return None
     experts = [source for source, expert in zip(sources[1:], recipe.experts, strict=True) if not expert.is_base]
-    changing = [source for source in experts if isinstance(source, AdapterSource) and _reaches(source, sources[0], family)]
+    changing = [source for source in experts if isinstance(source, AdapterSource) and reaches(source, sources[0], family)]
     if not changing and output.carry is None:
         return None
     tied = family.is_tied(sources[0])
@@ -207,7 +207,7 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
     return CarrySize(outputs=outputs, inputs=inputs, terms=terms, head=own[tied], embedding=own[1])
 
 
-def _reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
+def reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
     """Whether an adapter changes more than FFNs."""
     ffn = f".{family.mlp_module}."
     changed = {*source.changes, *source.replaced}

@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 
 from modekit.errors import UnsupportedError
 from modekit.planning.channel_choice import carried_size, channels_of
+from modekit.planning.channels import CarrySize
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, touched
 from modekit.recipes.recipe import Recipe
@@ -45,8 +46,7 @@ class NativeForm:
         self.mixes_more = f"{native.native_type} mixes FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         self._channels = channels_of(recipe, native, self._dense)
         if self._channels is not None:
-            carry = carried_size(recipe, sources, self._family, self._dense)
-            self._channels = channels_of(recipe, native, self._dense, carry)
+            self._channels = channels_of(recipe, native, self._dense, self._carried_size())
         self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
         self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._own_paths}
@@ -60,6 +60,10 @@ class NativeForm:
         self._carry = None if self._channels is None else self._channels.carry
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
+
+    def _carried_size(self) -> CarrySize | None:
+        """What is carried besides the experts' own."""
+        return carried_size(self._recipe, self._sources, self._family, self._dense)
 
     @property
     def _own_paths(self) -> Iterable[str]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from modekit.errors import UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.typed import shortened
+from modekit.planning.channel_choice import reaches
+from modekit.planning.channels import CarrySize
 from modekit.planning.mixture_config import Routing
 from modekit.planning.native import NativeForm, widened
 from modekit.planning.native_shape import NativeShape
@@ -22,6 +24,7 @@ from modekit.planning.penalties import pairs
 from modekit.planning.shape import Parameters, RouterPosition, RouterSlot, Tensors, other_record
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, whole
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.names import in_layer, split_layer
@@ -31,7 +34,7 @@ from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Fold, Join, Made, Zeros
 from modekit.weights.padding import FFNKind, Pad
 
-REMEDY = "write output: {format: modekit}"
+_MODEKIT = "output: {format: modekit}"
 _NOT_ONE = "attention is not carried, as the weights of a token's experts do not sum to one (norm_topk_prob: false)"
 
 
@@ -96,21 +99,27 @@ class RoutedForm(NativeForm):
         self._routed = _routed(native)
         if beyond := _beyond(recipe):
             what = f"a plain {native.native_type} of fine-tunes of one cannot say {', '.join(beyond)}"
-            raise UnsupportedError(what, where="mixture", remedy=f"leave it out, or {REMEDY}")
+            raise UnsupportedError(what, where="mixture", remedy=f"leave it out, or write {_MODEKIT}")
         if recipe.mixture.top_k is None:
             recipe = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"top_k": 1})})
-        if not self._routed.sums_to_one(native.family.dense_config(sources[0].config)):
-            if recipe.output.carry == "all":
-                raise UnsupportedError(_NOT_ONE, where="output.carry", remedy=f"leave it out, or {REMEDY}")
-            recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"carry": "ffn"})})
         super().__init__(recipe, sources, native, code_of)
         units, dtype = pairs(len(recipe.experts)), self.router_dtype
         if units > self._sizes[0]:
             what = f"experts of {self._sizes[0]} hidden units have no room for {units}, which so many fine-tunes need"
-            raise UnsupportedError(what, where="experts", found=len(recipe.experts), remedy=f"name fewer, or {REMEDY}")
+            raise UnsupportedError(what, where="experts", found=len(recipe.experts), remedy=f"name fewer, or write {_MODEKIT}")
         if dtype == "F16":
             what = "float16 does not hold the penalties that keep a token to one fine-tune"
             raise UnsupportedError(what, where="output.dtype", found="float16", remedy="write output: {dtype: bfloat16}")
+
+    def _carried_size(self) -> CarrySize | None:
+        """Nothing where the weights of the chosen do not sum to one. Raises UnsupportedError where that is asked for."""
+        if self._routed.sums_to_one(self._dense):
+            return super()._carried_size()
+        adapters = (each for each in self._sources[1:] if isinstance(each, AdapterSource))
+        asked, more = self._recipe.output.carry, any(reaches(each, self._base, self._family) for each in adapters)
+        if asked == "all" or (asked is None and more):
+            raise UnsupportedError(_NOT_ONE, where="output.carry", remedy=f"write output: {{carry: ffn}}, or {_MODEKIT}")
+        return None
 
     @property
     def _own_paths(self) -> Iterable[str]:
