@@ -109,7 +109,7 @@ def distil(pool: Pool, text: float = 0.75) -> None:
     record = densify(pool.mixture, asked, pool.home / "dense")
     took, row = time.process_time() - start, record.gap_closed
     print(
-        f"| {record.merge.said} | {row('merge'):.3f} | {row('dense'):.3f} | {row('mixture'):.3f} | {record.kept:.2f} "
+        f"| {record.merge.said} | {row['merge']:.3f} | {row['dense']:.3f} | {row['mixture']:.3f} | {record.kept:.2f} "
         f"| {record.parameters:,} | {took:.0f} s |",
         flush=True,
     )

@@ -118,6 +118,13 @@ def test_two_bits_take_a_sixteenth_of_a_model(tmp_path: Path) -> None:
     assert all(0 < each < 0.09 * base for each in kept)
 
 
+def test_a_plan_calls_them_what_they_are(tmp_path: Path) -> None:
+    models(tmp_path)
+    recipe = {"base_model": "./base", "experts": experts(), "mixture": {"router": {"fit": "random"}}}
+    why = make_plan(parse_recipe(recipe), tmp_path).why
+    assert "a few bits per number (one, two)" in why and "low-rank" not in why
+
+
 def test_a_changed_code_is_found(tmp_path: Path) -> None:
     models(tmp_path)
     checkpoint = mixed(tmp_path, experts())

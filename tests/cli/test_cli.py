@@ -31,7 +31,7 @@ def test_a_walk_from_recipe_to_results(workshop: Workshop, monkeypatch: pytest.M
     assert "oracle" in table and "mixture" in table
     monkeypatch.chdir(workshop.root)
     assert "proven" in here("verify", "OUT")
-    assert "logistic, fitted" in here("fit", "OUT", "fit=logistic", "temperature=2")
+    assert "logistic, fitted, method routing, top_k 2" in here("fit", "OUT", "fit=logistic", "temperature=2")
     data = json.loads(here("eval", "OUT", "--tokens", "300", "--sequence-length", "32", "--json"))
     assert [row["name"] for row in data["rows"]][-1] == "mixture"
     assert all(check["verdict"] == "proven" for check in json.loads(here("verify", "OUT", "--json")))

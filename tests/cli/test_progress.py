@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +15,7 @@ from rich.console import Console
 import modekit.cli.progress as progress_module
 from modekit.cli.progress import Lines, drawn_progress
 from modekit.run import DETAIL
+from refusal import run_python
 
 
 class Clock:
@@ -113,3 +116,26 @@ def test_a_terminal_gets_bars_of_80_columns(capsys: pytest.CaptureFixture[str]) 
     assert "━" in drawn and "score law, loss 1.2" in drawn and re.search(r"llama\.cpp ━.* 50%", drawn)
     assert all(len(line) <= 80 for line in re.split(r"[\r\n]", drawn))
     assert capsys.readouterr().out == "" and sys.stdout is not stream
+
+
+def test_libraries_are_loaded_where_a_sign_is_given() -> None:
+    """What a command imports outside of `running()` needs no torch: else it is silent for as long as that takes."""
+    found = set[str]()
+
+    def look(node: ast.AST, *, signs: bool) -> None:
+        signs = signs or (isinstance(node, ast.With) and "running()" in {ast.unparse(each.context_expr) for each in node.items})
+        if isinstance(node, ast.ImportFrom) and not signs and str(node.module).startswith("modekit."):
+            found.add(str(node.module))
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            for child in ast.iter_child_nodes(node):
+                look(child, signs=signs)
+
+    for file in Path(progress_module.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith(("_", "print_")):  # which others call inside
+                look(node, signs=False)
+    assert len(found) > 10
+    done = run_python(
+        f"import sys\nfor name in {sorted(found)!r}:\n    __import__(name)\n    assert 'torch' not in sys.modules, name"
+    )
+    assert done.returncode == 0, done.stderr

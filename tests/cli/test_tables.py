@@ -96,6 +96,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "method": "routing",
         "experts": {name: f"./{name}" for name in NAMES},
         "top_k": 2,
+        "chosen": "top_k 2",
         "router": "logistic",
         "router_why": "",
         "backbone": "base",

@@ -158,29 +158,20 @@ def test_a_merge_that_is_given_needs_no_text_and_reads_held_out_text_alone(
     assert made(shop, "OUT", "average").losses == {}
 
 
-def test_gaps_are_means_over_domains_that_have_one() -> None:
-    losses = {
-        "base": {"law": 3.0, "code": 2.0, "tax": 1.0},
-        "experts": {"law": 2.0, "code": 1.0, "tax": 1.0},
-        "mixture": {"law": 2.0, "code": 1.2, "tax": 0.5},
-        "dense": {"law": 2.5, "code": 1.6, "tax": 0.9},
-    }
-    record = DenseRecord(by="sum", merge={"by": "sum", "scale": 0.5}, parameters=1, losses=losses)  # type: ignore[arg-type]
-    assert record.gap_closed("mixture") == pytest.approx(0.9)
-    assert record.gap_closed("dense") == pytest.approx(0.45)
-    assert record.kept == pytest.approx(0.5)
-
-
 def test_where_the_mixture_closes_no_gap_nothing_is_kept_of_it() -> None:
-    losses = {
-        "base": {"law": 3.0, "code": 2.0},
-        "experts": {"law": 2.0, "code": 1.9999},
-        "mixture": {"law": 3.01, "code": 1.5},
-        "dense": {"law": 2.9, "code": 1.0},
-    }
-    record = DenseRecord(by="sum", merge={"by": "sum", "scale": 0.5}, parameters=1, losses=losses)  # type: ignore[arg-type]
-    assert record.gap_closed("dense") == pytest.approx(0.1)  # an expert that is barely better than the base has no gap
-    assert record.kept is None
+    for mixture, kept in ((0.9, 0.5), (0.01, None), (None, None)):
+        made = {"by": "sum", "merge": {"by": "sum", "scale": 0.5}, "parameters": 1}
+        record = DenseRecord.model_validate({**made, "gap_closed": {"mixture": mixture, "dense": 0.45}})
+        assert record.kept == (kept and pytest.approx(kept))
+
+
+def test_of_experts_whose_gain_is_noise_no_gap_is_shown(tmp_path: Path) -> None:
+    """Random models, of which some are a little better than the base on a few tokens by chance."""
+    shop = make_workshop(tmp_path, num_hidden_layers=1)
+    shop.build()
+    record = made(shop, "OUT", "average")
+    assert set(record.gap_closed.values()) == {None} and record.kept is None
+    assert any("no more than the noise, in nats per token: medicine" in note for note in record.notes)
 
 
 def test_of_a_mixture_that_says_nan_nothing_is_written(tmp_path: Path) -> None:

@@ -199,6 +199,21 @@ def test_what_transformers_would_pass_over_is_refused_by_name(running: tuple[Ser
     assert asked(served, "/v1/chat/completions", {**chat, **harmless})[0] == 200
 
 
+def test_what_is_malformed_is_refused_by_name(running: tuple[ServedMixture, Checkpoint]) -> None:
+    served, checkpoint = running
+    if served.engine != "transformers":
+        pytest.skip("the others do so by themselves")
+    good = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    wrong = [{"max_tokens": "x"}, {"max_tokens": 0}, {"temperature": "x"}, {"temperature": -1}, {"top_p": 2}, {"seed": [1]}]
+    wrong += [{"stop": 5}, {"stop": [5]}, {"messages": 7}, {"messages": ["hi"]}, {"messages": {"role": "user"}}]
+    for more in wrong:
+        status, said = asked(served, "/v1/chat/completions", {**good, **more})
+        assert status == 400 and f"{next(iter(more))} must be" in said, (more, status, said)
+    fine = {"max_tokens": 2.0, "temperature": 0.5, "top_p": 1, "seed": 3, "stop": ["x", "y"]}
+    assert asked(served, "/v1/chat/completions", {**good, **fine})[0] == 200
+    assert asked(served, "/v1/chat/completions", {**good, "stop": "x"})[0] == 200
+
+
 def test_an_answer_ends_where_the_context_does(running: tuple[ServedMixture, Checkpoint]) -> None:
     """Transformers by itself would write on."""
     served, checkpoint = running

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 
 import pytest
 
-from modekit.evaluation.results import Row, Score, gapless_notes, label_notes, with_gaps
+from modekit.cli import printing
+from modekit.cli.printing import console_for, print_result
+from modekit.demo.demo import DemoResults
+from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, with_gaps
+from modekit.report.drawing import gap_chart
 
 
 def row(name: str, loss: float, jitter: float = 0.0, gap: float | None = None) -> Row:
@@ -24,6 +30,21 @@ def test_a_gain_within_the_noise_has_no_gap_closed_but_a_sentence() -> None:
         assert gaps["mixture"] == (pytest.approx(0.8) if shown else None)
         notes = list(gapless_notes(rows, ["general"]))
         assert bool(notes) != shown and all("the noise, in nats per token: general 0.050" in note for note in notes)
+
+
+def test_where_gains_are_noise_demo_and_report_show_no_gap_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("base", 3.60), row("general", 3.55, 0.2), replace(row("mixture", 3.56), name="oracle", kind="oracle")]
+    rows = with_gaps([*rows, row("mixture", 3.56)], ["general"])
+    results = Results(rows, ["general"], [], notes=list(gapless_notes(rows, ["general"])))
+    demo = DemoResults({seed: {"lexical": results} for seed in (0, 1)}, 1.0)
+    assert demo.summary()["lexical"]["gap_closed"] is None and gap_chart(results) == ""
+    for shown in (results, demo.merged(1)):
+        drawn = io.StringIO()
+        monkeypatch.setattr(printing, "out", console_for(file=drawn, width=80, force_terminal=True, color_system=None))
+        print_result(shown)
+        said = drawn.getvalue()
+        assert "no more than the noise, in nats per token: general 0.050" in " ".join(said.split())
+        assert all(len(line) <= 80 for line in said.splitlines())
 
 
 def told_row(name: str, losses: dict[str, float], *, jitter: float = 0.0, without: tuple[str, ...] = ()) -> Row:

@@ -92,3 +92,8 @@ def test_what_a_token_runs_through(shared_workshop: Workshop, tmp_path: Path, mi
     checkpoint = open_checkpoint(workshop.build(mixture=said, output={"format": "modekit"}))
     ran, active = run_by_a_token(checkpoint), checkpoint.parameters.active
     assert ran == active if "always_on" not in mixture else ran <= active <= ran + FFN
+
+
+def test_of_a_table_of_tokens_a_row_is_read(shared_workshop: Workshop, tmp_path: Path) -> None:
+    counted = built(with_base(borrow(shared_workshop, tmp_path), 0), top_k=1, router={"fit": "hash"}).parameters
+    assert counted.active == counted.dense < counted.total - 4 * SMALL["vocab_size"]

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 import modekit
 from adapter_folders import lora, write_adapter
-from conftest import Workshop, make_workshop, save, tiny_model
+from conftest import Workshop, make_workshop
 from modekit.planning.make import make_plan
 from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
@@ -72,18 +71,6 @@ def test_an_adapter_of_another_base_is_named(shop: Workshop) -> None:
         assert len(found) == count and all("Other-Instruct" in note for note in found)
 
 
-def test_a_model_that_descends_from_another_base_is_named(shop: Workshop) -> None:
-    """Further from the base than the base's own size; a fine-tune is not."""
-    save(tiny_model(seed=77), shop.root / "stranger")
-    near = AutoModelForCausalLM.from_pretrained(shop.root / "base")
-    for parameter in near.parameters():
-        parameter.data.mul_(1.1)
-    near.save_pretrained(shop.root / "near")
-    experts = [{"name": name, "model": f"./{name}"} for name in ("stranger", "near")]
-    (note,) = said(shop, "was it made from this base?", experts=experts, mixture=RANDOM)
-    assert note.startswith("stranger: ")
-
-
 def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) -> None:
     for name in ("law", "code"):
         write_adapter(shop.root / f"{name}-lora", lora("mlp.up_proj", 48, 32, layers=1, seed=1))
@@ -91,10 +78,3 @@ def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) ->
     mixture = {"router": {"fit": "lexical"}}
     notes = said(shop, "has no effect", experts=experts, mixture=mixture, output={"rank": 32})
     assert [note.partition(" ")[0] for note in notes] == ["output.rank"]
-
-
-def test_one_text_of_two_experts_is_named(shop: Workshop) -> None:
-    experts = [{**each, "text": "./text/law.jsonl"} for each in shop.recipe["experts"][:2]]
-    (note,) = said(shop, "have one text", experts=experts, mixture=RANDOM)
-    assert all(each["name"] in note for each in experts)
-    assert not said(shop, "have one text", mixture=RANDOM)

@@ -57,6 +57,16 @@ def test_top_k_follows_from_the_method(method: str, top_k: int) -> None:
     assert parse_recipe({**RECIPE, "mixture": {"method": method}}).top_k == top_k
 
 
+def test_what_decides_how_many_experts_take_part_is_named() -> None:
+    for mixture, chosen in (
+        ({}, "top_k 2"),
+        ({"top_k": 1}, "top_k 1"),
+        ({"top_p": 0.7}, "top_p 0.7"),
+        ({"groups": 2}, "groups 2"),
+    ):
+        assert parse_recipe({**RECIPE, "mixture": mixture}).chosen == chosen
+
+
 def test_a_merge_by_name_is_the_merge_with_its_defaults() -> None:
     short = parse_recipe({**RECIPE, "mixture": {"backbone": "ties"}})
     assert short.mixture.merge == BackboneMerge(method="ties")

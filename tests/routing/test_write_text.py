@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from chatting import word_tokenizer
+from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, tiny_model
 from modekit.building.build import write_texts
 from modekit.building.preview import preview
@@ -203,7 +204,7 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build())
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     notes = " ".join(results.notes)
-    assert "text written by medicine: 40 documents" in notes and "no real text of medicine, law, general" in notes
+    assert "text written by medicine: " in notes and "no real text of medicine, law, general" in notes
     kept = {name: load_token_text(checkpoint.folder / "router" / f"{name}.safetensors", 96) for name in checkpoint.names}
     for name, expert in zip(checkpoint.names, checkpoint.record.recipe.experts, strict=True):
         text = kept[name]
@@ -217,6 +218,27 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
         evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     refit(checkpoint, {"router": {"temperature": 0.5}})
     assert tree(bench.root / "self-text") == before
+
+
+@pytest.mark.parametrize("kept", [3, 15])
+def test_who_wrote_little_is_said(bench: Workshop, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """A model that ends most texts before their first word; with next to none no router is set."""
+    calls = iter(range(40))
+
+    def document(author: Any, parts: Any) -> str | None:
+        place = next(calls) if author.name == "law" else 0
+        return f"The licence {parts}" if place < kept else None
+
+    monkeypatch.setattr(write_text._Author, "_document", document)
+    code, after, before = ended("build", bench.write(), bench.root / "OUT")
+    assert "law, general will write text" in before and "will write text" not in after
+    if kept < 8:
+        assert code == 2 and "experts[1] 'law': text" in before and "3 of 40 documents have text" in before
+        assert not (bench.root / "OUT").exists()
+        return
+    assert code == 0 and "note: law wrote only 15 of 40 documents, the others are empty" in after
+    notes = " ".join(evaluate(open_checkpoint(bench.root / "OUT"), tokens_per_domain=64, write=False).notes)
+    assert "text written by law: 15 documents" in notes and "text written by medicine: 40 documents" in notes
 
 
 def test_what_was_written_is_split_like_any_text(bench: Workshop) -> None:

@@ -105,6 +105,13 @@ def test_a_table_without_names_of_columns(tmp_path: Path) -> None:
     assert "The court held." in str(caught.value) and "names the columns" in str(caught.value.remedy)
 
 
+def test_a_quotation_mark_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
+    for rest in ("", '4,"The lease ended."\n'):
+        (tmp_path / "law.csv").write_text(f'id,text\n1,The court held.\n2,"The licence\n3,The deed.\n{rest}')
+        with pytest.raises(TextError, match="the table cannot be read"):
+            read_documents(["law.csv"], root=tmp_path, where="law")
+
+
 def test_a_folder_is_not_searched_for_tables_that_often_hold_no_text(tmp_path: Path) -> None:
     (tmp_path / "numbers.csv").write_text("a,b\n1,2\n")
     (tmp_path / "law.txt").write_text("The court held.")

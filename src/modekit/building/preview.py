@@ -24,6 +24,7 @@ class Preview(BaseModel, frozen=True):
     """A plan in figures; `disk` is that of the recipe's folder, sizes are in bytes.
 
     Attributes:
+        chosen: which experts take part in a token, by the setting that decides it.
         router_why: which it is, and why `fit: auto` takes it; empty where it does not.
         experts: name -> the model or adapter that it is.
         tensors: their number.
@@ -37,6 +38,7 @@ class Preview(BaseModel, frozen=True):
     also_runs_in: str
     method: str
     top_k: int
+    chosen: str
     router: str
     router_why: str
     backbone: str
@@ -80,6 +82,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         also_runs_in=plan.shape.also_runs_in,
         method=recipe.mixture.method,
         top_k=recipe.top_k,
+        chosen=recipe.chosen,
         router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
         router_why=why_chosen(recipe, native=plan.shape.plain),
         backbone=backbone_label(recipe),

@@ -214,7 +214,7 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         evidence = ", its table in the embedding as recorded"
     shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
     status = checkpoint.record.router.status
-    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}{evidence}")
+    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, {recipe.chosen}{evidence}")
 
 
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:

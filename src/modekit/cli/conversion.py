@@ -83,8 +83,7 @@ def densify(
         asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
         record = densify(checkpoint_in(checkpoint), asked, target, run=run)
     if common().json:
-        gaps = {row: record.gap_closed(row) for row in record.losses}
-        print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
+        print_json({**record.model_dump(mode="json"), "kept": record.kept})
     else:
         print_dense(output, record)
 
@@ -97,7 +96,7 @@ def print_dense(output: Path, record: DenseRecord) -> None:
         for row, losses in record.losses.items():
             figures = [losses[domain] for domain in domains]
             cells = [f"{loss:.3f}" for loss in (*figures, sum(figures) / len(figures))]
-            rows.append([row, *cells, or_dash(record.gap_closed(row), ".2f")])
+            rows.append([row, *cells, or_dash(record.gap_closed.get(row), ".2f")])
         print_table(ResultTable("", ["held-out loss", *domains, "mean", "gap closed"], rows))
     print_notes(record.notes)
     said = f"{count_of(record.parameters)} parameters, {record.merge.said}"

@@ -40,12 +40,12 @@ def balance(
 ) -> None:
     """Choose whole documents so that every domain has as many tokens, in train and in validation."""
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
-    from modekit.experts.corpus.balance import BalanceSettings, TextsToBalance, balance
-    from modekit.loaded.load import load_tokenizer
-    from modekit.sources.source import model_folder
-
-    settings = settings_in(words, BalanceSettings, "data balance")
     with running() as run:
+        from modekit.experts.corpus.balance import BalanceSettings, TextsToBalance, balance
+        from modekit.loaded.load import load_tokenizer
+        from modekit.sources.source import model_folder
+
+        settings = settings_in(words, BalanceSettings, "data balance")
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, settings, target, replace=replaced_by(said.overwrite), run=run)
@@ -68,11 +68,11 @@ def make_tokenizer(
 ) -> None:
     """Train a byte-level BPE in which every domain weighs the same, and say how many tokens it makes of each."""
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
-    from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
-    from modekit.loaded.load import load_tokenizer
-    from modekit.sources.source import model_folder
-
     with running() as run:
+        from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
+        from modekit.loaded.load import load_tokenizer
+        from modekit.sources.source import model_folder
+
         folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)

@@ -32,12 +32,12 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run, from 0.")] = 1,
 ) -> None:
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
-    from modekit.demo.demo import folder_of, run_demo
-
     if what == "translation":
         refuse_without_effect("another demo: this one trains its base itself", {"--real": real or None})
-    output = output or folder_of(what, real=real, quick=quick)
     with running() as run:
+        from modekit.demo.demo import folder_of, run_demo
+
+        output = output or folder_of(what, real=real, quick=quick)
         results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=run)
     for seed in results.per_seed:
         out.print(Text(f"seed {seed}", style="bold"))

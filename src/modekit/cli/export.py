@@ -12,7 +12,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing import out, print_done, print_notes, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, resolved
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.engines.registry import Outtype
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of
@@ -47,10 +47,10 @@ def export(
         refuse_without_effect("only --gguf reads it", {"--outtype": options.outtype})
         _export_adapters(opened, output, options)
         return
-    from modekit.engines.gguf import export_gguf
-
     refuse_without_effect("with --gguf the mixture is written as a whole", {"--expert": options.expert})
     with running() as run:
+        from modekit.engines.gguf import export_gguf
+
         target, replaced = resolved(output), replaced_by(options.overwrite)
         written = export_gguf(opened, target, options.outtype, replace=replaced, run=run)
     print_done(output / written.file.name, f"{bytes_of(written.file.stat().st_size)}; in llama.cpp {written.proof}")
@@ -64,7 +64,8 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
     for expert, name in enumerate(checkpoint.names):
         if expert in experts:
             written = resolved(output) / name
-            record = write_export(checkpoint, expert, written, overwrite=options.overwrite, run=common().run())
+            with running() as run:
+                record = write_export(checkpoint, expert, written, overwrite=options.overwrite, run=run)
             print_done(output / name, f"LoRA, rank {record.rank}, {record.modules} modules")
             print_notes(record.notes)
         elif not options.expert:
@@ -91,13 +92,17 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
 ) -> None:
     """Upload the mixture to the hub, without router statistics and local paths."""
-    from modekit.report.push import check_repo, pack, push
+    with running():
+        from modekit.report.push import check_repo, pack, push
 
-    check_repo(repo)
-    parcel = pack(checkpoint_in(checkpoint))
+        check_repo(repo)
+        parcel = pack(checkpoint_in(checkpoint))
     print_parcel(parcel, repo)
     if not dry_run:
-        out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)
+        with running() as run:
+            run.begin("upload")
+            address = push(parcel, repo, private=private or None)
+        out.print(Text(address, style="bold"), soft_wrap=True)
 
 
 def print_parcel(parcel: Parcel, repo: str) -> None:

@@ -38,7 +38,6 @@ class TextOptions:
 
     def read(self) -> str | UserMessage | None:
         """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
-        from modekit.evaluation.inspection.text import UserMessage
         from modekit.text.plain import decode
 
         if not self.chat:
@@ -47,7 +46,11 @@ class TextOptions:
             refuse_without_effect("a text (--text)", {"--chat": self.chat or None})
             return None
         text = decode(sys.stdin.buffer.read(), where="standard input") if self.text == "-" else self.text
-        return UserMessage(self.system, text) if self.chat else text
+        if not self.chat:
+            return text
+        from modekit.evaluation.inspection.text import UserMessage
+
+        return UserMessage(self.system, text)
 
 
 @app.command()
@@ -60,9 +63,9 @@ def inspect(
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     opened = checkpoint_in(checkpoint)
-    text = shown.read()
     found: Inspection | TextTrace
     with running() as run:
+        text = shown.read()
         from modekit.evaluation.inspection.inspect import inspect
         from modekit.evaluation.inspection.result import Inspection
         from modekit.evaluation.inspection.text import inspect_text

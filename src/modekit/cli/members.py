@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing import out, print_done, print_table
+from modekit.cli.printing import out, print_done, print_notes, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, resolved, writable
 from modekit.cli.words import Words, said_in
@@ -135,6 +135,9 @@ def _change(
             from modekit.members.admission import measure_admission  # torch, which a change itself may not need
 
             found = measure_admission(before, tokens=admission.tokens, run=run)
+    pairs = zip(before.plan.recipe.names, before.origins, strict=True)
+    new = [name for name, origin in pairs if origin is None]
+    print_notes((note for note in before.plan.notes if any(name in note for name in new)), before=True)
     if found is not None and admission is not None:
         print_admission(found)
         if found.refused and not admission.force:

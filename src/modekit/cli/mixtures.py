@@ -68,23 +68,25 @@ def build(
     wanted, target = load_recipe(recipe), writable(output, overwrite)
     with running() as run:
         made = make_plan(wanted, resolved(recipe).parent, run=run)
-    notes = check_texts(made.recipe, made.root, made.family.reads)
+        notes = [*made.notes, *check_texts(made.recipe, made.root, made.family.reads)]
+    print_notes(notes, before=True)
     show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
-    print_notes(notes)
 
 
 def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     """Write a mixture, with its progress drawn, and say what it has become and what comes next."""
     from modekit.recipes.edit import why_chosen
     from modekit.sources.config import architecture_of
+    from modekit.text.written import little_written
 
     with running() as run:
         checkpoint = write(run)
     size, record = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()), checkpoint.record
-    said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
+    said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, {record.recipe.chosen}"
     print_done(output, f"{said}, router {record.router.status}, {bytes_of(size)}")
     if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
         out.print(Text(f"router: {why}", style="dim"))
+    print_notes(little_written(record.recipe, checkpoint.recipe_root))
     commands = ("eval-translation",) if checkpoint.shape.family.pair else ("chat", "serve")
     print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
 
@@ -99,8 +101,8 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
         done = refit(open_with_any_router(resolved(checkpoint)), fit_words(words), run=run)
     settings = done.record.router.settings
     name = settings.fit if settings is not None else "zero gate"
-    said = f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
-    print_done(checkpoint, f"router {name}, {done.record.router.status}, {said}")
+    recipe = done.record.recipe
+    print_done(checkpoint, f"router {name}, {done.record.router.status}, method {recipe.mixture.method}, {recipe.chosen}")
 
 
 def fit_words(words: list[str] | None) -> RecipeData:
@@ -124,8 +126,8 @@ def verify(
     from modekit.building.verify import is_proven, verify
     from modekit.checkpoint.open import open_with_any_router
 
-    opened = open_with_any_router(resolved(checkpoint))
     with running() as run:
+        opened = open_with_any_router(resolved(checkpoint))
         checks, forced = verify(opened, run=run, reload=reload), None
         if deep:
             from modekit.evaluation.forced import force_experts
@@ -196,7 +198,7 @@ def print_plan(plan: Preview) -> None:
             ("architecture", f"{plan.architecture} ({also}runs in {plan.also_runs_in})"),
             ("why", plan.why),
             ("experts", ", ".join(f"{name} ({model})" for name, model in plan.experts.items())),
-            ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
+            ("mixing", f"{plan.method}, {plan.chosen}, backbone {plan.backbone}"),
             ("router", plan.router_why or plan.router),
             ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
             ("tensors", f"{plan.tensors} in {file_count(plan.shards)}, {plan.dtype}"),

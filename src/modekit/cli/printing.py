@@ -83,10 +83,10 @@ def print_result(result: Result) -> None:
     print_notes(result.notes)
 
 
-def print_notes(notes: Iterable[str]) -> None:
-    """Draw what has to be said of a table."""
+def print_notes(notes: Iterable[str], *, before: bool = False) -> None:
+    """Draw what has to be said of a result; of work that is yet to be done, beside its progress."""
     for note in notes:
-        out.print(Text.assemble(("note:", "yellow"), f" {note}"))
+        (err if before else out).print(Text.assemble(("note:", "yellow"), f" {note}"))
 
 
 def print_done(what: object, said: str) -> None:
@@ -135,7 +135,7 @@ class _Wide:
 
 def _parts(shown: ResultTable, rows: Sequence[Sequence[Cell]]) -> Iterator[_Wide | str]:
     """The table, or the tables that it is drawn as where it is too wide, with empty lines between them."""
-    header = [_text(Cell(title if shown.prose else title.replace(" ", "\n"))) for title in shown.header]
+    header = [_text(Cell(title if shown.prose or out.soft_wrap else title.replace(" ", "\n"))) for title in shown.header]
     columns = list(zip(*([_text(cell) for cell in row] for row in rows), strict=True)) or [()] * len(header)
     widths = [max(_folded(title), *map(_width, column), 0) + _GAP for title, column in zip(header, columns, strict=True)]
     room = sum(widths) if out.soft_wrap else out.width

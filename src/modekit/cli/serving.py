@@ -56,7 +56,8 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     from modekit.engines.serve import choose_engine, serving
 
     opened = checkpoint_in(checkpoint)
-    engine, _ = choose_engine(opened, options.engine)
+    with running():  # it may look at transformers
+        engine, _ = choose_engine(opened, options.engine)
     unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
     refuse_without_effect(
         f"an engine that reads it; {engine} serves this mixture",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -199,7 +200,13 @@ def _command() -> str:
 
 
 def _fail(error: ModekitError) -> NoReturn:
-    err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+    lines = f"error: {error}".split("\n")
+    if err.is_terminal:  # lines end between words, so that paths can be copied
+        fold = TextWrapper(err.width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False).fill
+        lines = [fold(line) for line in lines]
+    said = Text("\n".join(lines))
+    said.stylize("bold red", 0, len("error:"))
+    err.print(said, soft_wrap=True)
     sys.exit(_INTERRUPTED if isinstance(error, InterruptError) else 2)
 
 

@@ -18,7 +18,8 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,10 +32,11 @@ from modekit.checkpoint.sources import why_not
 from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.results import Row, Score, gapless_note, gaps_closed
 from modekit.experts.distill.settings import DistillSettings, distill_settings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.experts.moving import Save, make_trainable
-from modekit.experts.specialist import SpecialistFolder, held_out_losses
+from modekit.experts.specialist import SpecialistFolder, held_out_scores
 from modekit.files.copies import library_writes
 from modekit.files.mending import refuse_existing
 from modekit.files.output import replaced_by
@@ -60,7 +62,6 @@ from modekit.training.texts import TrainingText, check_given, read_texts
 DENSE_FILE = "densify.json"
 STEPS = 200
 """Of a distillation, when nothing is said."""
-_SMALLEST_GAIN = 1e-3  # nats per token: an expert that is better than the base by less gives no gap to close
 _SMALLEST_GAP = 0.05  # of what experts gain: of a mixture that closes less, no share can be kept
 
 
@@ -73,6 +74,7 @@ class DenseRecord(BaseModel, frozen=True):
         steps, best_step: of a distillation, that were taken; and whose state was written, 0 where none was better.
         losses: row (base, experts, mixture, merge, dense) -> domain -> nats per token of the report split; empty without text.
             `experts` has each domain's own.
+        gap_closed: row -> (base - row) / (base - own expert), mean over the domains whose own expert gains more than the noise.
     """
 
     by: By
@@ -81,21 +83,13 @@ class DenseRecord(BaseModel, frozen=True):
     steps: int = 0
     best_step: int = 0
     losses: dict[str, dict[str, float]] = {}
+    gap_closed: dict[str, float | None] = {}
     notes: list[str] = []
-
-    def gap_closed(self, row: str) -> float | None:
-        """(base - row) / (base - own expert), mean over the domains whose own expert is better than the base."""
-        if row not in self.losses:
-            return None
-        base, own, ours = (self.losses[name] for name in ("base", "experts", row))
-        domains = [name for name in ours if base[name] - own[name] > _SMALLEST_GAIN]
-        shares = [(base[name] - ours[name]) / (base[name] - own[name]) for name in domains]
-        return sum(shares) / len(shares) if shares else None
 
     @property
     def kept(self) -> float | None:
         """The share of the mixture's gap that the dense model keeps; None where the mixture closes none."""
-        ours, mixture = self.gap_closed("dense"), self.gap_closed("mixture")
+        ours, mixture = self.gap_closed.get("dense"), self.gap_closed.get("mixture")
         return ours / mixture if ours is not None and mixture is not None and mixture >= _SMALLEST_GAP else None
 
 
@@ -198,12 +192,12 @@ class _Work:
         """Write the best merge, or the best state of what was distilled into it."""
         merge, report = self.merger.best(self.asked.by, self.asked.scale), self._report()
         student, notes = self.merger.set(merge), list[str]()
-        before, outcome = dict[str, dict[str, float]](), None
+        before, outcome = list[Row](), None
         save = make_trainable(student, self.merger.plan.sources[0], "full", 0)
         if self.checkpoint.record.trained:
             notes.append("the mixture was trained: merges are of the experts' own models, only distil has what that changed")
         if self.asked.by == "distil":
-            before = {"merge": held_out_losses(student, report, "the merge", self.run)}
+            before = [self._scored("merge", student, report)]
             outcome = self._taught(student)
             notes += [outcome.stopped] if outcome.stopped else []
             if outcome.improved:
@@ -215,14 +209,16 @@ class _Work:
         vocabulary = self.merger.plan.vocabulary
         if vocabulary is not None and vocabulary.is_grown:
             student.config.update(dict(vocabulary.tokenizer.settings))
+        rows = self._rows(student, before, report) if report else []
         record = DenseRecord(
             by=self.asked.by,
             merge=merge,
             parameters=sum(parameter.numel() for parameter in student.parameters()),
             steps=0 if outcome is None else outcome.steps,
             best_step=0 if outcome is None else outcome.best_step,
-            losses=self._losses(student, before, report) if report else {},
-            notes=notes,
+            losses={row.name: {name: score.loss for name, score in row.scores.items()} for row in rows},
+            gap_closed={row.name: row.mean_gap([*row.scores]) for row in rows},
+            notes=[*notes, *gapless_note(_own_scores(rows))],
         )
         self._write(record, save)
         if outcome is not None and outcome.error is not None:
@@ -285,19 +281,27 @@ class _Work:
             return []
         return [domain for domain in found if domain.expert is not None]
 
-    def _losses(
-        self, dense: PreTrainedModel, known: dict[str, dict[str, float]], domains: Sequence[Domain]
-    ) -> dict[str, dict[str, float]]:
-        """Of base, each domain's own expert, the mixture and the dense model. Raises SourceError where one is not finite."""
-        ours, experts = held_out_losses(dense, domains, "the dense model", self.run), dict[str, float]()
-        for domain in domains:
-            expert = load_expert_source(self.checkpoint, domain.expert, run=self.run)
-            experts |= held_out_losses(expert, [domain], f"expert {domain.name}", self.run)
-        base = held_out_losses(load_expert_source(self.checkpoint, None, run=self.run), domains, "the base", self.run)
-        mixture = held_out_losses(load_model(self.checkpoint.folder, run=self.run), domains, "the mixture", self.run)
-        losses = {"base": base, "experts": experts, "mixture": mixture, **known, "dense": ours}
-        for row, of_row in losses.items():
-            if not all(map(math.isfinite, of_row.values())):
+    def _scored(self, name: str, model: PreTrainedModel, domains: Sequence[Domain]) -> Row:
+        return Row(name, "mixture", 0, 0, held_out_scores(model, domains, f"the {name} model", self.run), "")
+
+    def _rows(self, dense: PreTrainedModel, merge: Sequence[Row], domains: Sequence[Domain]) -> list[Row]:
+        """Base, each domain's own expert, the mixture, what a distillation began from, and the dense model.
+
+        Raises SourceError where a loss is not finite.
+        """
+        ours, load = self._scored("dense", dense, domains), partial(load_expert_source, self.checkpoint, run=self.run)
+        base = self._scored("base", load(None), domains)
+        own = [self._scored("experts", load(domain.expert), [domain]) for domain in domains]
+        experts = replace(own[0], scores={name: score for row in own for name, score in row.scores.items()})
+        mixture = self._scored("mixture", load_model(self.checkpoint.folder, run=self.run), domains)
+        rows = [base, experts, mixture, *merge, ours]
+        for row in rows:
+            if not all(math.isfinite(score.loss) for score in row.scores.values()):
                 remedy = "see with `modekit verify` whether weights hold NaN or Inf"
-                raise SourceError("a loss is not finite, so that nothing can be compared", where=row, remedy=remedy)
-        return losses
+                raise SourceError("a loss is not finite, so that nothing can be compared", where=row.name, remedy=remedy)
+        return gaps_closed(rows, _own_scores(rows))
+
+
+def _own_scores(rows: Sequence[Row]) -> dict[str, tuple[Score, Score]]:
+    """Domain -> the scores of the base and of its own expert, which are the first rows."""
+    return {name: (rows[0].scores[name], score) for row in rows[1:2] for name, score in row.scores.items()}

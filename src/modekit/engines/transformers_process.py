@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
 _NOT_DONE = ["best_of", "echo", "functions", "generation_config", "logit_bias", "logprobs", "n", "presence_penalty"]
 _NOT_DONE += ["response_format", "suffix", "tool_choice"]
+_TOKENS, _ANY = (1, 2**31), (0, 2**31)
+_NUMBERS = {"max_tokens": _TOKENS, "max_completion_tokens": _TOKENS, "seed": _ANY, "temperature": _ANY, "top_p": (0, 1)}
 _HARMLESS = {"best_of": 1, "n": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
 
 
@@ -31,6 +34,8 @@ def _refuse_what_is_not_done() -> None:
     known = BaseHandler._validate_request
 
     def checked(handler: Any, body: dict[str, Any]) -> None:
+        if wrong := [*_malformed(body)]:
+            raise HTTPException(400, "; ".join(wrong))
         parts = (part for message in body.get("messages") or () for part in message.get("content") or ())
         asked = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
         asked |= {key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)}
@@ -39,6 +44,18 @@ def _refuse_what_is_not_done() -> None:
         known(handler, body)
 
     BaseHandler._validate_request = checked
+
+
+def _malformed(body: dict[str, Any]) -> Iterator[str]:
+    """What of a request it would end in an error of its own."""
+    for key, (least, most) in _NUMBERS.items():
+        value = body.get(key)
+        if value is not None and not (type(value) in (int, float) and least <= value <= most):
+            yield f"{key} must be a number from {least} to {most}"
+    for key, kind, kinds in (("messages", dict, "messages"), ("stop", str, "texts")):
+        value = [body[key]] if isinstance(body.get(key), str) and kind is str else body.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            yield f"{key} must be a list of {kinds}"
 
 
 def _draw_where_asked() -> None:

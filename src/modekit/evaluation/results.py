@@ -178,7 +178,7 @@ def _references(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, tuple[
     return {name: (named[BASE].scores[name], named[name].scores[name]) for name in domains if name in named}
 
 
-def _is_gap(base: Score, own: Score) -> bool:
+def is_gap(base: Score, own: Score) -> bool:
     """Whether the own expert gains more over the base than nothing, and than two standard errors."""
     gain, error = difference(base, own)
     return gain > max(SMALLEST_GAP, 2 * (error or 0.0))
@@ -186,7 +186,12 @@ def _is_gap(base: Score, own: Score) -> bool:
 
 def with_gaps(rows: Sequence[Row], domains: Sequence[str]) -> list[Row]:
     """The rows with the share of each domain's gap that they close, and its error; none where there is no gap."""
-    references = {name: each for name, each in _references(rows, domains).items() if _is_gap(*each)}
+    return gaps_closed(rows, _references(rows, domains))
+
+
+def gaps_closed(rows: Sequence[Row], scores: Mapping[str, tuple[Score, Score]]) -> list[Row]:
+    """The same by the scores of the base and of a domain's own expert."""
+    references = {name: each for name, each in scores.items() if is_gap(*each)}
 
     def closed(row: Row, name: str) -> Score:
         score = row.scores[name]
@@ -201,7 +206,12 @@ def with_gaps(rows: Sequence[Row], domains: Sequence[str]) -> list[Row]:
 
 def gapless_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
     """Why domains have no share of a gap."""
-    none = {name: difference(*each)[0] for name, each in _references(rows, domains).items() if not _is_gap(*each)}
+    yield from gapless_note(_references(rows, domains))
+
+
+def gapless_note(scores: Mapping[str, tuple[Score, Score]]) -> Iterator[str]:
+    """The same of domains by name, with the scores of the base and of their own expert."""
+    none = {name: difference(*each)[0] for name, each in scores.items() if not is_gap(*each)}
     if none:
         yield (
             "no gap closed is shown, and none in its mean, where the own expert gains nothing over the base, or no more than "

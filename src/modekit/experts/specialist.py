@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
+from modekit.evaluation.results import Score
 from modekit.experts.moving import What
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.write import digest_of_data
@@ -92,11 +93,16 @@ def digest_of_source(source: ModelSource) -> str:
 
 def held_out_losses(model: PreTrainedModel, domains: Sequence[Domain], when: str, run: Run) -> dict[str, float]:
     """Held-out loss by domain, of those that have held-out text; `when` is said as progress."""
+    return {name: score.loss for name, score in held_out_scores(model, domains, when, run).items()}
+
+
+def held_out_scores(model: PreTrainedModel, domains: Sequence[Domain], when: str, run: Run) -> dict[str, Score]:
+    """The same with what is known of their noise."""
     scored = [domain for domain in domains if domain.sequences]
     total, done = sum(domain.scored_tokens for domain in scored), 0
     run.begin(f"score {when}", total)
-    losses = {}
+    scores = {}
     for domain in scored:
-        losses[domain.name] = score_domain(model, domain, partial(run.progress, f"score {when}", total=total), done).loss
+        scores[domain.name] = score_domain(model, domain, partial(run.progress, f"score {when}", total=total), done)
         done += domain.scored_tokens
-    return losses
+    return scores

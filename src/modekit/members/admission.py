@@ -23,6 +23,7 @@ from modekit.checkpoint.sources import changed_weights
 from modekit.errors import ModekitError, TextError, some_of
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
+from modekit.evaluation.results import SMALLEST_GAP, Score, is_gap
 from modekit.members.change import opened_expert
 from modekit.members.licences import facts, licence_of, sources_of
 from modekit.recipes.layers import layer_at
@@ -35,7 +36,6 @@ from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
 
 _SERVED = 0.9  # of the expert's gain that the mixture has already
-_SMALLEST_GAIN = 1e-3  # nats per token: less is noise
 _NEAR_COSINE = 0.95  # of two differences from the base: above it, two experts are nearly one
 _SEQUENCE_LENGTH = 512
 
@@ -80,13 +80,14 @@ def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, 
     others = _models_that_are_there(before, place, run)
     drift, nearest = _likeness(before, place, others, run)
     missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
-    losses, read = _losses(before, place, tokens, run)
-    findings = [*_of_losses(losses), *_of_likeness(drift, nearest, missed), *_of_licences(before, place)]
+    scores, read = _scores(before, place, tokens, run)
+    losses = {row: score.loss for row, score in scores.items()}
+    findings = [*_of_scores(scores), *_of_likeness(drift, nearest, missed), *_of_licences(before, place)]
     return Admission(name, losses, read, drift, nearest, findings)
 
 
-def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:
-    from modekit.evaluation.loss import score_domain
+def _scores(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, Score], int]:
+    from modekit.experts.specialist import held_out_scores
     from modekit.loaded.experts import give_rows, load_expert
     from modekit.loaded.load import load_model, load_tokenizer
 
@@ -110,14 +111,12 @@ def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tupl
         "mixture": partial(load_model, mixture, run=run),
         "expert": partial(load_expert, base.folder, source.folder, run=run),
     }
-    total = domain.scored_tokens * len(loads)
     found = {}
-    for number, (name, load) in enumerate(loads.items()):
-        said = partial(run.progress, f"score {name}", total=total)
+    for name, load in loads.items():
         model = load()
         if name != "mixture":
             give_rows(model, source if name == "expert" else base, base)
-        found[name] = score_domain(model, domain, said, number * domain.scored_tokens).loss
+        found[name] = held_out_scores(model, [domain], name, run)[domain.name]
     return found, count
 
 
@@ -154,16 +153,18 @@ def _likeness(
     return found.drift, max(((name, *pair) for name, pair in pairs if pair), key=lambda each: each[1], default=None)
 
 
-def _of_losses(losses: Mapping[str, float]) -> Iterator[Finding]:
-    if not losses:
+def _of_scores(scores: Mapping[str, Score]) -> Iterator[Finding]:
+    if not scores:
         to_do = "give --text, a few hundred documents"
         yield Finding("note", "what it brings was not measured", "no held-out text of its own", to_do)
         return
-    base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
+    base, mixture, expert = (scores[row].loss for row in ("base", "mixture", "expert"))
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
-    if not base - expert > _SMALLEST_GAIN:  # nor where it is no number
+    if not base - expert > SMALLEST_GAP:  # nor where it is no number
         what, to_do = "it is not better than the base model on its own text", "check that model and text belong together"
         yield Finding("error", what, found, to_do)
+    elif not is_gap(scores["base"], scores["expert"]):
+        yield Finding("warning", "what it gains over the base model is within the noise", found, "give more text to measure on")
     elif base - mixture >= _SERVED * (base - expert):
         what = f"the mixture has {(base - mixture) / (base - expert):.0%} of its gain without it"
         yield Finding("warning", what, found, "an expert for another domain would bring more")

@@ -202,7 +202,8 @@ def _native_form(
 def _why_modekit(recipe: Recipe) -> str | None:
     """Why a recipe that does not ask for a native architecture gets none; None where it may."""
     beyond = recipe.beyond_native()
-    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
+    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+    bits = [expert.name for expert in recipe.experts if expert.bits is not None]
     if recipe.output.format == "modekit":
         return "the recipe asks for the modekit architecture"
     if beyond:
@@ -211,7 +212,7 @@ def _why_modekit(recipe: Recipe) -> str | None:
         carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
         does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
         return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} {does}"
-    return None
+    return f"differences stay in a few bits per number ({', '.join(bits)})" if bits else None
 
 
 def _check_text(recipe: Recipe, reader: ModelSource) -> None:

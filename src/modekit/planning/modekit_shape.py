@@ -172,13 +172,14 @@ class ModekitShape(AnyShape):
         return replaced, changes
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
-        """Adapters are active as a whole: their product with a weight of zero is computed."""
-        leaves = _leaves(sizes)
+        """Adapters are active as a whole: their product with a weight of zero is computed. Of a table a token reads a row."""
+        leaves, fit = _leaves(sizes), self.recipe.mixture.fit
+        tables = sum(sizes[slot.name] for slot in self.slots) if fit is not None and fit.reads_ids else 0
         one = {
             module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
         }
         total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
-        return Parameters(total, sum(one.values()), total - idle, dense)
+        return Parameters(total, sum(one.values()), total - tables - idle, dense)
 
     def _idle(self, module: str) -> int:
         """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""

@@ -56,17 +56,19 @@ def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[st
     """Experts that may be made from another base: adapters name another, or weights lie further from it than its own size."""
     base = sources[0]
     known = (base.spec, str(base.folder), str(base.config.get("_name_or_path", "")))  # what an adapter may call it
-    names = {Path(each).name.lower() for each in known}
+    names, others = {Path(each).name.lower() for each in known}, dict[str, list[str]]()
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             said = source.config.get("base_model_name_or_path")
             if isinstance(said, str) and said and Path(said).name.lower() not in names:
-                yield (
-                    f"{expert.name}: its adapter_config.json names the base '{said}', and the recipe's is '{base.spec}'. "
-                    "An adapter of another model gives nonsense (an instruct model is not its base)"
-                )
+                others.setdefault(said, []).append(expert.name)
         elif source is not base and (far := _drift(source, base)) is not None and far > 1:
             yield f"{expert.name}: its weights differ from the base's by {far:.1f}x their size; was it made from this base?"
+    for said, experts in others.items():
+        yield (
+            f"{', '.join(experts)}: adapter_config.json names the base '{said}', and the recipe's is '{base.spec}'. An adapter "
+            "of another model gives nonsense (an instruct model is not its base)"
+        )
 
 
 def _drift(model: ModelSource, base: ModelSource) -> float | None:
@@ -168,18 +170,13 @@ def changed_ffn_alone(source: ModelSource) -> bool:
 
 
 def _twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
-    """Experts that are one model, or one part of it, or have one text, and those that are the base, by their folders."""
-    models, texts = dict[object, list[str]](), dict[object, list[str]]()
+    """Experts that are one model, or one part of it, and those that are the base, by their folders."""
+    models = dict[object, list[str]]()
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         folder = source.folder.resolve()
         if not expert.is_base and folder == sources[0].folder.resolve():
             yield f"{expert.name}: it is the base model itself: write `model: base`, which needs no tensors of its own"
         elif not expert.is_base:
             models.setdefault((folder, tuple(expert.layers or ())), []).append(expert.name)
-        if expert.text and not expert.writes_text:
-            texts.setdefault(tuple(sorted(expert.text)), []).append(expert.name)
-    for found, are, to_do in (
-        (texts, "have one text: no router can choose between them by it", "correct the paths"),
-        (models, "are one model: no router can choose between them", "keep one, or correct the paths"),
-    ):
-        yield from (f"{' and '.join(names)} {are}; {to_do}" for names in found.values() if len(names) > 1)
+    are = "are one model: no router can choose between them; keep one, or correct the paths"
+    yield from (f"{' and '.join(names)} {are}" for names in models.values() if len(names) > 1)

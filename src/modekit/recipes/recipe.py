@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from modekit.recipes.fits import fits_with
 from modekit.recipes.layers import Layers
-from modekit.recipes.mixture import BackboneExpert, Mixture
+from modekit.recipes.mixture import CHOICES, BackboneExpert, Mixture
 from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]
@@ -272,6 +272,12 @@ class Recipe(Strict):
         if self.mixture.method != "routing" or self.mixture.varies:
             return len(self.experts)
         return self.mixture.top_k or self.mixture.groups or min(2, len(self.experts))
+
+    @property
+    def chosen(self) -> str:
+        """Which experts take part in a token, by the setting that decides it."""
+        given = ((key, getattr(self.mixture, key)) for key in CHOICES)
+        return next((f"{key} {value}" for key, value in given if value is not None), f"top_k {self.top_k}")
 
     def digest(self) -> str:
         """sha256 of the recipe in canonical JSON; two recipes that say the same have the same digest."""

@@ -59,7 +59,7 @@ class TextRouter:
         settings, status = checkpoint.record.router.settings, checkpoint.record.router.status
         if settings is None or settings.row.reads != "tokens" or status == "unfitted":
             raise UnsupportedError(
-                "the mixture's router needs the model",
+                "the mixture's router cannot tell by a text alone whose it is",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
                 remedy="`modekit fit OUT fit=lexical`; gates of a plain checkpoint have no room "

@@ -135,7 +135,10 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         if path.name != "tokenizer.json":
             added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
             first = beside if path.name == "added_tokens.json" else None
-            return ReadTokens(_checked({**(first or {}), **raw, **added}))
+            file = folder / "merges.txt"  # of byte-level BPE beside vocab.json
+            lines = read_text(file, LARGE).split("\n") if path.name == "vocab.json" and file.exists() else None
+            merges = None if lines is None else [each for each in lines if each and not each.startswith("#version")]
+            return ReadTokens(_checked({**(first or {}), **raw, **added}), merges)
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
         tokens = _checked({**dict(pairs), **{added["content"]: added["id"] for added in raw.get("added_tokens") or []}})
@@ -205,7 +208,8 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
     Where both have a tokenizer.json, that is what counts.
     """
     both_json = all((folder / "tokenizer.json").exists() for folder in (base, expert))
-    for name in () if both_json else (name for name in PAIR_FILES if (base / name).exists() and (expert / name).exists()):
+    pieces = () if both_json else (*PAIR_FILES, "tokenizer.model")
+    for name in (name for name in pieces if (base / name).exists() and (expert / name).exists()):
         try:
             same = read_bytes(base / name, LARGE) == read_bytes(expert / name, LARGE)
         except UNREADABLE as error:

@@ -9,6 +9,7 @@ from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
+from modekit.sources.contents import known_blake3
 from modekit.sources.family import Reads
 from modekit.text.document import Document, both_kinds, reads_of, text_of
 from modekit.text.records import RECORDS, SEARCHED, SUFFIXES, TextRecord, read_file, read_hub
@@ -127,11 +128,20 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
 def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
     total = 0
-    for path in (path for spec in specs if (path := locate(spec, root)) is not None):
-        for file in _files_in(path):
-            with suppress(OSError):
-                total += file.stat().st_size
+    for file in _files_of(specs, root):
+        with suppress(OSError):
+            total += file.stat().st_size
     return total
+
+
+def digests_of_text(specs: Sequence[str], root: Path) -> tuple[str, ...]:
+    """The blake3 of each file on disk, or the names of hub data sets, in order. Raises SourceError."""
+    of_files = map(known_blake3, _files_of(specs, root))
+    return tuple(sorted([*of_files, *(spec for spec in specs if locate(spec, root) is None)]))
+
+
+def _files_of(specs: Sequence[str], root: Path) -> list[Path]:
+    return [file for spec in specs if (path := locate(spec, root)) is not None for file in _files_in(path)]
 
 
 def _files_in(path: Path) -> list[Path]:

@@ -24,15 +24,16 @@ What a training's states were compared on is kept in selected-by.txt, and is not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from modekit.errors import TextError
+from modekit.errors import SourceError, TextError
 from modekit.recipes.recipe import WRITTEN_FOLDER, Expert, Recipe
 from modekit.sources.family import Reads
 from modekit.text.document import Document, check_kind, reads_of
-from modekit.text.documents import bytes_of_text, check_present, read_documents
+from modekit.text.documents import bytes_of_text, check_present, digests_of_text, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 from modekit.text.written import check_written, is_written
@@ -103,11 +104,13 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
 
     Raises TextError for a text that is not there, whoever would read it.
     """
-    notes, writers = list[str](), list[str]()
+    notes, writers, texts = list[str](), list[str](), dict[str, tuple[int, list[str]]]()
     for place, expert in enumerate(recipe.experts):
         if not expert.writes_text or is_written(expert, root):
             check_present(expert.texts, root=root, where=_where(expert, place))
             size = bytes_of_text(expert.texts, root)
+            if expert.text:
+                texts[expert.name] = size, expert.texts
             if 0 < size < _FEWEST_BYTES:
                 notes.append(f"{expert.name}: {size} bytes of text are too little to learn a domain from")
         elif reads == "text":
@@ -124,7 +127,18 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
         check_present(specs, root=root, where=f"eval.{domain}")
     if writers:
         notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
-    return notes
+    return [*notes, *_one_text(texts, root)]
+
+
+def _one_text(texts: Mapping[str, tuple[int, Sequence[str]]], root: Path) -> Iterator[str]:
+    """Experts whose texts are the same files, or copies of them; those of equal size are read."""
+    same, sizes = dict[object, list[str]](), [size for size, _ in texts.values()]
+    for name, (size, specs) in texts.items():
+        if sizes.count(size) > 1:
+            with suppress(SourceError):  # a file that cannot be read, which who reads it says
+                same.setdefault(digests_of_text(specs, root), []).append(name)
+    are = "have one text: no router can choose between them by it; correct the paths"
+    yield from (f"{' and '.join(names)} {are}" for names in same.values() if len(names) > 1)
 
 
 def _where(expert: Expert, place: int) -> str:

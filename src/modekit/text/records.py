@@ -237,7 +237,7 @@ def _read_separated(stream: io.BufferedReader, suffix: str, *, where: str) -> It
     if suffix == ".tsv":
         rows = csv.reader(chain([header], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        rows = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count))
+        rows = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     try:
         names = next(rows, [])
         for row in filter(None, rows):  # blank lines are no rows

@@ -36,6 +36,8 @@ BEGUN = 3
 """Of so many batches the last is of such documents, and in the second an expert writes as it is."""
 CHATS = 4
 """One document of so many is a question and its answer, where there is a chat template."""
+_FEWEST_WRITTEN = 8
+"""Documents that are not empty: with fewer, no router is set."""
 WAY = 3
 """Goes up by one when the numbers here, or those in loaded/sampling.py, change what is written."""
 AGAINST = 1.0
@@ -160,15 +162,35 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
             remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if its fit reads text",
         )
     check_present(expert.texts, root=root, where=where)
+    if expert.writes_text and (known := _wrote(expert, root)) and known[0] < min(_FEWEST_WRITTEN, known[1].documents):
+        raise TextError(
+            "this expert wrote too little text to learn its domain from",
+            where=where,
+            found=f"{known[0]} of {known[1].documents} documents have text",
+            remedy="give it real text (`text: FILE` in the recipe, `mix --text NAME=FILE`)",
+        )
+
+
+def _wrote(expert: Expert, root: Path) -> tuple[int, Written] | None:
+    """How many documents an expert wrote that are not empty, and what is known of all."""
+    known = read_written(written_file(expert, root))
+    return None if known is None else (sum(1 for _ in stream_records(expert.texts, root=root, where="")), known)
+
+
+def little_written(recipe: Recipe, root: Path) -> Iterator[str]:
+    """Who wrote how little: experts of whose documents most are empty."""
+    for expert in (each for each in recipe.experts if each.writes_text):
+        if (known := _wrote(expert, root)) and 2 * known[0] < known[1].documents:
+            yield f"{expert.name} wrote only {known[0]} of {known[1].documents} documents, the others are empty; give real text"
 
 
 def written_notes(recipe: Recipe, root: Path) -> Iterator[str]:
     """What has to be said of a result that was measured on text which experts wrote themselves."""
     given = [expert for expert in recipe.experts if expert.writes_text and expert.name not in recipe.eval]
     for expert in given:
-        known = read_written(written_file(expert, root))
+        known = _wrote(expert, root)
         if known is not None:
-            yield f"text written by {expert.name}: {known.documents} documents of at most {known.made.tokens} tokens"
+            yield f"text written by {expert.name}: {known[0]} documents of at most {known[1].made.tokens} tokens"
     if given:
         names = ", ".join(expert.name for expert in given)
         yield (
