@@ -34,7 +34,6 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "its files hold a table of integers",
     "minimax": "it has a cache of its own kind",
     "kimi_linear": "not tried: its reference code takes minutes for a small text",
-    "afmoe": "PEFT adapts its router, too (target_parameters)",
     "cpmant": "large logits differ by 3e-4",
     "dory": "its saved config does not open",
     "longcat_flash": "each layer is two in one",
@@ -60,7 +59,8 @@ _HEAD = """# Families
 
 Which causal models of transformers you can mix, and how. `modekit plan` shows the same for your model.
 
-* **adapters**: LoRA on any linear module of the layers. Adapters on fused experts (`target_parameters`) are refused.
+* **adapters**: LoRA on any linear module of the layers. Of bases that are themselves mixtures also on the gate and on fused
+  experts (`target_parameters`), as PEFT's `all-linear` writes it.
 * **whole models**: `modules: all`.
 * **FFN experts**: whole FFNs, with a router in every layer.
 * **native**: the architecture that holds such a mixture exactly, and what runs it besides transformers.

@@ -14,17 +14,21 @@ from safetensors.torch import load_file, save_file
 
 import modekit.loaded.engine as engine_module
 import modekit.loaded.text_training as training_module
-from conftest import Workshop
+from conftest import VOCAB, Workshop, save
 from modekit.errors import TrainingError
+from modekit.experts.moving import What
 from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
+from modekit.recipes.read import parse_recipe
 from modekit.run import DETAIL, QUIET, Run
+from modekit.sources.open import Opener
 from modekit.text.splits import TRAINED_FILE, digests_in, split_of
 from pair_models import built, inputs, logits_of, make_pair_workshop, pair_model
 from refusal import tree
 from rounding import assert_close
+from tiny_decoders import tiny_decoder
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 
@@ -69,6 +73,22 @@ def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
     after = load_file(workshop.root / "new" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
     assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+
+
+@pytest.mark.parametrize("train", ["mlp", "lora"])
+def test_routed_experts_of_a_mixture_move_in_its_own_dtype(train: What, workshop: Workshop) -> None:
+    """PEFT's all-linear leaves those of gpt-oss out."""
+    base = save(tiny_decoder("gpt_oss", vocab_size=VOCAB).bfloat16(), workshop.root / "base")
+    assert fell(run(workshop, "new", train=train).held_out_loss)
+    if train == "mlp":
+        before, after = (load_file(folder / "model.safetensors") for folder in (base, workshop.root / "new"))
+        assert {name: tensor.dtype for name, tensor in after.items()} == {name: each.dtype for name, each in before.items()}
+        assert all(torch.equal(before[name], after[name]) == (".mlp." not in name) for name in before)
+        return
+    opener = Opener(workshop.root)
+    recipe = parse_recipe({"base_model": "./base", "experts": [{"name": "new", "adapter": "./new"}]})
+    changed = opener.expert(0, recipe.experts[0], opener.base(recipe)).changes  # type: ignore[attr-defined]
+    assert {name.partition(".layers.1.")[2] for name in changed} >= {f"mlp.experts.{each}_proj" for each in ("gate_up", "down")}
 
 
 def test_nothing_else_is_changed_by_a_training(workshop: Workshop) -> None:

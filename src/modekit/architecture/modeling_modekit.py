@@ -24,6 +24,7 @@ from .configuration_modekit import ModekitConfig, family_config
 from .modekit_any import MixedAny
 from .modekit_cache import CarriesRouterStates, remembering
 from .modekit_flow import Flow, Recomputing
+from .modekit_inside import Inside, MixedInside
 from .modekit_mixed import Chain, Mixed, put_in_place
 from .modekit_router import Router, places_of
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
@@ -126,7 +127,8 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) 
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
             dense: Any = Chain(owner, calls) if calls else getattr(owner, leaf, None)
-            module = kinds.get(leaf, other)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
+            kind = MixedInside if place.get("inside") else kinds.get(leaf, other)
+            module = kind(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
             put_in_place(owner, calls or [leaf], module)
             module.is_head, flow.mixed[name] = name == head, module
     for name, module in flow.mixed.items():
@@ -137,11 +139,11 @@ def initialise(module: nn.Module) -> None:
     """A mixture made from a config alone starts as its base: gates and B are zero, A is small and random."""
     if isinstance(module, Router) and hasattr(module, "gate"):
         nn.init.zeros_(module.gate)
-    if isinstance(module, Mixed):
+    if isinstance(module, Mixed | Inside):
         if any(module.ranks):
             nn.init.normal_(module.lora_A, std=0.02)
             nn.init.zeros_(module.lora_B)
-        if module.biased:
+        if isinstance(module, Mixed) and module.biased:
             nn.init.zeros_(module.lora_bias)
     if isinstance(module, BiasedHead):
         nn.init.zeros_(module.final_logits_bias)

@@ -35,7 +35,7 @@ from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import ITEMSIZE, TensorRef
-from modekit.sources.names import HEAD
+from modekit.sources.names import HEAD, module_of
 from modekit.text.splits import TRAINED_FILE
 from modekit.weights.numeric import as_array
 
@@ -63,7 +63,7 @@ def why_not(checkpoint: Checkpoint, expert: int) -> str | None:
         return "it is a full model: `modekit extract` makes an adapter of it"
     if checkpoint.record.tokens is not None and HEAD in places:
         return "its head has rows for the tokens of other models"
-    if not places or any(not place.ranks[expert] for place in places.values()):
+    if not places or any(not place.is_low_rank(expert) for place in places.values()):
         return f"parts of it are no low-rank changes (DoRA, biases): {asked.adapter} has them"
     return None
 
@@ -96,7 +96,7 @@ def write_export(checkpoint: Checkpoint, expert: int, out: Path, *, overwrite: b
         expert=name,
         identity=checkpoint.identity,
         rank=int(str(config["r"])),
-        modules=len(places_of(checkpoint, expert)),
+        modules=sum(map(len, _changes_of(checkpoint, expert))),
         notes=list(_notes(checkpoint, expert)),
     )
     if not overwrite and _is_written(out, record):
@@ -130,7 +130,7 @@ def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
     recipe = checkpoint.record.recipe
     if recipe.output.dtype != "source":
         yield f"the mixture holds its tensors in {recipe.output.dtype} (output.dtype)"
-    parts = tuple(f"{module}.lora_" for module in places_of(checkpoint, expert))
+    parts = tuple(f"{module}.{part}" for module in places_of(checkpoint, expert) for part in ("lora_", "inside."))
     if any(name.startswith(parts) for name in checkpoint.record.trained):
         yield "it was trained on in the mixture (modekit train)"
     if isinstance(recipe.mixture.modules, list) or recipe.mixture.layers is not None:
@@ -148,23 +148,42 @@ def places_of(checkpoint: Checkpoint, expert: int) -> dict[str, Place]:
 
 def adapter_config_of(checkpoint: Checkpoint, expert: int) -> dict[str, object]:
     """adapter_config.json of what the mixture has of an expert."""
-    places = places_of(checkpoint, expert)
-    changes = {module: ModuleChange(place.ranks[expert], place.scales[expert]) for module, place in places.items()}
+    changes, inside = _changes_of(checkpoint, expert)
     recipe = checkpoint.record.recipe
     folder = locate(recipe.base_model, checkpoint.recipe_root)
     base = recipe.base_model if folder is None else str(folder.resolve())  # PEFT finds it, whatever folder it is called from
-    config = lora_config(base, changes, has_encoder=checkpoint.shape.family.reads == "pairs")
+    config = lora_config(base, changes, parameters=inside, has_encoder=checkpoint.shape.family.reads == "pairs")
     return {**config, "revision": recipe.revision}
 
 
+def _changes_of(checkpoint: Checkpoint, expert: int) -> tuple[dict[str, ModuleChange], dict[str, ModuleChange]]:
+    """What an expert changes: modules, and parameters of places that are themselves mixtures."""
+    changes, inside = dict[str, ModuleChange](), dict[str, ModuleChange]()
+    for module, place in places_of(checkpoint, expert).items():
+        if place.ranks[expert]:
+            changes[module] = ModuleChange(place.ranks[expert], place.scales[expert])
+        for each in place.inside:
+            if each.ranks[expert]:
+                inside[f"{module}.{each.tensor}"] = ModuleChange(each.ranks[expert], each.scales[expert])
+    return changes, inside
+
+
 def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
-    """A (R, I) and B (O, R) of every module."""
+    """A (R, I) and B (O, R) of every module, A (E R, I) and B (O, R E) of fused experts."""
     for module, place in sorted(places_of(checkpoint, expert).items()):
-        start, rank = sum(place.ranks[:expert]), place.ranks[expert]
-        own = slice(start, start + rank)
-        a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
-        yield _tensor(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
-        yield _tensor(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
+        held = [(module, module, place.ranks)] if place.ranks[expert] else []
+        changed = [each for each in place.inside if each.ranks[expert]]
+        for number, each in enumerate(changed):
+            owner = module_of(f"{module}.{each.tensor}")
+            around = sum(module_of(f"{module}.{other.tensor}") == owner for other in changed[number + 1 :])
+            held.append((f"{module}.{each.name}", owner + ".base_layer" * around, each.ranks))  # the class's last is outermost
+        for name, called, ranks in held:
+            a, b = (checkpoint.tensors[f"{name}.lora_{side}"] for side in "AB")
+            times = a.shape[0] // sum(ranks)
+            start, rank = times * sum(ranks[:expert]), times * ranks[expert]
+            own = slice(start, start + rank)
+            yield _tensor(peft_name(called, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
+            yield _tensor(peft_name(called, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
 
 
 _Index = tuple[slice | int, slice]

@@ -58,12 +58,20 @@ def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
 
 
 def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
-    """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
+    """LoRA on every linear layer of the decoder, and on experts that a class keeps in one tensor. PEFT puts its layers into the
+    model itself, which trains as it is.
+    """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM"
-    )
+    fused = {
+        f"{name.rpartition('.')[2]}.{leaf}"
+        for name, module in model.named_modules()
+        for leaf, each in module.named_parameters(recurse=False)
+        if hasattr(module, "_apply_gate") and each.ndim == 3
+    }
+    task = "SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM"
+    parameters = sorted(fused) or None
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", target_parameters=parameters, task_type=task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         adapted = get_peft_model(model, config)

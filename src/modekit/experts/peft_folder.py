@@ -51,15 +51,17 @@ def lora_config(
     changes: Mapping[str, ModuleChange],
     *,
     targets: Sequence[str] | None = None,
+    parameters: Mapping[str, ModuleChange] | None = None,
     has_encoder: bool = False,
 ) -> dict[str, object]:
-    """adapter_config.json of these modules, which are its targets unless `targets` says it shorter.
+    """adapter_config.json of these modules, which are its targets unless `targets` says it shorter, and of these parameters.
 
     `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `has_encoder`: the base is an
     encoder-decoder.
     """
-    ranks = {module: change.rank for module, change in sorted(changes.items())}
-    alphas = {module: changes[module].alpha for module in ranks}
+    both = {**changes, **(parameters or {})}
+    ranks = {module: change.rank for module, change in sorted(both.items())}
+    alphas = {module: both[module].alpha for module in ranks}
     largest = max(ranks, key=ranks.__getitem__)
     rank, alpha = ranks[largest], alphas[largest]
     return {
@@ -78,7 +80,8 @@ def lora_config(
         "lora_alpha": alpha,
         "rank_pattern": {module: each for module, each in ranks.items() if each != rank},
         "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
-        "target_modules": list(targets) if targets is not None else list(ranks),
+        "target_modules": list(targets) if targets is not None else sorted(changes),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
     }
 
 

@@ -35,6 +35,7 @@ from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
+from modekit.sources.class_names import named_by_class
 from modekit.sources.config import whole
 from modekit.sources.source import SPECIALIST_FILE, open_source
 from modekit.sources.tokenizer import check_ids_fit
@@ -92,7 +93,7 @@ def specialize(
     folder.tidy()
     sources = (base,) if teaching is None else (base, teaching.teacher)
     refuse_existing(out, replaced_by(overwrite), sources=sources)
-    source = open_source("BASE", str(base), base, run=run)
+    source = named_by_class(open_source("BASE", str(base), base, run=run))
     run.begin("read the text")
     reading = Reading(load_tokenizer(base, run=run), root, training)
     teacher = None if teaching is None else teaching.open(source, run)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_flow import Flow
+from modekit.architecture.modekit_inside import MixedInside
 from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
@@ -35,6 +36,7 @@ class ModekitMixture(LoadedMixture):
         for mixed in flow_of(self.model).mixed.values():
             yield from mixed.experts.parameters()
             yield from mixed.parameters(recurse=False)  # lora_A, lora_B, lora_bias
+            yield from mixed.inside.parameters() if isinstance(mixed, MixedInside) else ()
             yield from mixed.differences.parameters() if mixed.few_bits else ()
 
     def ffn(self, layer: nn.Module) -> nn.Module:

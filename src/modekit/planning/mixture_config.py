@@ -100,9 +100,23 @@ class Routing(_Said):
         return self.reads_averages or self.ngram is not None
 
 
+class Inside(_Said):
+    """Of one tensor of a place that is itself a mixture, by its name there: the rank and the scale of every expert's change."""
+
+    tensor: Annotated[str, Field(max_length=200, pattern=r"^\w+(\.\w+)*$")]
+    ranks: Annotated[list[_Rank], _PerExpert]
+    scales: Annotated[list[float], _PerExpert]
+
+    @property
+    def name(self) -> str:
+        """What the change is called under the place: a module's name has no dots."""
+        return f"inside.{self.tensor.replace('.', '-')}"
+
+
 class Place(_Said):
     """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`.
 
+    `inside`: where it is itself a mixture, what experts change of the tensors in it, in the order of the class.
     `calls`: where a layer calls several modules itself that are one place here, their names under the layer, in that order.
     `of_source`: whether a place in a decoder runs on the encoder's output.
     """
@@ -120,6 +134,7 @@ class Place(_Said):
     rows: Annotated[list[_Rank], _PerExpert] | None = None
     calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
     of_source: bool = False
+    inside: Annotated[list[Inside], Field(max_length=64)] = []
 
     def tensor(self, module: str, leaf: str) -> str:
         """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight with `calls`."""
@@ -129,7 +144,11 @@ class Place(_Said):
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here."""
-        return bool(self.ranks[expert] or expert in self.own or (self.bits and self.bits[expert]))
+        return self.is_low_rank(expert) or expert in self.own or bool(self.bits and self.bits[expert])
+
+    def is_low_rank(self, expert: int) -> bool:
+        """Whether an expert has a low-rank change here."""
+        return bool(self.ranks[expert] or any(each.ranks[expert] for each in self.inside))
 
 
 class MixtureConfig(_Said):
@@ -168,6 +187,8 @@ class MixtureConfig(_Said):
             leader = self.places.get(place.router)
             if {len(place.ranks), len(place.scales), len(place.bits or place.ranks)} != {count}:
                 raise ValueError(f"places.{module}: ranks, scales and bits must have {count} entries")
+            if any({len(each.ranks), len(each.scales)} != {count} for each in place.inside):
+                raise ValueError(f"places.{module}: ranks and scales of what is inside must have {count} entries")
             for named in (place.own, place.biased):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
                     raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once, in order")

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place, routing_config
+from modekit.planning.mixture_config import FORMAT, Inside, MixtureConfig, Place, routing_config
 from modekit.planning.modekit_shape import ModekitShape, gate_of, whole_module_unscored
 from modekit.planning.places import Places, PlannedPlace, leaders_of, needs_base, untied
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, low_rank
 from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import HEAD, LOGITS_BIAS, split_layer, weight_of
@@ -45,10 +46,12 @@ class ModekitForm:
         self.mixed = {name for name, place in self._by_tensor.items() if place.is_mixed}
         self.shape = self._shape()
         if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "changes":
-            mixture, own = self.shape.mixture, {place.module: place.own for place in self._places if place.own}
+            mixture, own = self.shape.mixture, dict[str, int]()
+            for place in (each for each in self._places if each.own or each.inside):
+                own[place.module] = next(expert for expert in range(len(recipe.experts)) if place.has(expert))
             leaders = [module for module, place in mixture.places.items() if place.router == module]
             for module in (each for leader in leaders for each in mixture.readers(leader) if each in own):
-                raise whole_module_unscored(recipe.experts[own[module][0]], module)
+                raise whole_module_unscored(recipe.experts[own[module]], module)
 
     def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
         """What the result has of a tensor of the base: nothing where no expert needs the base's module."""
@@ -76,6 +79,8 @@ class ModekitForm:
                     made = as_in(self._sources[1 + expert], self._original(ref))
                     yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
             yield from self._low_rank_tensors(place)
+            for ref, ranks in place.inside:
+                yield from self._inside_tensors(place, ref, ranks)
             kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
             for number, (expert, bits) in enumerate(kept):
                 pair = self._pair(expert, place.weight)
@@ -119,6 +124,7 @@ class ModekitForm:
             "biased": [*self._added_biases(place)],
             "calls": list(place.calls),
             "of_source": self._family.of_source(place.module),
+            "inside": [self._inside_entry(place, ref, ranks).as_written() for ref, ranks in place.inside],
             "sequence_axis": 2 if layer is not None and path in self._family.heads_first else None,
         }
         weight = None if place.weight is None else place.weight.shape
@@ -149,6 +155,26 @@ class ModekitForm:
             code = self._adapter_code([*a.values(), *b.values()])
             yield self._of_experts(f"{place.module}.lora_A", a, (ranks, inputs), 0, code)
             yield self._of_experts(f"{place.module}.lora_B", b, (outputs, ranks), 1, code)
+
+    def _inside_entry(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> Inside:
+        scales = [self._change(expert, ref).scale if rank else 1.0 for expert, rank in enumerate(ranks)]
+        return Inside(tensor=place.within(ref.name), ranks=list(ranks), scales=scales)
+
+    def _inside_tensors(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> Iterator[PlannedTensor]:
+        """A and B of all adapters' changes of one tensor of a place that is itself a mixture."""
+        changes = {expert: self._change(expert, ref) for expert, rank in enumerate(ranks) if rank}
+        a: dict[int, Made] = {expert: Copy(change.a) for expert, change in changes.items()}
+        b: dict[int, Made] = {expert: Copy(change.b) for expert, change in changes.items()}
+        code, total = self._adapter_code([*a.values(), *b.values()]), sum(made.shape[0] for made in a.values())
+        first, name = next(iter(changes.values())), f"{place.module}.{self._inside_entry(place, ref, ranks).name}"
+        yield self._of_experts(f"{name}.lora_A", a, (total, first.a.shape[1]), 0, code)
+        yield self._of_experts(f"{name}.lora_B", b, (first.b.shape[0], total), 1, code)
+
+    def _change(self, expert: int, ref: TensorRef) -> LowRank:
+        """An adapter's change of a tensor that it is known to change."""
+        source = self._sources[1 + expert]
+        assert isinstance(source, AdapterSource)
+        return source.changes[ref.name]
 
     def _added_biases(self, place: PlannedPlace) -> dict[int, Made]:
         """Expert with a difference in a few bits -> what its bias differs by from the base's."""

@@ -169,6 +169,16 @@ class ModekitShape(AnyShape):
                 of_a = unread(f"{name} A", file, a.dtype, (rank, a.shape[1]))
                 of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], rank))
                 changes[name] = LowRank(of_a, of_b, place.scales[expert])
+            for each in place.inside:
+                if each.ranks[expert]:
+                    name = place.tensor(module, each.tensor)
+                    a, b = (tensors[f"{module}.{each.name}.lora_{side}"] for side in "AB")
+                    shape = base.tensor(name).shape
+                    experts, turned = shape[0] if len(shape) == 3 else 0, a.shape[1] != shape[-1]
+                    count = each.ranks[expert] * (experts or 1)
+                    of_a = unread(f"{name} A", file, a.dtype, (count, a.shape[1]))
+                    of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], count))
+                    changes[name] = LowRank(of_a, of_b, each.scales[expert], transposed=turned, experts=experts)
         return replaced, changes
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
@@ -214,6 +224,12 @@ def _promised(module: str, place: Place, tensors: Tensors, leaves: list[str]) ->
     if ranks:
         found |= {f"{module}.base.weight": (rows, columns)}
         found |= {f"{module}.lora_A": (ranks, columns), f"{module}.lora_B": (rows, ranks)}
+    for inside in place.inside:
+        held, name = tensors.get(f"{module}.base.{inside.tensor}"), f"{module}.{inside.name}"
+        shape, a = (0, 0) if held is None else held.shape, tensors.get(f"{name}.lora_A")
+        count = sum(inside.ranks) * (shape[0] if len(shape) == 3 else 1)
+        inputs, outputs = shape[:-3:-1] if a is None or a.shape[1:] == shape[-1:] else shape[-2:]
+        found |= {f"{name}.lora_A": (count, inputs), f"{name}.lora_B": (outputs, count)}
     for number, expert in enumerate(expert for expert, bits in enumerate(place.bits) if bits):
         name = f"{module}.differences.{number}"
         found |= {f"{name}.codes": (rows, place.bits[expert], bytes_of_codes(columns)), f"{name}.steps": (rows,)}

@@ -47,6 +47,7 @@ class PlannedPlace:
     of `ranks`, or a difference in `bits` per number; else the base's.
 
     `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
+    `inside`: where it is itself a mixture, name of a tensor -> the rank of every expert's change of it.
     """
 
     module: str
@@ -55,15 +56,16 @@ class PlannedPlace:
     own: tuple[int, ...] = ()
     ranks: tuple[int, ...] = ()
     bits: tuple[int, ...] = ()
+    inside: tuple[tuple[TensorRef, tuple[int, ...]], ...] = ()
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here."""
-        return expert in self.own or bool(self.ranks[expert] or self.bits[expert])
+        return expert in self.own or bool(self.ranks[expert] or self.bits[expert] or any(r[expert] for _, r in self.inside))
 
     @property
     def is_mixed(self) -> bool:
         """Whether any expert does."""
-        return bool(self.own or any(self.ranks) or any(self.bits))
+        return bool(self.own or any(self.ranks) or any(self.bits) or self.inside)
 
     @property
     def prefix(self) -> str:
@@ -252,7 +254,25 @@ class Places:
         bare = PlannedPlace(module, refs, calls)
         kinds = [self._kind(expert, bare) if refs else (False, 0, 0) for expert in range(len(self._recipe.experts))]
         own, ranks, bits = zip(*kinds, strict=True)
-        return replace(bare, own=tuple(expert for expert, has in enumerate(own) if has), ranks=ranks, bits=bits)
+        changed = {expert: self._inside(expert, bare) for expert, has in enumerate(own) if has}
+        inside = tuple(
+            (self._base.tensors[name], tuple(changed.get(expert, {}).get(name, 0) for expert in range(len(kinds))))
+            for name in (self._family.tensors if any(changed.values()) else ())  # in the order of the class
+            if any(name in each for each in changed.values())
+        )
+        whole = tuple(expert for expert, each in changed.items() if not each)
+        return replace(bare, own=whole, ranks=ranks, bits=bits, inside=inside)
+
+    def _inside(self, expert: int, place: PlannedPlace) -> dict[str, int]:
+        """Tensor of a place that is itself a mixture -> rank of an adapter's change; empty where it is not kept so."""
+        source = self._sources[1 + expert]
+        if not isinstance(source, AdapterSource) or not any(each.startswith(place.prefix) for each in self._family.routed):
+            return {}
+        names = [ref.name for ref in place.refs if touched(source, ref.name)]
+        changes = [source.changes[name] for name in names if name in source.changes and name not in source.replaced]
+        plain = all(change.magnitude is None and (change.experts or not change.transposed) for change in changes)
+        routed = all(module_of(name) in self._family.routed for name in names if len(self._base.tensors[name].shape) == 3)
+        return {name: source.changes[name].rank for name in names} if plain and routed and len(changes) == len(names) else {}
 
     def _is_own(self, name: str) -> bool:
         known = self._family.tensors

@@ -27,7 +27,8 @@ _INNER = re.compile(r"(\.base_layer)+$")
 class Adapted:
     """A weight of the base: (O, I), or (E, O, I) of fused experts; `turned` where O and I are the other way round.
 
-    `key` is what patterns of ranks and alphas are compared with: the module's name, or the parameter's.
+    `key` is what patterns of ranks and alphas are compared with: the module's name, or the parameter's. `rank` is R as the
+    config says it, of fused experts, whose A would fit more of a smaller rank; 0 where A says it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Adapted:
     key: str
     turned: bool = False
     looked_up: bool = False
+    rank: int = 0
 
     @property
     def experts(self) -> int:
@@ -47,10 +49,10 @@ class Adapted:
         return ("lora_embedding_A", "lora_embedding_B") if self.looked_up else ("lora_A.weight", "lora_B.weight")
 
     def expected(self, parts: Parts) -> dict[str, tuple[int, ...]]:
-        """The shapes of A (E R, I) and B (O, R E), by the R that A has."""
+        """The shapes of A (E R, I) and B (O, R E)."""
         (a, b), (inputs, outputs) = self.parts, self.shape[-2:] if self.turned else self.shape[:-3:-1]
         found = parts[a].shape[0] if a in parts and parts[a].shape else 0
-        ranks = found - found % (self.experts or 1)
+        ranks = self.experts * self.rank or found
         return {a: (ranks, inputs), b: (outputs, ranks)}
 
     def fits(self, parts: Parts) -> bool:
@@ -86,5 +88,5 @@ def wrapped(found: Mapping[str, Parts], weights: Iterable[Adapted], where: str) 
                 expected=f"{len(own)} parts in PEFT's order, or parameters of different shapes",
                 remedy="load it with PEFT on its base, and save it again (save_pretrained), or merge it (merge_and_unload)",
             )
-        meant |= dict(zip(inner_first, (orders or [own])[0], strict=False))
+        meant |= dict(zip(inner_first, orders[0] if orders else own, strict=False))
     return meant

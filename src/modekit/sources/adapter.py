@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -43,6 +43,7 @@ _JOIN = (
 )
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
+_Pattern = Annotated[str, Field(max_length=1000)]
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\."
@@ -55,7 +56,7 @@ NO_EFFECT = {
     *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
     # which modules, layers and ranks there are, the file says
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("r", "rank_pattern", "bias", "fan_in_fan_out"),
+    *("bias", "fan_in_fan_out"),
     # read only while the matching init_lora_weights initialises; those that change the base are refused there
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
@@ -165,10 +166,12 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
+    r: int = Field(8, ge=1, le=2**20)
+    rank_pattern: dict[_Pattern, Annotated[int, Field(ge=1, le=2**20)]] | None = Field(None, max_length=10_000)
     lora_alpha: _Alpha = 8.0
     use_rslora: bool = False
     use_dora: bool = False
-    alpha_pattern: dict[Annotated[str, Field(max_length=1000)], _Alpha] | None = Field(None, max_length=10_000)
+    alpha_pattern: dict[_Pattern, _Alpha] | None = Field(None, max_length=10_000)
     init_lora_weights: bool | str | None = True
     modules_to_save: list[str] | None = Field(None, max_length=10_000)
     target_parameters: list[str] | None = Field(None, max_length=10_000)
@@ -294,7 +297,8 @@ class _Reading:
             shape, key = self._base.tensors[name].shape if name in self._base_names else (), self._naming.named(name)
             if len(shape) in (2, 3) and f".{key}".endswith(ends):
                 turned = len(shape) == 3 and self._family.keeps_columns(module_of(name))
-                weights.append(Adapted(name, shape, key, turned))
+                rank = self._said("rank_pattern", key, self._settings.r) if len(shape) == 3 else 0
+                weights.append(Adapted(name, shape, key, turned, rank=int(rank)))
         return wrapped(self._parts, weights, self._where)
 
     def _change(self, module: str, parts: Parts, weight: Adapted) -> LowRank:
@@ -312,22 +316,23 @@ class _Reading:
             if ref.shape != expected[part]:
                 raise self._other_shape(ref, expected[part])
         rank = expected[a][0] // (weight.experts or 1) or 1
-        scale = self._alpha(weight.key) / (math.sqrt(rank) if self._settings.use_rslora else rank)
+        alpha = self._said("alpha_pattern", weight.key, self._settings.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)
         magnitude = parts.get("lora_magnitude_vector")
         return LowRank(parts[a], parts[b], scale, None, magnitude, weight.turned, weight.experts)
 
-    def _alpha(self, module: str) -> float:
+    def _said(self, patterns: Literal["rank_pattern", "alpha_pattern"], module: str, default: float) -> float:
         """The first pattern counts that is a module's name or its end (PEFT's `get_pattern_key`)."""
         import regex  # which stops when it is told to, as `re` does not
 
-        for pattern, alpha in (self._settings.alpha_pattern or {}).items():
+        for pattern, value in (getattr(self._settings, patterns) or {}).items():
             try:
                 if regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=1.0):
-                    return alpha
+                    return float(value)
             except (regex.error, TimeoutError, MemoryError, OverflowError, RecursionError) as error:
                 what = "a pattern is no regular expression, or takes too long to match"
-                raise _damaged(what, f"{self._where}: {CONFIG_FILE}: alpha_pattern", f"{pattern[:200]}: {error}") from None
-        return self._settings.lora_alpha
+                raise _damaged(what, f"{self._where}: {CONFIG_FILE}: {patterns}", f"{pattern[:200]}: {error}") from None
+        return default
 
     def replaced(self) -> dict[str, TensorRef]:
         """Name of a tensor of the base -> the tensor of the file that takes its place."""

@@ -64,8 +64,9 @@ class Family:
         same_as: key of config.json -> the key whose value it has where it says none.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
-        derived: what was found in the class; None of a row. `tensors`, name -> shape of all that a model has, and `called`,
-            modules in the order in which they run: where it was looked for now.
+        derived: what was found in the class; None of a row. `tensors`, name -> shape of all that a model has, `called`, modules
+            in the order in which they run, and `routed`, modules with fused experts whose adapters can be kept low-rank: where
+            it was looked for now.
     """
 
     model_type: str
@@ -91,6 +92,7 @@ class Family:
     derived: Derived | None = None
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     called: tuple[str, ...] = ()
+    routed: tuple[str, ...] = ()
 
     # --- what a class may say in another way than a row
 

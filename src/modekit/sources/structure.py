@@ -7,8 +7,9 @@ classes that transformers itself has are made. torch and transformers are import
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
@@ -227,7 +228,8 @@ class Structure:
         tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
         family = family_from(config.model_type, derived)
-        return replace(family, known=known, tensors=tensors, defaults=settings, called=tuple(self._called))
+        looked_for = {"called": tuple(self._called), "routed": tuple(self._routed(derived.blocks))}
+        return replace(family, known=known, tensors=tensors, defaults=settings, **looked_for)
 
     def refused(self, why: str, remedy: str = "choose a base of another family (benchmarks/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""
@@ -324,6 +326,16 @@ class Structure:
         known = self._is_linear(module) or isinstance(module, self._nn.Embedding) or "Norm" in type(module).__name__
         alone = not any(True for _ in module.children())
         return known and alone and own.keys() <= {"weight", "bias"} and all(each.ndim <= 2 for each in own.values())
+
+    def _routed(self, blocks: list[str]) -> Iterator[str]:
+        """Modules with fused experts that are computed as transformers' own functions do (integrations/moe.py), in a block that
+        is called with what it reads and nothing else.
+        """
+        for name, module in self._modules.items():
+            block = next((self._modules[each] for each in blocks if name.startswith(f"{each}.")), None)
+            alone = block is not None and len(inspect.signature(block.forward).parameters) == 1
+            if alone and hasattr(module, "_apply_gate") and not getattr(module, "has_post_expert_norm", False):
+                yield name
 
     def _around(self, name: str, layers: str) -> str:
         if not name.startswith(layers):

@@ -83,7 +83,8 @@ class Request:
     def _of_labels(self) -> list[_Problem]:
         settings, shape = self.settings, self.checkpoint.shape
         # In a joint training every expert has tensors of its own, which stay as they are while others learn.
-        shared = settings.is_joint and (shape.plain or any(any(place.ranks) for place in shape.mixture.places.values()))
+        places = () if shape.plain else shape.mixture.places.values()
+        shared = settings.is_joint and (shape.plain or any(any(place.ranks) or place.inside for place in places))
         alone = settings.is_joint and not shape.routing.runs_common
         takes_away = settings.randomise > 0 and settings.randomise_to in ("half", "generic")
         silent = ", ".join(silent_domains(self.checkpoint, self.texts))
