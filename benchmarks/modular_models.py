@@ -34,8 +34,8 @@ from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.teaching import Mix, Teaching
 from modekit.experts.moving import What
 from modekit.experts.specialize import specialize
+from modekit.files.change import is_there
 from modekit.files.copies import library_writes
-from modekit.files.mending import is_there
 from modekit.files.staging import staging
 from modekit.files.write import write_file
 from modekit.loaded.load import without_bars

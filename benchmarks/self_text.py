@@ -24,7 +24,7 @@ from modekit.checkpoint.evidence import read_table
 from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
-from modekit.files.mending import is_there
+from modekit.files.change import is_there
 from modekit.loaded.load import load_tokenizer
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe

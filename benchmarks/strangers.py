@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modekit.demo.models import make_real_base
 from modekit.demo.text import unpack_text
-from modekit.files.mending import is_there
+from modekit.files.change import is_there
 from modekit.loaded.text_training import has_bfloat16_products
 from modekit.run import QUIET
 from modekit.text.document import text_of

@@ -24,7 +24,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.forced import force_experts
 from modekit.evaluation.results import Results, Row
 from modekit.experts.specialize import specialize
-from modekit.files.mending import is_there
+from modekit.files.change import is_there
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from modekit.planning.channel_choice import EXACT_TERMS, TERMS
-from modekit.planning.channels import BLOCK, CarrySize
+from modekit.planning.carry import BLOCK, EXACT_TERMS, TERMS, CarrySize
 
 FOLDED = "router alone (FFNs)"
 

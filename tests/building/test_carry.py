@@ -29,7 +29,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.channels import CarrySize
+from modekit.planning.carry import CarrySize
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.weights.few_bits import codes_of, decoded, steps_of
+from modekit.weights.few_bits import codes_of, steps_of
 
 WHOLE = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
 
@@ -135,6 +136,14 @@ def test_a_changed_code_is_found(tmp_path: Path) -> None:
     found = {check.name: check for check in verify(open_checkpoint(checkpoint.folder))}
     assert found["computed tensors"].verdict == "failed"
     assert "lm_head" in found["computed tensors"].detail
+
+
+def decoded(codes_XPC: npt.NDArray[np.uint8], step_X: npt.NDArray[np.float32], inputs: int) -> npt.NDArray[np.float32]:
+    """The rows (X, I) that codes and steps stand for."""
+    bits = codes_XPC.shape[1]
+    planes = np.unpackbits(codes_XPC, axis=2, count=inputs, bitorder="little")
+    codes_XI = sum(planes[:, plane].astype(np.float32) * np.float32(2**plane) for plane in range(bits))
+    return np.asarray((codes_XI - np.float32((2**bits - 1) / 2)) * step_X[:, None], np.float32)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

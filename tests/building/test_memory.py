@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from modekit.building.preview import memory_of
 from modekit.files.staging import safetensors_header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
@@ -79,7 +80,7 @@ def measured(root: Path, sizes: tuple[int, int], layers: int, recipe: dict[str, 
         make(root / expert["name"], sizes, layers, seed)
     (root / "recipe.yaml").write_text(yaml.safe_dump({"base_model": "./base", **recipe}))
     read = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
-    planned = make_plan(load_recipe(root / "recipe.yaml"), root).memory()["build"]
+    planned = memory_of(make_plan(load_recipe(root / "recipe.yaml"), root))["build"]
     found = Measured(
         read, peak("build", root / "recipe.yaml", root / "OUT"), peak("verify", root / "OUT", "--no-reload"), planned
     )

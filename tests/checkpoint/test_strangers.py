@@ -19,7 +19,8 @@ from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.errors import CheckpointError, SourceError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import expert_view
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.plan import ROUTER_FILE
+from modekit.sources.weight_files import INDEX_FILE
 from refusal import borrow, refuse
 
 RANDOM = {"fit": "random"}

@@ -25,7 +25,7 @@ from modekit.engines.registry import Outtype
 from modekit.files.staging import marker_of
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
-from modekit.sources import contents
+from modekit.sources import digests
 
 EXACT: Outtype = "f32"
 
@@ -74,7 +74,7 @@ def test_it_is_made_once_and_not_read_twice(tmp_path: Path, made: list[Path], mo
     os.utime(file, (past, past))
     time.sleep(2.1)  # of a file that was written just now nothing is kept
     assert gguf_of(checkpoint, beside, EXACT) == file
-    monkeypatch.setattr(contents, "blake3_of", lambda *_: pytest.fail("gigabytes would be read again"))
+    monkeypatch.setattr(digests, "blake3_of", lambda *_: pytest.fail("gigabytes would be read again"))
     assert gguf_of(checkpoint, beside, EXACT) == file and len(made) == 1
 
 

@@ -27,7 +27,7 @@ from modekit.evaluation.results import Results
 from modekit.members.admission import measure_admission
 from modekit.members.change import before_change, write_change
 from modekit.members.edits import NewExpert, add_expert
-from modekit.sources import contents
+from modekit.sources import digests
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from refusal import borrow, copy_base, copy_expert
@@ -135,8 +135,8 @@ def test_what_did_not_change_is_read_once(bench: Workshop, own_cache: Path, monk
     experts = (None, *range(len(checkpoint.names)))
     assert all(why_not(checkpoint, expert) is None for expert in experts)
     read: list[Path] = []
-    whole = contents.blake3_of
-    monkeypatch.setattr(contents, "blake3_of", lambda path, *rest: read.append(path) or whole(path, *rest))
+    whole = digests.blake3_of
+    monkeypatch.setattr(digests, "blake3_of", lambda path, *rest: read.append(path) or whole(path, *rest))
     assert all(why_not(checkpoint, expert) is None for expert in experts) and not read
     change(bench.root / "law")
     assert "(model.safetensors)" in str(why_not(checkpoint, 1)) and read

@@ -13,8 +13,8 @@ from command_line import modekit
 from conftest import Workshop
 from modekit.building.build import build
 from modekit.errors import OutputError
+from modekit.files.change import refuse_existing
 from modekit.files.marker import foreign_files, read_marker
-from modekit.files.mending import refuse_existing
 from modekit.files.output import work_of
 from modekit.files.staging import staging
 from modekit.planning.make import make_plan

@@ -11,8 +11,8 @@ import pytest
 
 from modekit.files import read
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.sources import contents
-from modekit.sources.contents import blake3_of, known_blake3, known_digest
+from modekit.sources import digests
+from modekit.sources.digests import blake3_of, known_blake3, known_digest
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="permissions are others there")
 
@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_is_read_once(cache: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = known_blake3(file)
     assert digest == blake3_of(file)
-    monkeypatch.setattr(contents, "blake3_of", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(digests, "blake3_of", lambda *_: pytest.fail("read again"))
     assert known_blake3(file) == digest
 
 

@@ -20,9 +20,9 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.channel_choice import turns_per_token
 from modekit.planning.channels import Channels
 from modekit.planning.make import make_plan
+from modekit.planning.recency import turns_per_token
 from modekit.recipes.read import parse_recipe
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.natives import NATIVES

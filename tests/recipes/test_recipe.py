@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from modekit.errors import RecipeError
-from modekit.recipes.mixture import BackboneMerge
+from modekit.recipes.backbone import BackboneMerge
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.schema import SCHEMA_FILE, schema_text
 

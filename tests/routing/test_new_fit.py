@@ -14,6 +14,7 @@ import torch
 import modekit
 from conftest import Workshop
 from modekit.building.build import build
+from modekit.building.preview import memory_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
@@ -48,7 +49,7 @@ def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
     router = {"fit": "favour", "temperature": 0.5}
     path = workshop.write(mixture={"method": "routing", "router": router}, output={"format": form})
     plan = make_plan(load_recipe(path), workshop.root)
-    assert plan.memory()["fit"] == 0 and plan.statistics_bytes() == 0
+    assert memory_of(plan)["fit"] == 0 and plan.statistics_bytes() == 0
     checkpoint = build(plan, workshop.root / "OUT")
     assert is_proven(verify(checkpoint))
     gates = open_checkpoint(checkpoint.folder).gates()

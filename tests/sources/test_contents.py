@@ -11,7 +11,8 @@ from blake3 import blake3
 
 from modekit.errors import SourceError
 from modekit.files.staging import safetensors_header
-from modekit.sources.contents import CHUNK, OpenFiles, blake3_of, read_header
+from modekit.sources.contents import CHUNK, OpenFiles, read_header
+from modekit.sources.digests import blake3_of
 from modekit.sources.header import TensorRef
 from modekit.weights.flat import same_bytes, stored
 

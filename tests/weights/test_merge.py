@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_states import DTYPES, RANDOM, State, result_of, states_of, store
 from conftest import Workshop
-from modekit.recipes.mixture import BackboneMerge
+from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.merge import merged as merge_of
 from modekit.weights.numeric import DTYPES as NUMPY_DTYPES
 from modekit.weights.numeric import blocks as blocks_of

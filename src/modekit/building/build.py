@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from modekit.building.carrying import Carrying
-from modekit.building.differences import Differences, carry_bases
+from modekit.building.carrying import Carrying, carry
 from modekit.building.update import CheckpointUpdate
-from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest, read_carried
+from modekit.checkpoint.carried import Carried, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, make_record
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord
 from modekit.checkpoint.router_file import write_index, write_router_file
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import SourceError
 from modekit.files.copies import copy_file, link_file
 from modekit.files.output import Replace, check_room, replaced_by, work_of
 from modekit.files.read import UNREADABLE
@@ -37,7 +36,8 @@ from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import FittedRouter, Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.contents import OpenFiles, WeightFile, keep_digest
+from modekit.sources.contents import OpenFiles, WeightFile
+from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import is_local
@@ -119,7 +119,8 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
         update.checkpoint.check_unchanged()
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
-    carried = _carried(plan, stage, update, run)
+    more = plan.shape.channels is not None and plan.shape.channels.carry is not None
+    carried = carry(plan, stage.folder, update, run) if more else None
     inspector = Inspector(plan, update.hashes if update is not None else {})
     try:
         write_shards(plan, stage, carried, run)
@@ -140,28 +141,6 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     run.begin("write to the disk" if run.sync else "put in place")
     return record
-
-
-def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: Run) -> Carried | None:
-    """By what a text shows, how a native checkpoint carries more than FFNs; kept beside its weights."""
-    size = plan.shape.channels and plan.shape.channels.carry
-    if not size:
-        return None
-    if update is not None and update.checkpoint.record.trained:
-        raise UnsupportedError(
-            "a mixture that was trained, and carries more of its experts than FFNs, cannot change its experts",
-            where=str(update.checkpoint.folder),
-            remedy="build it with the other experts, and train it again",
-        )
-    if (stage.folder / CARRIED_FILE).exists():  # of a build that was killed: what it wrote reads and writes these channels
-        return read_carried(stage.folder)
-    from modekit.routing.stream import measure_stream
-
-    stream = measure_stream(plan, stage.folder / STATISTICS_FOLDER, run)
-    with OpenFiles() as opened:
-        carried = carry_bases(Differences(plan, WeightReader(opened, plan.models)), size, stream, run)
-    write_file(stage.folder / CARRIED_FILE, carried.write)
-    return carried
 
 
 def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:

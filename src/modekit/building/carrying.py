@@ -18,19 +18,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from modekit.building.differences import Differences, in_rows
-from modekit.checkpoint.carried import Carried
+from modekit.building.differences import Differences, carry_bases, in_rows
+from modekit.building.update import CheckpointUpdate
+from modekit.checkpoint.carried import CARRIED_FILE, Carried, read_carried
+from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.errors import UnsupportedError
+from modekit.files.write import write_file
 from modekit.planning.plan import Plan
+from modekit.run import Run
+from modekit.sources.contents import OpenFiles
 from modekit.weights.numeric import Singles
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
 
 _EPS = 2.0**-6
 """Size of U and V over that of the stream: its square is what norms see of them."""
+
+
+def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -> Carried:
+    """By what a text shows, how the checkpoint in a folder carries more than FFNs; kept beside its weights. Raises
+    UnsupportedError for a mixture that was trained.
+    """
+    channels = plan.shape.channels
+    assert channels is not None and channels.carry is not None
+    if update is not None and update.checkpoint.record.trained:
+        raise UnsupportedError(
+            "a mixture that was trained, and carries more of its experts than FFNs, cannot change its experts",
+            where=str(update.checkpoint.folder),
+            remedy="build it with the other experts, and train it again",
+        )
+    if (folder / CARRIED_FILE).exists():  # of a build that was killed: what it wrote reads and writes these channels
+        return read_carried(folder)
+    from modekit.routing.stream import measure_stream
+
+    stream = measure_stream(plan, folder / STATISTICS_FOLDER, run)
+    with OpenFiles() as opened:
+        carried = carry_bases(Differences(plan, WeightReader(opened, plan.models)), channels.carry, stream, run)
+    write_file(folder / CARRIED_FILE, carried.write)
+    return carried
 
 
 class _Expert(NamedTuple):

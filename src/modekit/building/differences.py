@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.carried import Carried
-from modekit.planning.channel_choice import EXACT_TERMS
-from modekit.planning.channels import CarrySize
+from modekit.planning.carry import EXACT_TERMS, CarrySize
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import Plan
 from modekit.planning.routed import own_part

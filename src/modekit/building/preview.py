@@ -10,14 +10,18 @@ from pydantic import BaseModel
 from modekit.files.output import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
+from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.edit import why_chosen
-from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.sources.config import architecture_of
+from modekit.sources.config import architecture_of, whole
 from modekit.text.held_out import check_texts
+from modekit.weights.factorise import working_bytes
+from modekit.weights.made import Delta
+
+_BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed, as measured (benchmarks/speed.md)
 
 
 class Preview(BaseModel, frozen=True):
@@ -29,7 +33,7 @@ class Preview(BaseModel, frozen=True):
         experts: name -> the model or adapter that it is.
         tensors: their number.
         bytes: written, and of statistics.
-        parameters, memory: as `Plan` has them.
+        parameters, memory: see `parameters_of`, `memory_of`.
         disk: needed and free.
     """
 
@@ -91,8 +95,40 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         tensors=len(plan.tensors),
         shards=len(plan.shards) + 1,
         bytes={"written": plan.bytes_written, "statistics": plan.statistics_bytes()},
-        parameters=plan.parameters(),
+        parameters=parameters_of(plan),
         disk={"needed": plan.disk_needed, "free": disk_of(plan.root / "OUT").free},
-        memory=plan.memory(),
+        memory=memory_of(plan),
         notes=[*plan.notes, *notes],
     )
+
+
+def parameters_of(plan: Plan) -> dict[str, int]:
+    """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
+    by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
+    for tensor in plan.tensors:
+        by_role[tensor.role] += tensor.numel
+    counted = plan.shape.parameters({tensor.name: tensor.numel for tensor in plan.tensors}, 0)
+    found = {"total": counted.total, "active": counted.active, "per_expert": counted.per_expert}
+    return {**found, "adapters": by_role["adapter"], "backbone": by_role["backbone"], "router": by_role["router"]}
+
+
+def memory_of(plan: Plan) -> dict[str, int]:
+    """Bytes of memory to build (resident in all), to fit the router (0 when nothing is fitted), and to load the result.
+
+    What runs a model, a fit included, holds torch and transformers as well, 0.4 GB.
+    """
+    parameters, fit = parameters_of(plan), 0
+    router, row = plan.recipe.mixture.router, plan.recipe.mixture.fit
+    if row is not None and row.reads_text:
+        itemsize = 4 if router.compute_dtype == "float32" else 2
+        one = parameters["backbone"] + parameters["per_expert"] if plan.shape.plain else parameters["total"]
+        width = 12 * plan.family.hidden(plan.config) + whole(plan.config, "vocab_size")
+        activations = 16 * router.sequence_length * width * 4
+        fit = one * itemsize + activations + plan.statistics_bytes() * (1 if row.runs_models else 4)
+    factored = (
+        working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
+        for tensor in plan.tensors
+        for part in tensor.made.parts
+        if isinstance(part, Delta) and part.rank
+    )
+    return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": plan.bytes_written}

@@ -18,13 +18,14 @@ from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, Mi
 from modekit.files.copies import carry_over, link_file
 from modekit.files.marker import INTERNAL, foreign_files
 from modekit.files.write import make_folder
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import COPIED_FILES
+from modekit.sources.weight_files import INDEX_FILE
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 

@@ -34,7 +34,8 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor
 from modekit.run import QUIET, Run
-from modekit.sources.contents import OpenFiles, blake3_of
+from modekit.sources.contents import OpenFiles
+from modekit.sources.digests import blake3_of
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.tokenizer import copied_content, gone_pair_files
 from modekit.weights.flat import holds_only_finite, read_float32

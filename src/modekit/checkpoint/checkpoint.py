@@ -43,7 +43,7 @@ from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import Content, digest_of_data, json_bytes
 from modekit.planning.channels import Channels
 from modekit.planning.modekit_shape import without_names
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan, Shape, open_shape
+from modekit.planning.plan import ROUTER_FILE, Plan, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.edit import as_written
@@ -51,11 +51,13 @@ from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, settings_digest, whole
-from modekit.sources.contents import OpenFiles, known_blake3, read_header
+from modekit.sources.contents import OpenFiles, read_header
+from modekit.sources.digests import known_blake3
 from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef
 from modekit.sources.names import weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import COPIED_FILES
+from modekit.sources.weight_files import INDEX_FILE
 from modekit.weights.flat import read_float32
 
 

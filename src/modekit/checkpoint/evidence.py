@@ -104,7 +104,7 @@ def _changed(channels: Channels, embedding: TensorRef, columns: memoryview) -> I
     said = np.frombuffer(columns, np.uint8).reshape(embedding.shape[0], stop - start)
     with OpenFiles() as opened:
         for first, rows in rows_of(opened, embedding):
-            changed = _as_bytes(rows, embedding)
+            changed = np.frombuffer(rows, np.uint8).reshape(-1, embedding.shape[1] * ITEMSIZE[embedding.dtype])
             changed[:, start:stop] = said[first : first + len(changed)]
             yield changed.data.cast("B")
 
@@ -115,7 +115,3 @@ def rows_of(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memo
     row, step = width * ITEMSIZE[embedding.dtype], max(1, BLOCK // width)
     for start in range(0, height, step):
         yield start, opened.read(embedding, start * row, min(start + step, height) * row)
-
-
-def _as_bytes(rows: memoryview, embedding: TensorRef) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(rows, np.uint8).reshape(-1, embedding.shape[1] * ITEMSIZE[embedding.dtype])

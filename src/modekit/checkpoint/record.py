@@ -17,7 +17,7 @@ from pydantic import (
 
 from modekit.files.marker import STATISTICS
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
-from modekit.planning.channels import CarrySize
+from modekit.planning.carry import CarrySize
 from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Recipe
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, Field
 from modekit.errors import RecipeError
 from modekit.files.typed import PlainName, read_as
 from modekit.files.write import json_bytes, safetensors_header, write_file, write_json
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.shape import RouterSlot
+from modekit.sources.weight_files import INDEX_FILE
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 
 FIT_ANEW = "put it back, or set the router again with `modekit fit`"

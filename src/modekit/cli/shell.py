@@ -19,8 +19,8 @@ from modekit.cli.arrangement import example_of
 from modekit.cli.printing import err
 from modekit.cli.words import list_settings
 from modekit.errors import InterruptError, ModekitError, some_of
+from modekit.files.change import refuse_existing
 from modekit.files.marker import changed_files
-from modekit.files.mending import refuse_existing
 from modekit.files.output import replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent

@@ -37,8 +37,8 @@ from modekit.experts.distill.settings import DistillSettings, distill_settings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.experts.moving import Save, make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_scores
+from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
-from modekit.files.mending import refuse_existing
 from modekit.files.output import replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import digest_of_data, json_bytes, write_file, write_json

@@ -18,7 +18,7 @@ from modekit.loaded.experts import load_expert_source
 from modekit.planning.make import backbone_of
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor
-from modekit.recipes.mixture import Backbone, BackboneExpert, BackboneMerge
+from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import natural_key

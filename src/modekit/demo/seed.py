@@ -24,7 +24,7 @@ from modekit.errors import CheckpointError, ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.specialize import specialize
-from modekit.files.mending import is_there
+from modekit.files.change import is_there
 from modekit.files.write import write_file
 from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan

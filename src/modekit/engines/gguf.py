@@ -23,9 +23,9 @@ from modekit.engines.converter import CONVERTER, check_installed, convert
 from modekit.engines.proof import Proof, compare, documents_of
 from modekit.engines.registry import Outtype
 from modekit.errors import SourceError, UnsupportedError
+from modekit.files.change import mend
 from modekit.files.copies import library_writes
 from modekit.files.marker import foreign_files
-from modekit.files.mending import mend
 from modekit.files.output import Replace
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
@@ -33,7 +33,7 @@ from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import digest_of_data, write_file, write_json
 from modekit.planning.plan import Shape
 from modekit.run import QUIET, Run
-from modekit.sources.contents import known_blake3
+from modekit.sources.digests import known_blake3
 
 EXPORT_FILE = "export.json"
 MODELFILE = "Modelfile"

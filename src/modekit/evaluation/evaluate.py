@@ -14,15 +14,7 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.loss import not_finite, score_domain
-from modekit.evaluation.results import (
-    Results,
-    Row,
-    Score,
-    gapless_notes,
-    label_notes,
-    rows_scored_here,
-    with_gaps,
-)
+from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, rows_scored_here, with_gaps
 from modekit.evaluation.rows import Labels, RowJob, label_jobs, row_identity, row_jobs
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import did_you_mean

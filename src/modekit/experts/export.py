@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import UnsupportedError
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
+from modekit.files.change import mend
 from modekit.files.copies import copy_file
 from modekit.files.marker import foreign_files
-from modekit.files.mending import mend
 from modekit.files.output import replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import staging

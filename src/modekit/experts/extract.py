@@ -22,8 +22,8 @@ from pydantic import BaseModel
 
 from modekit.experts.differences import TensorDifference, check_differs, compare, linears_of, shared_names
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
+from modekit.files.change import refuse_existing
 from modekit.files.copies import copy_file
-from modekit.files.mending import refuse_existing
 from modekit.files.output import replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import write_json

@@ -23,7 +23,7 @@ from modekit.experts.moving import What
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.write import digest_of_data
 from modekit.run import Run
-from modekit.sources.contents import blake3_of
+from modekit.sources.digests import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.training.states_folder import StatesFolder
 

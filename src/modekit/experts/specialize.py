@@ -24,9 +24,9 @@ from modekit.experts.distill.teaching import Teaching, losses_said, losses_table
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
 from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
+from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
 from modekit.files.marker import Kind
-from modekit.files.mending import refuse_existing
 from modekit.files.output import Replace, replaced_by
 from modekit.files.staging import staging
 from modekit.files.typed import as_kind

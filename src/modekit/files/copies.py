@@ -9,16 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modekit.files.read import open_regular
-from modekit.files.write import (
-    appearing,
-    create,
-    disk_errors,
-    files_below,
-    is_temporary,
-    make_folder,
-    remove,
-    temporary_in,
-)
+from modekit.files.write import appearing, create, disk_errors, files_below, is_temporary, make_folder, remove, temporary_in
 
 
 @contextmanager

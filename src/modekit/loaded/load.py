@@ -24,17 +24,18 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
+from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import check_no_code, read_config
+from modekit.sources.config import check_no_code, damaged_model, read_config
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.natives import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.source import ModelSource, is_quantised, open_source
-from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
+from modekit.sources.tokenizer import PAIR_FILES
 from modekit.sources.towers import may_wrap
 from modekit.weights.folding import folded, reader
 from modekit.weights.numeric import to_float32
@@ -96,13 +97,31 @@ def _check_no_pipes(folder: Path) -> None:
             )
 
 
+def _check_tokenizer_config(folder: Path) -> None:
+    """Raise SourceError for a tokenizer's config that names other files in place of those that modekit compares."""
+    where = f"{folder}: tokenizer_config.json"
+    try:
+        config = read_json(folder / "tokenizer_config.json", LARGE)
+    except FileNotFoundError:
+        return
+    except UNREADABLE as error:
+        raise damaged_model("the tokenizer cannot be read", where, error) from None
+    if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
+        raise SourceError(
+            "the tokenizer's config names other files than tokenizer.json",
+            where=where,
+            expected="a mapping without fast_tokenizer_files",
+            remedy="save the tokenizer again with transformers 5",
+        )
+
+
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, or of one that holds nothing else. Raises SourceError where none can be used."""
     if (folder / "tokenizer.json").is_file() and not (folder / "config.json").exists():
         _check_no_pipes(folder)
     else:
         check_loadable(folder, run=run)
-    check_tokenizer_files(folder, where=str(folder))
+    _check_tokenizer_config(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.trust_remote_code)
     except BaseException as error:  # tokenizers raises what it likes, and where it panics, what is no Exception

@@ -26,58 +26,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, Field
-
+from modekit.errors import UnsupportedError
+from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.penalties import LOUD, front_units, gate_entries
+from modekit.planning.recency import decays_of, distance_scores, time_constant
 from modekit.recipes.recipe import Recipe
-from modekit.sources.config import Config, whole, words
+from modekit.sources.config import Config, number, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
-from modekit.sources.native import Widening
+from modekit.sources.native import Native, Widening
 from modekit.weights.padding import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 
 _AVERAGED = 2.0**-4
 """Of averages: embeddings may be small, and the base's first norm sees both."""
 CONSTANT = 4.0
 """Of the constant channel, beside evidence of about that size: quantised together, neither is lost."""
+_DENSE_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _ATTENTION: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
 MEASURED_TOKENS = 1_024
 """Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
-STREAM_TOKENS = 4_096
-"""Of all domains together: the beginnings of their text, which the base reads at a build that carries more than FFNs."""
-_FARTHEST = 3_000.0  # tokens per radian of the slowest pair that scores a distance; slower ones would need too large numbers
-BLOCK = 32
-"""Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
-
-
-class CarrySize(BaseModel, extra="forbid", frozen=True):
-    """How much is carried; modekit.json keeps it.
-
-    Attributes:
-        outputs, inputs: R_U and R_V.
-        terms: K.
-        head, embedding: whether what the experts' heads and embeddings differ by is carried, too.
-    """
-
-    outputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
-    inputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
-    terms: int = Field(ge=1, le=4)
-    head: bool = False
-    embedding: bool = False
-
-    @property
-    def channels(self) -> int:
-        """R_U + R_V."""
-        return self.outputs + self.inputs
-
-    @property
-    def units(self) -> int:
-        """By which F grows."""
-        return self.terms * self.channels
-
-
-def blocks_of(channels: int) -> int:
-    """As many channels or more, in whole blocks."""
-    return math.ceil(channels / BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -317,17 +283,8 @@ class Channels:
         reference = next((tau for tau in taus if tau is not None), None)  # that the key is made for; queries make others of it
         if reference is None:  # queries and keys of zero: the mean
             return ()
-        return self._rotated([self._scores(reference)] if part == "k" else [self._scores(tau, reference) for tau in taus])
-
-    def _scores(self, tau: float | None, reference: float | None = None) -> list[float]:
-        """One side of the products c_i, sum_i c_i cos(theta_i d) = const - d / tau: of a query for `reference`'s key, or of
-        that key.
-        """
-        if tau is None:
-            return [0.0] * len(self.turns)
-        spacing = math.log(self.turns[0] / self.turns[1])
-        products = (2 / math.pi * spacing / turn / self.score_scale if 1 / turn <= _FARTHEST else 0.0 for turn in self.turns)
-        return [math.sqrt(each / (reference or tau)) * ((reference or tau) / tau) for each in products]
+        sides = [(reference, None)] if part == "k" else [(tau, reference) for tau in taus]
+        return self._rotated([distance_scores(self.turns, self.score_scale, *each) for each in sides])
 
     def _rotated(self, heads: list[list[float]]) -> tuple[Entry, ...]:
         """Rows of the new heads that read the constant: a number for each pair, in its first place."""
@@ -340,6 +297,71 @@ class Channels:
         )
 
 
-def time_constant(decay: float) -> float | None:
-    """Tokens after which a token counts 1/e; None when it never fades."""
-    return None if decay == 1.0 else -1.0 / math.log(decay)
+def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize | None = None) -> Channels | None:
+    """The channels of a recipe over a dense config with every default written out; None when its router needs none.
+
+    Raises UnsupportedError where the architecture, the number of experts or `output.channels` do not allow them.
+    """
+    fit, widening = recipe.mixture.fit, native.widening
+    if fit is None or not fit.carried:
+        return None
+    if isinstance(widening, str):
+        raise UnsupportedError(
+            f"{native.native_type} cannot carry a {fit.name} router: {widening}",
+            where="mixture.router.fit",
+            remedy="choose another fit, or output: {format: modekit}",
+        )
+    size, heads, kv_heads = (whole(dense, key) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
+    group, experts, (decays, turns) = heads // kv_heads, len(recipe.experts), decays_of(recipe, native, dense)
+    _check_evidence(experts, len(decays), group, size)
+    inner, width_keys = (0, _DENSE_WIDTHS) if native.routed is None else (native.routed.count(dense), (native.width_key,))
+    evident = 2 * len(decays) * experts + 1 + (experts if inner else 0)
+    needed = evident if carry is None else blocks_of(evident + 1) + carry.channels  # what is carried begins with a block
+    return Channels(
+        hidden=whole(dense, "hidden_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=size,
+        layers=whole(dense, "num_hidden_layers"),
+        expert_hidden=whole(dense, width_keys[0]),
+        spare=_spare(recipe, widening, needed, group * size),
+        experts=experts,
+        decays=decays,
+        widening=widening,
+        norm_eps=number(dense, "rms_norm_eps"),
+        score_scale=number(dense, "attention_multiplier", size**-0.5),
+        embedding_scale=number(dense, "embedding_multiplier", 1.0),
+        residual_scale=number(dense, "residual_multiplier", 1.0),
+        turns=turns,
+        carry=carry,
+        inner=inner,
+        width_keys=width_keys,
+    )
+
+
+def _check_evidence(experts: int, decays: int, group: int, size: int) -> None:
+    """Raise UnsupportedError unless so many heads of a size average all of it."""
+    if decays > group or decays * experts > size:
+        raise UnsupportedError(
+            "an attention head cannot carry the evidence of so many experts and decays",
+            where="experts" if decays <= group else "mixture.router.decay",
+            found=f"{experts} experts, {decays} decays",
+            expected=f"at most {group} decays, and {size} as experts times decays",
+            remedy="name fewer, or write output: {format: modekit}",
+        )
+
+
+def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> int:
+    """P."""
+    asked, fewest = recipe.output.channels, blocks_of(needed)
+    if widening.whole_heads:
+        fewest = -(-needed // of_heads) * of_heads
+    if asked is not None and (asked < needed or (widening.whole_heads and asked != fewest)):
+        raise UnsupportedError(
+            "the channels do not hold what they are to carry, or no whole heads",
+            where="output.channels",
+            found=asked,
+            expected=fewest if widening.whole_heads else f"at least {needed}",
+            remedy="leave it out, or write that",
+        )
+    return asked or fewest

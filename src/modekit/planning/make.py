@@ -20,8 +20,8 @@ from modekit.planning.notes import check_adapters, notes_of
 from modekit.planning.plan import Plan
 from modekit.planning.routed import RoutedForm
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
+from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.edit import choices, with_following
-from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -34,6 +34,7 @@ from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.tokenizer_choice import TokenizerChoice
 from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merged
 
@@ -119,10 +120,9 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
 def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, run: Run) -> Plan:
     (form, why), sources = laid, vocabulary.sources
     recipe = form.shape.recipe
-    _check_text(recipe, vocabulary.tokenizer.source)
+    _check_text(recipe, vocabulary.tokenizer)
     tensors = [*_backbone(sources, form, partial(_code_of, recipe.output.dtype)), *form.experts()]
-    mixed, trainable = form.mixed | form.carried, form.shape.inner == 1
-    notes = notes_of(recipe, vocabulary, form.mixes_more, mixed, plain=form.shape.plain, trainable=trainable)
+    notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried)
     return Plan(
         recipe=recipe,
         root=root,
@@ -133,7 +133,7 @@ def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, run: Run) -> Plan:
         shards=cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         router_dtype=form.router_dtype,
         copied_files=vocabulary.tokenizer.copied_files,
-        notes=(*vocabulary.notes, *notes, *form.notes()),
+        tell=lambda: (*vocabulary.notes, *notes(), *form.notes()),
         vocabulary=vocabulary,
         trust_remote_code=run.trust_remote_code,
     )
@@ -215,12 +215,22 @@ def _why_modekit(recipe: Recipe) -> str | None:
     return f"differences stay in a few bits per number ({', '.join(bits)})" if bits else None
 
 
-def _check_text(recipe: Recipe, reader: ModelSource) -> None:
-    """Raise SourceError where a fit has nothing to read text with; `reader` is the model whose tokenizer the result has."""
-    if recipe.mixture.needs_text and not any((reader.folder / name).exists() for name in TOKENIZER_FILES):
+def _check_text(recipe: Recipe, tokenizer: TokenizerChoice) -> None:
+    """Raise SourceError where a fit has nothing to read text with, RecipeError where it is to read chats without a template."""
+    folder, spec = tokenizer.source.folder, tokenizer.source.spec
+    if not recipe.mixture.needs_text:
+        return
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer",
-            where=f"base_model ({reader.spec})",
+            where=f"base_model ({spec})",
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
+        )
+    if recipe.mixture.router.chat and not tokenizer.has_template:
+        raise RecipeError(
+            "the router is to know chats, and the base model has no chat template",
+            where="mixture.router.chat",
+            found=str(folder),
+            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
         )

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import ClassVar, cast
 
 from modekit.errors import UnsupportedError
-from modekit.planning.channel_choice import carried_size, channels_of
-from modekit.planning.channels import CarrySize
+from modekit.planning.carry import CarrySize, carried_size
+from modekit.planning.channels import channels_of
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, touched
 from modekit.recipes.recipe import Recipe
@@ -44,9 +44,7 @@ class NativeForm:
         self._inner = 1 if native.routed is None else native.routed.count(self._dense)
         self._count = len(recipe.experts) * self._inner
         self.mixes_more = f"{native.native_type} mixes FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
-        self._channels = channels_of(recipe, native, self._dense)
-        if self._channels is not None:
-            self._channels = channels_of(recipe, native, self._dense, self._carried_size())
+        self._channels = channels_of(recipe, native, self._dense, self._carried_size())
         self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
         self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._own_paths}

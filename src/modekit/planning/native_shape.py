@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modekit.errors import CheckpointError, UnsupportedError
+from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
-from modekit.planning.channel_choice import channels_said_by
-from modekit.planning.channels import CarrySize, Channels
+from modekit.planning.carry import CarrySize
+from modekit.planning.channels import Channels, channels_of
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.shape import (
     BUILD_AGAIN,
@@ -57,7 +57,7 @@ class NativeShape(AnyShape):
             what = "modekit.json names a family that this version of modekit does not know"
             raise CheckpointError(what, where=where, found=native_type, remedy=BUILD_AGAIN) from None
         cls._check_counts(config, recipe, where, native, dense)
-        return cls(config, recipe, where, native, channels_said_by(config, recipe, where, native, dense, carry))
+        return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
 
     @classmethod
     def _check_counts(cls, config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> None:
@@ -180,3 +180,23 @@ class NativeShape(AnyShape):
     @property
     def _layers(self) -> int:
         return whole(self.config, "num_hidden_layers")
+
+
+def _channels_said_by(
+    config: Config, recipe: Recipe, where: str, native: Native, dense: Config, carry: CarrySize | None
+) -> Channels | None:
+    """Those of a finished checkpoint. Raises CheckpointError where its record cannot have them, or config.json has others."""
+    try:
+        channels = channels_of(recipe, native, dense, carry)
+        wide = {} if channels is None else channels.widened(config)
+    except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "modekit.json does not say a base that could carry this router",
+            where=f"{where}: dense_config",
+            found=shortened(str(error)),
+            remedy=BUILD_AGAIN,
+        ) from None
+    for key, value in wide.items():
+        if config.get(key) != value:
+            raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), value)
+    return channels

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.errors import RecipeError, SourceError, UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
-from modekit.recipes.mixture import BackboneExpert
+from modekit.planning.shape import AnyShape
+from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
@@ -27,18 +28,12 @@ from modekit.weights.flat import stored
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 
 
-def notes_of(
-    recipe: Recipe, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], *, plain: bool, trainable: bool
-) -> Iterator[str]:
-    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed; `trainable`: whether
-    its router can be trained.
-
-    Raises RecipeError for chats without a template.
-    """
-    sources = vocabulary.sources
+def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Collection[str]) -> Iterator[str]:
+    """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed."""
+    recipe, sources = shape.recipe, vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
     yield from _of_strangers(recipe, sources)
-    if trainable and recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
+    if shape.inner == 1 and recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
         yield (
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"
@@ -46,7 +41,7 @@ def notes_of(
     yield from _lost(recipe, sources, way_out, mixed)
     yield from _of_chats(recipe, vocabulary)
     yield from _beside(sources)
-    for key in ("channels", "carry", "rank") if not plain else ():
+    for key in ("channels", "carry", "rank") if not shape.plain else ():
         if getattr(recipe.output, key) is not None:
             yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
     yield from _twins(recipe, sources)
@@ -88,20 +83,11 @@ def _drift(model: ModelSource, base: ModelSource) -> float | None:
 
 
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
-    """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
-    tokenizer, router = vocabulary.tokenizer, recipe.mixture.router
-    if not recipe.mixture.needs_text or router.chat is False:
-        return
-    if tokenizer.has_template:
+    """Whether the router is fitted on chats, too."""
+    tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
+    if mixture.needs_text and mixture.router.chat is not False and tokenizer.has_template:
         whose = "the base's" if tokenizer.number == 0 else "its"
         yield f"the router is fitted on chats, too: short questions cut from the text, in {whose} chat template"
-    elif router.chat:
-        raise RecipeError(
-            "the router is to know chats, and the base model has no chat template",
-            where="mixture.router.chat",
-            found=str(tokenizer.source.folder),
-            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
-        )
 
 
 def _changed(source: AdapterSource) -> set[str]:

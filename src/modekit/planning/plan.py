@@ -5,7 +5,7 @@ Shape legend: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
-from modekit.planning.channels import CarrySize
+from modekit.planning.carry import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.routed import RoutedShape
@@ -21,19 +21,16 @@ from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Recipe
-from modekit.sources.config import Config, whole
+from modekit.sources.config import Config
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
-from modekit.weights.factorise import working_bytes
-from modekit.weights.made import Delta, Zeros
+from modekit.weights.made import Zeros
 
 ROUTER_FILE = "model-router.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 Shape = NativeShape | ModekitShape
 """Of a result: their members are one, and a plan and a checkpoint ask without knowing which they have."""
-_BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed, as measured (benchmarks/speed.md)
 
 
 def open_shape(
@@ -63,7 +60,7 @@ class Plan:
     """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
 
     `shape` is that of the result; `why` says why it was chosen. `reused` is set where the plan changes a mixture that is there.
-    `copied_files` go along as they are; `vocabulary` says whose they are.
+    `copied_files` go along as they are; `vocabulary` says whose they are; `tell` makes the notes.
     """
 
     recipe: Recipe
@@ -75,10 +72,15 @@ class Plan:
     shards: tuple[Shard, ...]
     router_dtype: str
     copied_files: tuple[Path, ...]
-    notes: tuple[str, ...]
+    tell: Callable[[], Iterable[str]] = field(compare=False, repr=False)
     trust_remote_code: bool = False
     reused: Reused | None = None
     vocabulary: Vocabulary | None = None
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know. Made when somebody asks, as it reads a little of each model."""
+        return tuple(self.tell())
 
     @property
     def models(self) -> tuple[ModelSource, ...]:
@@ -137,15 +139,6 @@ class Plan:
         """Bytes that a build writes: weights that are in no file which is there, and the statistics that it keeps."""
         return self.bytes_written - self.bytes_linked + self.statistics_bytes()
 
-    def parameters(self) -> dict[str, int]:
-        """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
-        by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
-        for tensor in self.tensors:
-            by_role[tensor.role] += tensor.numel
-        counted = self.shape.parameters({tensor.name: tensor.numel for tensor in self.tensors}, 0)
-        found = {"total": counted.total, "active": counted.active, "per_expert": counted.per_expert}
-        return {**found, "adapters": by_role["adapter"], "backbone": by_role["backbone"], "router": by_role["router"]}
-
     def statistics_bytes(self) -> int:
         """Bytes of the statistics that a fit keeps of all domains."""
         mixture = self.recipe.mixture
@@ -155,27 +148,6 @@ class Plan:
             return self.experts * 4 * MOST_TOKENS
         kept = 16 + 2 * mixture.router.keep_tokens  # sum, mean of negatives, and inputs in float16
         return sum(self.experts * slot.shape[1] * kept for slot in self.slots)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of memory to build (resident in all), to fit the router (0 when nothing is fitted), and to load the result.
-
-        What runs a model, a fit included, holds torch and transformers as well, 0.4 GB.
-        """
-        parameters, fit = self.parameters(), 0
-        router, row = self.recipe.mixture.router, self.recipe.mixture.fit
-        if row is not None and row.reads_text:
-            itemsize = 4 if router.compute_dtype == "float32" else 2
-            one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
-            width = 12 * self.family.hidden(self.config) + whole(self.config, "vocab_size")
-            activations = 16 * router.sequence_length * width * 4
-            fit = one * itemsize + activations + self.statistics_bytes() * (1 if row.runs_models else 4)
-        factored = (
-            working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
-            for tensor in self.tensors
-            for part in tensor.made.parts
-            if isinstance(part, Delta) and part.rank
-        )
-        return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": self.bytes_written}
 
     def digest(self) -> str:
         """Identity of this build: version, recipe, every planned tensor, and what every source file was when it was planned."""

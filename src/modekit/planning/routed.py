@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from modekit.errors import UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.typed import shortened
-from modekit.planning.channel_choice import reaches
-from modekit.planning.channels import CarrySize
+from modekit.planning.carry import CarrySize, reaches
 from modekit.planning.mixture_config import Routing
 from modekit.planning.native import NativeForm, widened
 from modekit.planning.native_shape import NativeShape

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from modekit.recipes.strict import RecipeData
-
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
 
@@ -142,7 +140,7 @@ FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
 """Name -> row."""
 
 
-_OPEN = replace(FITS["logistic"], name=AUTO, about="the best for the recipe's text and format")
+OPEN = replace(FITS["logistic"], name=AUTO, about="the best for the recipe's text and format")
 
 
 def fits_with(setting: str) -> list[str]:
@@ -152,11 +150,4 @@ def fits_with(setting: str) -> list[str]:
 
 def row_of(fit: str) -> Fit:
     """The row of a fit; for `auto`, that of what fixed weights once said."""
-    return FITS.get(fit, _OPEN)
-
-
-def say_fits(schema: RecipeData) -> None:
-    """Put the names of the fits, and what each is, into the JSON schema of a key."""
-    rows = (_OPEN, *FITS.values())
-    schema["enum"] = [row.name for row in rows]
-    schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in rows) + "."
+    return FITS.get(fit, OPEN)

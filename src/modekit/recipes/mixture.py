@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from modekit.recipes.fits import AUTO, FITS, Fit, Scope, fits_with, row_of, say_fits
+from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
+from modekit.recipes.fits import AUTO, FITS, Fit, Scope, fits_with, row_of
 from modekit.recipes.layers import Layers
 from modekit.recipes.strict import BASE, Name, RecipePart, Strict, checked, did_you_mean
 
@@ -33,7 +34,7 @@ class Router(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("orders", "chat", "dimensions")
 
-    fit: FitName = Field(AUTO, json_schema_extra=say_fits)
+    fit: FitName = AUTO
     tokens_per_domain: int = Field(16_384, ge=16)
     sequence_length: int = Field(512, ge=8)
     temperature: float = Field(1.0, gt=0)
@@ -121,42 +122,6 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     for key, fits in ((key, fits_with(key)) for key in router):
         if fits and key not in row.settings:
             yield key, f"'{key}' has no effect with fit: {row.name} (only with {', '.join(fits)}); remove it"
-
-
-class BackboneMerge(Strict):
-    """A backbone merged from the experts, with its settings."""
-
-    method: Literal["average", "task_arithmetic", "ties"]
-    scale: float = 1.0
-    density: float = Field(0.2, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _no_dead_setting(self) -> BackboneMerge:
-        live = {"average": set(), "ties": {"scale", "density"}}.get(self.method, {"scale"})
-        for key in self.model_fields_set - {"method"} - live:
-            raise ValueError(f"'{key}' has no effect with method '{self.method}'; remove it")
-        return self
-
-
-class BackboneExpert(Strict):
-    """The backbone of one expert."""
-
-    expert: Name
-
-
-def _backbone_form(value: object) -> str:
-    """Which way of writing a backbone is meant, so that a mistake in it is reported once and not per way."""
-    if isinstance(value, BackboneExpert) or (isinstance(value, dict) and "expert" in value):
-        return "BackboneExpert"
-    return "BackboneMerge" if isinstance(value, (dict, BackboneMerge)) else "literal[]"
-
-
-Backbone = Annotated[
-    Annotated[Literal["base", "average", "task_arithmetic", "ties"], Tag("literal[]")]
-    | Annotated[BackboneExpert, Tag("BackboneExpert")]
-    | Annotated[BackboneMerge, Tag("BackboneMerge")],
-    Discriminator(_backbone_form),
-]
 
 
 _ONE, _MANY = Tag("literal[]"), Tag("literal[s]")

@@ -7,7 +7,8 @@ import re
 from pydantic import BaseModel
 
 from modekit.files.typed import problem_said
-from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture, Router
+from modekit.recipes.backbone import BackboneExpert, BackboneMerge
+from modekit.recipes.mixture import AlwaysOn, Mixture, Router
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.strict import NAME_RULE, RecipeData, breaks_name_rule, did_you_mean
 

@@ -14,9 +14,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import fits_with
 from modekit.recipes.layers import Layers
-from modekit.recipes.mixture import CHOICES, BackboneExpert, Mixture
+from modekit.recipes.mixture import CHOICES, Mixture
 from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]

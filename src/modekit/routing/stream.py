@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from modekit.errors import SourceError, TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.loaded.passes import removed
-from modekit.planning.channels import STREAM_TOKENS
+from modekit.planning.carry import STREAM_TOKENS
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run

@@ -30,8 +30,9 @@ from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
-from modekit.sources.source import ModelSource, no_weights
+from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of
+from modekit.sources.weight_files import no_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"

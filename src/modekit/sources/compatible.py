@@ -16,8 +16,8 @@ from modekit.sources.contents import check_floats
 from modekit.sources.families import own_family
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
+from modekit.sources.pairs import check_same_target
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import read_beside
 
 
 def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
@@ -152,24 +152,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items() if entry is not None}
     return value or False
-
-
-def check_same_target(sources: Sequence[ModelSource]) -> None:
-    """Raise MismatchError where models that write a target were made for other languages: they begin it with another token.
-
-    What a model's files leave unsaid is taken to be as the others have it.
-    """
-    said: dict[str, tuple[ModelSource, object]] = {}
-    for source in dict.fromkeys(sources):
-        files = [read_beside(source.folder, file) for file in ("generation_config.json", "config.json")]
-        for key in ("decoder_start_token_id", "forced_bos_token_id"):
-            value = next((file[key] for file in files if file.get(key) is not None), None)
-            first, expected = said.setdefault(key, (source, value)) if value is not None else (source, None)
-            if value != expected:
-                raise MismatchError(
-                    "two models begin what they write with another token: they were made for other languages",
-                    where=f"{source.where}: {key}",
-                    found=value,
-                    expected=f"{expected}, as {first.where} has it",
-                    remedy="use experts that write the same language, or correct generation_config.json if only it differs",
-                )

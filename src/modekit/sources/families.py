@@ -7,11 +7,11 @@ that vLLM serves in the modekit architecture. Every other causal language model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from modekit.errors import UnsupportedError
-from modekit.sources.config import Config, whole
-from modekit.sources.family import Family, every
+from modekit.sources.config import Config, no_usable, whole
+from modekit.sources.family import Family
 from modekit.sources.pairs import PAIRS
 from modekit.sources.stack import LINEAR, Stack
 from modekit.sources.structure import is_installed, structure
@@ -26,6 +26,18 @@ _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _QWEN = {**_SILU, **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
 _QWEN_WINDOW = {**_QWEN, "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None}
 _GEMMA = {"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096}
+
+
+def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
+    """Layer types: one full-attention layer in every `config[key]`, the others `most`."""
+
+    def kinds(config: Config) -> list[str]:
+        period = config.get(key) or default
+        if not isinstance(period, int):
+            raise no_usable(key, period, "a whole number of layers")
+        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
+
+    return kinds
 
 
 def _windows_after(config: Config) -> list[str]:
@@ -72,7 +84,7 @@ DECODERS: tuple[Family, ...] = (
             **{"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu", "attention_bias": False},
             **{"logit_scale": 0.0625, "sliding_window": 4096},
         },
-        layer_types=every("sliding_window_pattern", 4, "sliding_attention"),
+        layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
     ),
     Family(
         "ernie4_5",
@@ -104,12 +116,12 @@ DECODERS: tuple[Family, ...] = (
             **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
             **{"linear_num_key_heads": 16, "linear_num_value_heads": 32},
         },
-        layer_types=every("full_attention_interval", 4, "linear_attention"),
+        layer_types=_every("full_attention_interval", 4, "linear_attention"),
         meant=_partial_rope,
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
     ),
     Family("gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
-    Family("gemma2", head_dim=256, defaults=_GEMMA, layer_types=every("", 2, "sliding_attention")),
+    Family("gemma2", head_dim=256, defaults=_GEMMA, layer_types=_every("", 2, "sliding_attention")),
     Family(
         "gemma3_text",
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
@@ -119,14 +131,14 @@ DECODERS: tuple[Family, ...] = (
             **{**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
             **{"vocab_size": 262_208, "num_attention_heads": 8, "query_pre_attn_scalar": 256},
         },
-        layer_types=every("sliding_window_pattern", 6, "sliding_attention"),
+        layer_types=_every("sliding_window_pattern", 6, "sliding_attention"),
         meant=_rope_by_kind,
     ),
     Family(
         "olmo3",
         rope_theta=500_000.0,
         defaults={**_SILU, "rms_norm_eps": 1e-5, "sliding_window": 4096},
-        layer_types=every("sliding_window_pattern", 4, "sliding_attention"),
+        layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
     ),
     Family(
         "exaone4",

@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.config import MUST_MATCH, Config, no_usable, whole, words
-from modekit.sources.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    is_ignored,
-    is_looked_up,
-    module_of,
-    split_layer,
-    weight_of,
-)
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_ignored, is_looked_up, module_of, split_layer, weight_of
 from modekit.sources.stack import Stack
 
 if TYPE_CHECKING:
@@ -274,15 +265,3 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, ob
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
     return rope
-
-
-def every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
-    """Layer types: one full-attention layer in every `config[key]`, the others `most`."""
-
-    def kinds(config: Config) -> list[str]:
-        period = config.get(key) or default
-        if not isinstance(period, int):
-            raise no_usable(key, period, "a whole number of layers")
-        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
-
-    return kinds

@@ -16,9 +16,7 @@ from modekit.sources.header import TensorRef
 from modekit.sources.names import weight_of
 from modekit.sources.rows import Giver, RowRange, joined_rows, with_rows
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import (
-    Tokens,
-)
+from modekit.sources.tokenizer import Tokens
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,18 @@ activation and `fc2` itself, so that a mixture of whole FFNs puts all three into
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from modekit.errors import MismatchError
 from modekit.sources.config import Config
 from modekit.sources.family import Family
 from modekit.sources.stack import Stack
+from modekit.sources.tokenizer import read_beside
+
+if TYPE_CHECKING:
+    from modekit.sources.source import ModelSource
 
 PAIR_CLASS = "ModekitForSeq2SeqLM"
 """What config.json of a mixture of one of them calls its class."""
@@ -151,3 +158,24 @@ PAIRS: tuple[Family, ...] = (
     _t5(gated=False),
     _t5(gated=True),
 )
+
+
+def check_same_target(sources: Sequence[ModelSource]) -> None:
+    """Raise MismatchError where models that write a target were made for other languages: they begin it with another token.
+
+    What a model's files leave unsaid is taken to be as the others have it.
+    """
+    said: dict[str, tuple[ModelSource, object]] = {}
+    for source in dict.fromkeys(sources):
+        files = [read_beside(source.folder, file) for file in ("generation_config.json", "config.json")]
+        for key in ("decoder_start_token_id", "forced_bos_token_id"):
+            value = next((file[key] for file in files if file.get(key) is not None), None)
+            first, expected = said.setdefault(key, (source, value)) if value is not None else (source, None)
+            if value != expected:
+                raise MismatchError(
+                    "two models begin what they write with another token: they were made for other languages",
+                    where=f"{source.where}: {key}",
+                    found=value,
+                    expected=f"{expected}, as {first.where} has it",
+                    remedy="use experts that write the same language, or correct generation_config.json if only it differs",
+                )

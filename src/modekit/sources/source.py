@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, FileState, read_json
+from modekit.files.read import FileState
 from modekit.recipes.paths import may_be_hub_id
 from modekit.run import QUIET, Run
-from modekit.sources.config import FROM_GGUF, Config, check_no_code, damaged_model, read_config, refuse_other_kinds
+from modekit.sources.config import FROM_GGUF, Config, check_no_code, read_config
 from modekit.sources.contents import read_header
 from modekit.sources.header import TensorRef
 from modekit.sources.towers import WRAPPERS, may_wrap, plain_names, text_config
+from modekit.sources.weight_files import weight_files
 
 SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
-
-_PICKLES = {
-    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth"),
-    "adapter_model.bin",
-}
-_SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -155,55 +148,6 @@ def source_of(
 def is_quantised(folder: Path) -> bool:
     """Whether config.json says so of a model's weights. Raises SourceError."""
     return bool(read_config(folder, where=str(folder)).get("quantization_config"))
-
-
-def named_weights(folder: Path, *, where: str) -> list[Path]:
-    """The files that hold a model's weights, by its index or name, whether they are there or not. Raises SourceError."""
-    index, single = folder / INDEX_FILE, folder / "model.safetensors"
-    if single.exists() or not index.exists():  # first, as in transformers: the index may be of a model that was saved before
-        return [single]
-    return [folder / name for name in _shard_names(index, where=f"{where}: {index.name}")]
-
-
-def weight_files(folder: Path, *, where: str) -> list[Path]:
-    """The files that hold a model's weights. Raises SourceError where there are none that can be read."""
-    files = named_weights(folder, where=where)
-    missing = [file.name for file in files if not file.exists()]
-    if len(missing) == len(files):
-        names = [path.name for path in folder.iterdir()]
-        refuse_other_kinds(names, where=where)
-        raise no_weights(names, where=where)
-    if missing:
-        what, found = "shards named by the index are missing", ", ".join(missing)
-        raise SourceError(what, where=where, found=found, remedy="download the model again")
-    return files
-
-
-def no_weights(names: Collection[str], *, where: str) -> SourceError:
-    """The error of a model or adapter among whose files, by name, are no weights that can be read."""
-    pickles = sorted(name for name in names if name in _PICKLES)
-    if not pickles:
-        remedy = "the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors"
-        return SourceError("no safetensors weights", where=where, remedy=remedy)
-    return SourceError(
-        "the weights are pickled, which can run code when opened; modekit reads safetensors only",
-        where=where,
-        found=", ".join(pickles),
-        remedy="convert once where you trust the file: load it with transformers or PEFT and save_pretrained to a new folder",
-    )
-
-
-def _shard_names(index: Path, *, where: str) -> list[str]:
-    """The files that a safetensors index names. Raises SourceError when it cannot be read, or names what lies elsewhere."""
-    try:
-        names = sorted(set(read_json(index, LARGE)["weight_map"].values()))
-        elsewhere = [name for name in names if not _SHARD.fullmatch(name)]
-    except (*UNREADABLE, KeyError, TypeError, AttributeError):
-        raise damaged_model("the safetensors index cannot be read", where) from None
-    if elsewhere:
-        what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
-        raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
-    return names
 
 
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:

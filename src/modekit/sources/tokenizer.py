@@ -79,30 +79,6 @@ def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
     return sorted({name for name in PAIR_FILES if (folder / name).exists()} - {file.name for file in copied})
 
 
-def check_tokenizer_files(folder: Path, *, where: str) -> None:
-    """Raise SourceError for tokenizer files that would be waited for, and a config that names others in their place.
-
-    For every folder that transformers' tokenizers are to read.
-    """
-    there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    strange = [path.name for path in there if not path.is_file()]
-    if strange:
-        raise damaged_model("the tokenizer cannot be read", where, f"{', '.join(strange)}: no regular file")
-    try:
-        config = read_json(folder / "tokenizer_config.json", LARGE)
-    except FileNotFoundError:
-        return
-    except UNREADABLE as error:
-        raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer_config.json", error) from None
-    if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
-        raise SourceError(
-            "the tokenizer's config names other files than tokenizer.json",
-            where=f"{where}: tokenizer_config.json",
-            expected="a mapping without fast_tokenizer_files",
-            remedy="save the tokenizer again with transformers 5",
-        )
-
-
 Tokens = dict[str, int]
 """Token -> id."""
 

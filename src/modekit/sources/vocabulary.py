@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 
 from modekit.errors import some_of
 from modekit.sources.config import whole
-from modekit.sources.cuts import other_cuts
 from modekit.sources.family import Family
 from modekit.sources.grown import Grown, TokenRows
 from modekit.sources.source import ModelSource
@@ -36,7 +35,7 @@ from modekit.sources.tokenizer import (
     check_same_tokenizer,
     read_tokens,
 )
-from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer
+from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer, other_cuts
 
 _ONE_TOKENIZER = "train both with one tokenizer that has the tokens of both, or leave one of the experts out"
 

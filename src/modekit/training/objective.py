@@ -35,15 +35,7 @@ from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, Batch, make_batches
 from modekit.training.batches import DomainSequences, predicted_in
 from modekit.training.engine import JudgedModule
-from modekit.training.losses import (
-    DIVERGENCES,
-    GENERIC,
-    distillation,
-    domain_label,
-    language_model,
-    load_balance,
-    z_loss,
-)
+from modekit.training.losses import DIVERGENCES, GENERIC, distillation, domain_label, language_model, load_balance, z_loss
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 
 

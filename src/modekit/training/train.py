@@ -15,7 +15,7 @@ from pathlib import Path
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TrainingError
-from modekit.files.mending import refuse_existing
+from modekit.files.change import refuse_existing
 from modekit.processes import processes
 from modekit.run import QUIET, Run
 from modekit.sources.source import model_folder, open_source

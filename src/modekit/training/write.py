@@ -26,10 +26,11 @@ from modekit.files.copies import carry_over, link_file
 from modekit.files.marker import INTERNAL
 from modekit.files.staging import Staging, staging
 from modekit.files.write import json_bytes, write_all, write_file
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.plan import ROUTER_FILE
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
+from modekit.sources.weight_files import INDEX_FILE
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes

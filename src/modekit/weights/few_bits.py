@@ -45,14 +45,6 @@ def codes_of(delta_XI: Array32, step_X: Array32, bits: int) -> Codes:
     return np.stack(planes, axis=1)
 
 
-def decoded(codes_XPC: Codes, step_X: Array32, inputs: int) -> Array32:
-    """The rows (X, I) that codes and steps stand for."""
-    bits = codes_XPC.shape[1]
-    planes = np.unpackbits(codes_XPC, axis=2, count=inputs, bitorder="little")
-    codes_XI = sum(planes[:, plane].astype(np.float32) * np.float32(2**plane) for plane in range(bits))
-    return np.asarray((codes_XI - np.float32((2**bits - 1) / 2)) * step_X[:, None], np.float32)
-
-
 def _codes(delta_XI: Array32, step_X1: Array32, bits: int) -> Codes:
     scaled_XI = np.divide(delta_XI, step_X1, out=np.zeros_like(delta_XI), where=step_X1 > 0)
     return np.asarray(np.clip(np.floor(scaled_XI) + 2 ** (bits - 1), 0, 2**bits - 1), np.uint8)

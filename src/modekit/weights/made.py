@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from modekit.recipes.mixture import BackboneMerge
+from modekit.recipes.backbone import BackboneMerge
 from modekit.sources.adapter import LowRank
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from modekit.recipes.mixture import BackboneMerge
+from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.flat import FlatArray, Rows
 from modekit.weights.numeric import blocks, moved
 

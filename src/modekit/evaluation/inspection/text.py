@@ -17,14 +17,7 @@ from modekit.checkpoint.open import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
 from modekit.evaluation.inspection.inspect import counted, token_trace
-from modekit.evaluation.inspection.passes import (
-    Array32,
-    Decided,
-    loss_per_token,
-    losses_without,
-    token_losses,
-    traced_losses,
-)
+from modekit.evaluation.inspection.passes import Array32, Decided, loss_per_token, losses_without, token_losses, traced_losses
 from modekit.evaluation.inspection.result import TextTrace
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer

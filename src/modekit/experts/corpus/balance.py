@@ -33,7 +33,7 @@ from modekit.experts.corpus.texts import (
     none_in_split,
     read_domain,
 )
-from modekit.files.mending import refuse_existing
+from modekit.files.change import refuse_existing
 from modekit.files.output import Replace
 from modekit.files.staging import staging
 from modekit.files.write import json_bytes, make_folder, write_file

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modekit.errors import ModekitError
 from modekit.experts.corpus.texts import checked_texts, count_tokens, none_in_split, read_domain
+from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
-from modekit.files.mending import refuse_existing
 from modekit.files.output import Replace
 from modekit.files.staging import staging
 from modekit.files.write import write_json

@@ -1,0 +1,63 @@
+"""blake3 of whole weight files: one that has not changed since this user's modekit read it is not read again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple
+from pathlib import Path
+
+from blake3 import blake3
+
+from modekit.files.read import FileState, read_text
+from modekit.files.user_cache import WRONG, file_of, keep_proven
+from modekit.sources.contents import WeightFile
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """A file's hash, read now; `progress` is told the bytes so far and in all. Raises SourceError."""
+    file, digest, done = WeightFile(path), blake3(), 0
+    try:
+        for chunk in file.chunks(0, file.state.size):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done, file.state.size)
+        file.check_unchanged()
+    finally:
+        file.close()
+    found: str = digest.hexdigest()
+    keep_digest(path, file.state, found)
+    return found
+
+
+def known_blake3(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """A file's hash; a file that was read before is not read again while its size, times and inode are what they were.
+
+    Raises SourceError.
+    """
+    return known_digest(path) or blake3_of(path, progress)
+
+
+def known_digest(path: Path) -> str | None:
+    """The blake3 of a file that was read before and has not changed since, by size, times and inode; else None."""
+    try:
+        found = read_text(file_of(_in_state(path, FileState.of(path))), 2**10)
+        return found if _DIGEST.fullmatch(found) else None
+    except WRONG:
+        return None
+
+
+def keep_digest(path: Path, state: FileState, blake3: str) -> None:
+    """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
+    with suppress(*WRONG):
+        now = FileState.of(path)
+        if now == state and now.is_settled:
+            keep_proven(_in_state(path, now), blake3)
+
+
+def _in_state(path: Path, state: FileState) -> str:
+    return f"{os.path.realpath(path)} {astuple(state)}"

@@ -1,0 +1,67 @@
+"""Which files of a folder hold a model's weights: one, or those that an index names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from modekit.errors import SourceError
+from modekit.files.read import LARGE, UNREADABLE, read_json
+from modekit.sources.config import damaged_model, refuse_other_kinds
+
+_PICKLES = {
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth"),
+    "adapter_model.bin",
+}
+_SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def named_weights(folder: Path, *, where: str) -> list[Path]:
+    """The files that hold a model's weights, by its index or name, whether they are there or not. Raises SourceError."""
+    index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if single.exists() or not index.exists():  # first, as in transformers: the index may be of a model that was saved before
+        return [single]
+    return [folder / name for name in _shard_names(index, where=f"{where}: {index.name}")]
+
+
+def weight_files(folder: Path, *, where: str) -> list[Path]:
+    """The files that hold a model's weights. Raises SourceError where there are none that can be read."""
+    files = named_weights(folder, where=where)
+    missing = [file.name for file in files if not file.exists()]
+    if len(missing) == len(files):
+        names = [path.name for path in folder.iterdir()]
+        refuse_other_kinds(names, where=where)
+        raise no_weights(names, where=where)
+    if missing:
+        what, found = "shards named by the index are missing", ", ".join(missing)
+        raise SourceError(what, where=where, found=found, remedy="download the model again")
+    return files
+
+
+def no_weights(names: Collection[str], *, where: str) -> SourceError:
+    """The error of a model or adapter among whose files, by name, are no weights that can be read."""
+    pickles = sorted(name for name in names if name in _PICKLES)
+    if not pickles:
+        remedy = "the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors"
+        return SourceError("no safetensors weights", where=where, remedy=remedy)
+    return SourceError(
+        "the weights are pickled, which can run code when opened; modekit reads safetensors only",
+        where=where,
+        found=", ".join(pickles),
+        remedy="convert once where you trust the file: load it with transformers or PEFT and save_pretrained to a new folder",
+    )
+
+
+def _shard_names(index: Path, *, where: str) -> list[str]:
+    """The files that a safetensors index names. Raises SourceError when it cannot be read, or names what lies elsewhere."""
+    try:
+        names = sorted(set(read_json(index, LARGE)["weight_map"].values()))
+        elsewhere = [name for name in names if not _SHARD.fullmatch(name)]
+    except (*UNREADABLE, KeyError, TypeError, AttributeError):
+        raise damaged_model("the safetensors index cannot be read", where) from None
+    if elsewhere:
+        what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
+        raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
+    return names
