@@ -9,7 +9,7 @@ from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
-from modekit.sources.contents import known_blake3
+from modekit.sources.digests import known_blake3
 from modekit.sources.family import Reads
 from modekit.text.document import Document, both_kinds, reads_of, text_of
 from modekit.text.records import RECORDS, SEARCHED, SUFFIXES, TextRecord, read_file, read_hub
