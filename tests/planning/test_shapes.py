@@ -45,7 +45,7 @@ def test_nobody_asks_which_shape_it_is() -> None:
     assert not list(lines_with(r"(checkpoint|plan)\.native\b", set()))
 
 
-_SHAPES = {"planning": ("native", "modekit_shape"), "loaded": ("native", "modekit")}
+_SHAPES = {"planning": ("native_shape", "modekit_shape"), "loaded": ("native", "modekit")}
 
 
 def test_nobody_reads_the_raw_config_of_a_mixture() -> None:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from modekit.checkpoint.carried import Carried
 from modekit.planning.carry import EXACT_TERMS, CarrySize
-from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import Plan
 from modekit.planning.routed import own_part
 from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
@@ -69,8 +68,8 @@ class Differences:
         self._plan, self._read = plan, read
         self._base = plan.sources[0]
         channels = plan.shape.channels
-        assert channels is not None and isinstance(plan.shape, NativeShape)
-        self._widening, self._inner, self._routed = channels.widening, channels.inner, plan.shape.native.routed
+        assert channels is not None
+        self._widening, self._inner, self._routed = channels.widening, channels.inner, plan.shape.routed
         self._head = weight_of(EMBEDDING if plan.family.is_tied(self._base) else HEAD)
         self._whole: dict[str, Singles] = {}
         self._finite: set[TensorRef] = set()

@@ -46,6 +46,7 @@ class ModekitShape(AnyShape):
 
     code_files = CODE_FILES
     native_type = None
+    routed = None
     channels = None
 
     @classmethod

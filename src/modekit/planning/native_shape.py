@@ -26,7 +26,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.names import in_layer
-from modekit.sources.native import Native
+from modekit.sources.native import Native, Routed
 from modekit.sources.natives import native_of
 from modekit.sources.source import ModelSource
 
@@ -70,6 +70,11 @@ class NativeShape(AnyShape):
     def family(self) -> Family:
         """The row of the dense family."""
         return self.native.family
+
+    @property
+    def routed(self) -> Routed | None:
+        """How the base is a mixture itself, where it is one."""
+        return self.native.routed
 
     @property
     def native_type(self) -> str:
