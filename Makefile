@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## tokenizer, base, experts and mixtures on real text: 8 minutes on two idle cores, 30 on busy ones
+demo: $(READY)  ## tokenizer, base, experts and mixtures on real text: 9 minutes on two idle cores, 30 on busy ones
 	$(BIN)/modekit demo
 
 demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
