@@ -133,6 +133,12 @@ def test_fine_tunes_of_a_mixture_run_there(tmp_path: Path, family: str) -> None:
     assert proof.same == proof.written and proof.difference < 1e-4
 
 
+@pytest.mark.usefixtures("few_tokens")
+def test_what_keeps_a_token_to_one_fine_tune_keeps_its_bits(tmp_path: Path) -> None:
+    """With 8 bits in the layer in front log-probabilities are ten times as far apart."""
+    assert export_gguf(byte_shop(tmp_path, "qwen3"), tmp_path / "GGUF", "q8_0").proof.typical < 3e-2
+
+
 @pytest.mark.parametrize("family", ["qwen3-softmax", "qwen2-normed"])
 def test_a_mixture_whose_weights_llama_cpp_takes_otherwise_is_refused(tmp_path: Path, family: str) -> None:
     with pytest.raises(UnsupportedError, match="divide"):

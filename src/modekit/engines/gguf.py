@@ -43,6 +43,8 @@ _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 """What carries a lexical router's evidence to its average: numbers of some 2^-12, too small for the 16-bit scale of a block of
 8-bit ones. Log-probabilities came out 0.14 nats apart where other mixtures have 0.01 (benchmarks/llama.md).
 """
+_IN_FRONT = r"|blk\.0\.ffn_(gate|up|down)_exps\.weight"
+"""What makes penalties of averages, whose differences activations in blocks of 8 bits lose (benchmarks/routed.md)."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def gguf_of(checkpoint: Checkpoint, out: Path, outtype: Outtype | None, *, run: 
 
 def finer_of(checkpoint: Checkpoint, outtype: str) -> str | None:
     """GGUF names, as a regular expression, of tensors that keep 16 bits: what carries its router's evidence."""
-    return _CARRIER if checkpoint.shape.channels is not None and outtype in _COARSE else None
+    if checkpoint.shape.channels is None or outtype not in _COARSE:
+        return None
+    return _CARRIER + (_IN_FRONT if checkpoint.shape.inner > 1 else "")
 
 
 def made_of(checkpoint: Checkpoint, outtype: Outtype | None) -> dict[str, Any]:
