@@ -59,6 +59,11 @@ class NativeForm:
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
 
+    @property
+    def _gates_in_front(self) -> Iterable[str]:
+        """Modules whose numbers the layer in front has, although what they open is zero."""
+        return ()
+
     def _carried_size(self) -> CarrySize | None:
         """What is carried besides the experts' own."""
         return carried_size(self._recipe, self._sources, self._family, self._dense)
@@ -134,10 +139,10 @@ class NativeForm:
         else, norms as there.
         """
         assert self._channels is not None
-        norms, within = self._channels.widening.norms, in_layer(0)
+        kept, within = {*self._channels.widening.norms, *self._gates_in_front}, in_layer(0)
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self.mixed and not is_ignored(name):
-                made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in norms else Zeros(ref.shape)
+                made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in kept else Zeros(ref.shape)
                 yield self._with_channels(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
 
     def _of_layer(self, layer: int, made: Mapping[str, Sequence[Made | None]]) -> Iterator[PlannedTensor]:

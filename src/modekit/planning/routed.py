@@ -110,6 +110,10 @@ class RoutedForm(NativeForm):
             what = "float16 does not hold the penalties that keep a token to one fine-tune"
             raise UnsupportedError(what, where="output.dtype", found="float16", remedy="write output: {dtype: bfloat16}")
 
+    @property
+    def _gates_in_front(self) -> Iterable[str]:
+        return filter(None, [self._routed.shared_gate])
+
     def _carried_size(self) -> CarrySize | None:
         """Nothing where the weights of the chosen do not sum to one. Raises UnsupportedError where that is asked for."""
         if self._routed.sums_to_one(self._dense):

@@ -60,6 +60,7 @@ class Routed:
         gate_up, down: of all experts: (M, 2 F, D) and (M, D, F).
         gate: (M, D).
         shared_down: the last projection of an expert that all tokens have; empty where there is none.
+        shared_gate: the module of its gate: llama.cpp divides by what that says, which must not be zero.
         sums_to_one: whether the weights of the chosen experts do.
     """
 
@@ -67,6 +68,7 @@ class Routed:
     down: str = "mlp.experts.down_proj"
     gate: str = "mlp.gate.weight"
     shared_down: str = ""
+    shared_gate: str = ""
     sums_to_one: Callable[[Config], bool] = lambda config: True
 
     @property

@@ -72,7 +72,9 @@ ROUTED: tuple[Native, ...] = (
         rules=(_SILU, _EVERYWHERE, _ONE_KIND, _HEADS_FILL),
         widening=Widening(whole_heads=True),
         gguf_differs=((_is_normed, "its qwen2moe does not divide the weights of the chosen experts by their sum"),),
-        routed=Routed(shared_down="mlp.shared_expert.down_proj.weight", sums_to_one=_is_normed),
+        routed=Routed(
+            shared_down="mlp.shared_expert.down_proj.weight", shared_gate="mlp.shared_expert_gate", sums_to_one=_is_normed
+        ),
     ),
     _row(
         *("granitemoe", "GraniteMoeForCausalLM"),
