@@ -34,7 +34,7 @@ from modekit.run import QUIET
 from whole import recipe
 
 COURSE = {"batch_tokens": 3_072, "learning_rate": 2e-3, "select_tokens": 512}
-NATIVE = {"output": {"format": "native"}}
+NATIVE = {"output": {"format": "plain"}}
 WHOLE = {"modules": "all", "output": {"format": "modekit"}}
 MERGES = {
     "average": Merge(by="average"),

@@ -42,7 +42,7 @@ PART_BATCH, PART_RATE = 1_536, 1e-2
 """Steps, their tokens and learning rate, of an expert of a part of a domain (peers/parts.py), which has less text."""
 PART_KINDS = tuple(f"adapters-{how}" for how in PART_STEPS)
 STEPS = 60
-NATIVE = {"format": "native"}
+NATIVE = {"format": "plain"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {
         "modekit architecture": {"output": {"format": "modekit"}},
@@ -141,7 +141,7 @@ def trained(folder: Path, kind: str, seed: int) -> None:
 def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
     """A row of the table per variant, below those of base, experts and weight average."""
     home, known = folder / f"seed{seed}", list[Results]()
-    print(f"\n| seed {seed} | gap closed | forced | not carried | unseen / base | active / base | build s |")
+    print(f"\n| seed {seed} | gap closed | forced | lost | unseen / base | active / base | build s |")
     print("|---|---|---|---|---|---|---|")
     for name, variant in VARIANTS[kind].items():
         if only and only not in name:
@@ -162,7 +162,7 @@ def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
                     print(f"| {row.name} | {_gaps(said, row)} | | | {_unseen(said, row)} | 1 | |")
         known.append(said)
         forced = force_experts(checkpoint, tokens_per_domain=FORCED_TOKENS[kind])
-        lost = {row.expert: row.not_carried or 0.0 for row in forced.rows}
+        lost = {row.expert: row.lost or 0.0 for row in forced.rows}
         mixed = said.row("mixture")
         print(
             f"| {name} | {_gaps(said, mixed)} | {_gaps(said, said.row('oracle'))} "

@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "native-lexical-adapters": {
         "experts": _adapters(("medicine", "law", "dora")),
-        "output": {"format": "native"},
+        "output": {"format": "plain"},
         "mixture": {"router": _LEXICAL, "top_k": 1},
     },
     "modekit-lexical": {"experts": _full(), "output": {"format": "modekit"}, "mixture": {"router": _LEXICAL, "modules": "all"}},
@@ -61,7 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "native-centroid-average": {"experts": _full(), "mixture": {"router": _CENTROID, "backbone": "average"}},
     "native-folded": {
         "experts": _adapters(("medicine", "law", "dora")),
-        "output": {"format": "native"},
+        "output": {"format": "plain"},
         "mixture": {"router": _ROUTER, "backbone": "average"},
     },
     "modekit-token": {"experts": _full(), "output": {"format": "modekit"}, "mixture": {"router": _ROUTER, "top_p": 0.9}},

@@ -74,4 +74,5 @@ def make_chat_workshop(root: Path) -> Workshop:
         (root / "text" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     workshop.recipe["experts"].append({"name": "general", "model": "base", "text": "./text/general.jsonl"})
     workshop.recipe["mixture"] = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
+    workshop.recipe["output"] = {"format": "plain"}
     return workshop

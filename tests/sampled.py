@@ -58,6 +58,7 @@ SAMPLED = {
     "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": r"lexical$|by pairs$",
     "members/test_come_and_go.py::test_another_model_in_the_place_of_one": r"^(native lexical|adapters)$",
     "members/test_come_and_go.py::test_the_first_goes_in_place": r"^(native random|everything)$",
+    "members/test_whole_plain.py::test_who_comes_and_goes_leaves_no_trace": r"-2$",
     "planning/test_chosen_router.py::test_the_recipe_of_a_build_builds_the_same_bytes": r"^(models|adapters.*)$",
     "report/test_card.py::test_the_snippet_asks_a_model_that_knows_conversations": nothing,
     "report/test_card.py::test_the_snippet_runs": r"0$",

@@ -67,7 +67,7 @@ def upcycled(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
     """Copies of the base behind random gates; without normalisation a copy counts what the chosen ones weigh together."""
     copies = replace(pool, experts=dict.fromkeys(pool.experts, pool.base))
     mixture = {"top_k": 2, "router": {"fit": "random", "seed": pool.seed}}
-    made = built(copies, out / "copies", {"mixture": mixture, "output": {"format": "native"}}, "")
+    made = built(copies, out / "copies", {"mixture": mixture, "output": {"format": "plain"}}, "")
     base = opened(pool.base)
     dense = _loss(base, texts)
     with _not_normalised(base, pool.seed):

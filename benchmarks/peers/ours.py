@@ -35,7 +35,7 @@ def _plain(pool: Pool, out: Path, text: str = "real", top_k: int = 1) -> Made:
     full = pool.trained == "full"
     average = full and not any(map(is_adapter, pool.experts.values()))
     mixture = {"method": "routing", "top_k": top_k, **({"backbone": "average"} if average else {})}
-    return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
+    return built(pool, out, {"mixture": mixture, "output": {"format": "plain", **({"carry": "all"} if full else {})}}, text)
 
 
 def _architecture(pool: Pool, out: Path, top_k: int) -> Made:

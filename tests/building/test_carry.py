@@ -75,7 +75,7 @@ def adapter_shop(
 
 def recipe_of(experts: list[dict[str, Any]], **output: Any) -> dict[str, Any]:
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
-    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native", **output}}
+    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "plain", **output}}
 
 
 def full_shop(root: Path, **output: Any) -> Workshop:
@@ -148,7 +148,7 @@ def test_what_is_left_comes_from_the_output_projection(tmp_path: Path, ids: torc
     """The FFN's norm does not see its difference; everything else is exact."""
     shop = adapter_shop(tmp_path, modules=[name for name in LINEAR if name != "o_proj"])
     assert max(shares(shop, shop.build("OUT"), ids)) < 1e-4
-    folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
+    folded = shares(shop, shop.build("FFN", output={"format": "plain", "carry": "ffn"}), ids)
     assert min(folded) > 0.1
 
 
@@ -156,7 +156,7 @@ def test_what_is_left_comes_from_the_output_projection(tmp_path: Path, ids: torc
 def test_full_models_are_carried_the_better_the_more_channels(tmp_path: Path, ids: torch.Tensor, rank: int) -> None:
     shop = full_shop(tmp_path, rank=rank)
     out = shop.build("OUT")
-    folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
+    folded = shares(shop, shop.build("FFN", output={"format": "plain", "carry": "ffn"}), ids)
     found = shares(shop, out, ids)
     assert all(one < (0.6 if rank == 64 else 0.15) * other for one, other in zip(found, folded, strict=True)), (found, folded)
     assert is_proven(checks := verify(open_checkpoint(out))), checks
@@ -171,7 +171,7 @@ def test_dora_is_carried_by_what_it_makes_of_the_weights(tmp_path: Path, ids: to
         train_adapter(tmp_path / "base", config, tmp_path / name)
         experts.append({"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"})
     shop = Workshop(tmp_path, recipe_of(experts, rank=256))
-    folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
+    folded = shares(shop, shop.build("FFN", output={"format": "plain", "carry": "ffn"}), ids)
     found = shares(shop, shop.build("OUT"), ids)
     assert all(one < 0.15 * other for one, other in zip(found, folded, strict=True)), (found, folded)
 
@@ -292,7 +292,7 @@ def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
     ("output", "message"),
     [
         ({"format": "modekit", "carry": "all"}, "output.carry has no effect"),
-        ({"format": "native", "carry": "ffn", "rank": 8}, "output.rank has no effect"),
+        ({"format": "plain", "carry": "ffn", "rank": 8}, "output.rank has no effect"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(shop: Workshop, output: dict[str, Any], message: str) -> None:

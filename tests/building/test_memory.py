@@ -44,7 +44,7 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = {
     "cast": (WIDE, (1, 3), {"experts": FULL, "mixture": RANDOM, "output": {"dtype": "float32"}}),
     "average": (WIDE, (2, 6), {"experts": FULL, "mixture": {**FIRST, "backbone": "average"}}),
     "ties": (NARROW, (2, 4), {"experts": FULL, "mixture": {**FIRST, "backbone": "ties"}}),
-    "folded": (WIDE, (1, 3), {"experts": ADAPTERS, "mixture": RANDOM, "output": {"format": "native"}}),
+    "folded": (WIDE, (1, 3), {"experts": ADAPTERS, "mixture": RANDOM, "output": {"format": "plain"}}),
     "as lora": (NARROW, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),
     "as lora, exactly": (SMALL, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),
 }

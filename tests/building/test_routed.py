@@ -155,7 +155,7 @@ def test_attention_norms_and_head_are_carried_where_weights_sum_to_one(tmp_path:
         save(model, tmp_path / name)
     shares = {}
     for carry, says in (("ffn", {}), ("all", {"rank": 256})):
-        checkpoint = open_checkpoint(shop.build(carry, output={"format": "native", "carry": carry, **says}))
+        checkpoint = open_checkpoint(shop.build(carry, output={"format": "plain", "carry": carry, **says}))
         mixture, base = mixture_of(loaded(checkpoint.folder), checkpoint), logits_of(loaded(tmp_path / "base"), ids)
         shares[carry] = list[float]()
         for number, name in enumerate(DOMAINS):
@@ -243,7 +243,7 @@ def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
 
 def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
-    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "plain"}}
 
 
 def divergence(own: torch.Tensor, other: torch.Tensor) -> float:

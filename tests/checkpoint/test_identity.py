@@ -92,7 +92,7 @@ def test_an_adapter_with_another_scale_is_another_mixture(tmp_path: Path) -> Non
     for seed, name in enumerate(texts):
         write_adapter(tmp_path / name, lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
     mixture: dict[str, Any] = {"top_k": 1, "router": {"fit": "random"}}
-    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "plain"}}
     identities = []
     for alpha in (8, 16):
         write_adapter(tmp_path / "law", lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=alpha)

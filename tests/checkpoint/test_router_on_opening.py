@@ -35,7 +35,8 @@ TEXT = "fever artery lesion dose nerve"
 @pytest.fixture(scope="module")
 def built(small_workshop: Workshop) -> dict[str, Path]:
     """A native mixture whose table lies in the embedding, and three whose router is a file of its own."""
-    found = {"native": small_workshop.build("IN-EMBEDDING", mixture={"top_k": 1, "router": {"fit": "lexical"}})}
+    lexical = {"top_k": 1, "router": {"fit": "lexical"}}
+    found = {"native": small_workshop.build("IN-EMBEDDING", mixture=lexical, output={"format": "plain"})}
     for name, router in FITS.items():
         mixture = {"top_k": 1, "router": router}
         found[name] = small_workshop.build(f"ROUTER-{name}", mixture=mixture, output={"format": "modekit"})
@@ -121,7 +122,7 @@ def test_a_row_of_the_base_that_is_no_number_is_said_where_the_table_is_read(fol
 
 def test_a_training_that_moves_the_embedding_leaves_a_mixture_that_opens(small_workshop: Workshop) -> None:
     """The table moves with it; and a fit afterwards sets the table in the embedding that was trained."""
-    out = small_workshop.build("EMBEDDINGS", mixture={"top_k": 1, "router": {"fit": "lexical"}})
+    out = small_workshop.build("EMBEDDINGS", mixture={"top_k": 1, "router": {"fit": "lexical"}}, output={"format": "plain"})
     moved = small_workshop.root / "TRAINED"
     asked = {
         "what": ["embeddings"],

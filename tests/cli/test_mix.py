@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import yaml
 
-from adapter_folders import lora, write_adapter
+from adapter_folders import lora, train_adapter, write_adapter
+from building.test_measured_form import full_shop
 from command_line import modekit
 from conftest import Workshop
 from modekit.building.mix import Models, plan_mix
@@ -73,26 +76,27 @@ def mix(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str, base: str = "b
     return recipe, printed
 
 
-def test_full_models_with_text_are_mixed_whole(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_models_with_text_become_a_plain_checkpoint_that_carries_them(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = texts(law="law", py="code", general="medicine")
     recipe, printed = mix(shop, monkeypatch, "law", "py=./code", *said)
     assert [each["name"] for each in recipe["experts"]] == ["law", "py", "general"]
     assert [each["model"] for each in recipe["experts"]] == ["../law", "../code", "base"]
-    assert recipe["mixture"]["modules"] == "all" and recipe["mixture"]["router"]["fit"] == "lexical"
+    assert recipe["mixture"] == {"top_k": 1, "router": {"fit": "lexical"}, "backbone": "average"}
+    assert recipe["output"] == {"format": "plain", "carry": "all"} and "this plain checkpoint loses" in printed
     assert "\nrouter " in printed and "router fitted" in printed
 
 
 def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = [*texts(**{"fever-lora": "medicine", "court-lora": "law"}), "--without-base"]
     recipe, printed = mix(shop, monkeypatch, "fever-lora", "court-lora", *said)
-    assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
+    assert recipe["output"] == {"format": "plain"} and recipe["mixture"]["router"] == {"fit": "lexical"}
     assert [each.get("adapter") for each in recipe["experts"]] == ["../fever-lora", "../court-lora"]
     assert "MixtralForCausalLM" in printed and not (shop / "OUT" / "self-text").exists()
 
 
 def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = mix(shop, monkeypatch, "fever-lora", "court-lora")
-    assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
+    assert recipe["output"] == {"format": "plain"} and recipe["mixture"]["router"] == {"fit": "lexical"}
     assert [each["text"] for each in recipe["experts"]] == ["self"] * 3
     files = sorted(tree(shop / "OUT" / "self-text"))
     assert len(files) == 6 and {each.partition("-")[0] for each in files} == {"fever", "court", "base"}
@@ -104,7 +108,7 @@ def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPa
 def test_who_has_no_text_beside_others_writes_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = mix(shop, monkeypatch, "law", "code", *texts(law="law"))
     assert [each["text"] for each in recipe["experts"]] == [["../text/law.jsonl"], "self", "self"]
-    assert recipe["mixture"]["modules"] == "all"
+    assert recipe["output"]["format"] == "plain"
 
 
 def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +122,14 @@ def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest
     assert (shop / "AGAIN" / "model-router.safetensors").read_bytes() == made
 
 
-def test_what_is_native_runs_in_llama_cpp(shop: Path) -> None:
-    """Full models, too, then become a plain checkpoint; here only as far as the plan."""
+def test_what_is_plain_runs_in_llama_cpp(shop: Path) -> None:
+    """Full models, too, and without a measurement where it is asked for; here only as far as the plan."""
     models = Models("base", ["law", "code"], {name: [f"text/{name}.jsonl"] for name in ("law", "code")}, shop)
-    plan, _ = plan_mix(models, shop / "PLAIN", native=True)
-    assert plan.shape.without_gguf is None
-    assert plan_mix(models, shop / "ANY")[0].shape.without_gguf is not None
+    plan, _ = plan_mix(models, shop / "PLAIN", form="plain")
+    assert plan.shape.without_gguf is None and plan.otherwise is None
+    other = plan_mix(models, shop / "ANY")[0].otherwise
+    assert other is not None and other.shape.without_gguf is not None
+    assert plan_mix(models, shop / "OWN", form="modekit")[0].config == other.config
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,55 @@ def test_what_cannot_write_says_what_that_costs(
 ) -> None:
     recipe, printed = mix(shop, monkeypatch, *experts, base="mute")
     assert recipe["mixture"] == mixture and said in printed and "--text NAME=FILE" in " ".join(printed.split())
+
+
+@pytest.fixture(scope="module")
+def readme_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What README's first command names: a base that chats, an adapter, and a full model, in folders of these names."""
+    root = tmp_path_factory.mktemp("readme")
+    full_shop(root, 2)
+    template = "{% for each in messages %}{{ each['role'] }}: {{ each['content'] }} {% endfor %}"
+    (root / "base" / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules="all-linear")
+    train_adapter(root / "base", config, root / "law-lora")
+    return root
+
+
+def test_readme_shows_the_recipe_that_its_first_command_writes(readme_shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    (line,) = re.findall(r"^modekit mix (.*)$", page, re.MULTILINE)
+    base, *words, _, out = line.split()
+    assert out == "OUT"
+    recipe, printed = mix(readme_shop, monkeypatch, *words, base=base)
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert recipe == yaml.safe_load(shown)
+    assert "MixtralForCausalLM" in printed and "this plain checkpoint loses" in printed
+
+
+def test_a_recipe_of_the_same_experts_is_the_same_mixture(readme_shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by hand, with nothing but the models and their text."""
+    said = [f"--text={name}=text/{name}.jsonl" for name in ("law", "code")]
+    mix(readme_shop, monkeypatch, "law=law-lora", "code", *said, "--text=general=text/medicine.jsonl")
+    experts = [
+        {"name": "law", "adapter": "./law-lora", "text": "text/law.jsonl"},
+        {"name": "code", "model": "./code", "text": "text/code.jsonl"},
+        {"name": "general", "model": "base", "text": "text/medicine.jsonl"},
+    ]
+    (readme_shop / "hand.yaml").write_text(yaml.safe_dump({"base_model": "./base", "experts": experts}))
+    modekit("build", "hand.yaml", "HAND", "--overwrite")
+    made, hand = (
+        {name: each for name, each in tree(readme_shop / out).items() if not name.startswith(INTERNAL)}
+        for out in ("OUT", "HAND")
+    )
+    records = [yaml.safe_load(each.pop("modekit.json") or b"") for each in (made, hand)]
+    assert made == hand
+    for record in records:  # but for paths
+        for key in ("recipe_folder", "recipe_digest"):
+            record.pop(key)
+        for expert in [record["recipe"], *record["recipe"]["experts"], *record["sources"]]:
+            for key in ("base_model", "adapter", "model", "text", "spec"):
+                expert.pop(key, None)
+    assert records[0] == records[1]
 
 
 def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,8 @@ def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], 
 def test_what_was_changed_by_hand_is_said_and_nothing_else(tmp_path: Path) -> None:
     """A lexical router in a plain checkpoint has another eps than the base: that is no change."""
     router = {"fit": "lexical", "sequence_length": 32}
-    out = make_workshop(tmp_path).build(mixture={"method": "routing", "top_k": 1, "router": router})
+    mixture = {"method": "routing", "top_k": 1, "router": router}
+    out = make_workshop(tmp_path).build(mixture=mixture, output={"format": "plain"})
     assert "changed" not in "".join(map(str, ended("route", out, "the court")))
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config.replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))

@@ -29,7 +29,7 @@ from modekit.text.document import message_of
 from modekit.text.sequences import TokenSequence
 
 ROUTERS = {
-    "lexical": {"mixture": {"router": {"fit": "lexical"}}},
+    "lexical": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain"}},
     "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
     "bigrams": {"mixture": {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}},
     "hidden": {"mixture": {"router": {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},

@@ -109,23 +109,23 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
         *DOMAINS,
         "weight average",
         "oracle",
-        "oracle folded",
-        "oracle folded average",
+        "oracle modekit",
+        "oracle average",
         "linear",
         "logistic",
         "context",
         "lexical",
         "routing",
         "bigrams-top-1",
-        "routing folded",
-        "routing folded average",
+        "routing modekit",
+        "routing average",
     ]
     for name in DOMAINS:  # low-rank experts are carried whole
         assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
     seed = tmp_path / "demo" / "seed0"
     assert (seed / DOMAINS[0] / "adapter_config.json").exists()
-    low_rank, folded = (json.loads((seed / name / "config.json").read_text()) for name in ("routing", "routing-folded"))
-    assert low_rank["architectures"] != folded["architectures"] == ["MixtralForCausalLM"]
+    low_rank, plain = (json.loads((seed / name / "config.json").read_text()) for name in ("routing-modekit", "routing"))
+    assert low_rank["architectures"] != plain["architectures"] == ["MixtralForCausalLM"]
 
 
 def _double(run: Run, value: int) -> tuple[int, int]:

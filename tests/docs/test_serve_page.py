@@ -55,7 +55,16 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "BASE" / "chat_template.jinja").write_text(TEMPLATE)
     for kind, listed in experts.items():
         (root / kind).mkdir()
-        built(root, {"base_model": "./BASE", "experts": listed, "mixture": {"router": {"fit": "lexical"}}}, f"{kind}/OUT")
+        built(
+            root,
+            {
+                "base_model": "./BASE",
+                "experts": listed,
+                "mixture": {"router": {"fit": "lexical"}},
+                "output": {"format": "plain"},
+            },
+            f"{kind}/OUT",
+        )
         (root / kind / "BASE").symlink_to(root / "BASE")
     return root
 

@@ -76,7 +76,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any] = RANDOM) -> Checkpoint:
     """Two random models as one mixture."""
     experts = model_experts(root, family=dense, **overrides)
-    return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed})
+    output = {"format": "plain"} if mixed.get("router", {}).get("fit") == "lexical" else {}
+    return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": output})
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,15 @@ class Proxy:
         experts = model_experts(root, max_position_embeddings=4096)
         save_byte_model(root / "base", "llama", 9, max_position_embeddings=4096)
         (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
-        mixture = built(root, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "lexical"}}})
+        mixture = built(
+            root,
+            {
+                "base_model": "./base",
+                "experts": experts,
+                "mixture": {"router": {"fit": "lexical"}},
+                "output": {"format": "plain"},
+            },
+        )
         for name in ("base", *TWO):
             convert(root / name, root / f"{name}.gguf", "f32")
         self._root, self._stack = root, stack

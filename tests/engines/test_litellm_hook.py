@@ -18,7 +18,12 @@ from domain_mixtures import built, model_experts
 @pytest.fixture(scope="module")
 def hook(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("hook")
-    recipe = {"base_model": "./medicine", "experts": model_experts(root), "mixture": {"router": {"fit": "lexical"}}}
+    recipe = {
+        "base_model": "./medicine",
+        "experts": model_experts(root),
+        "mixture": {"router": {"fit": "lexical"}},
+        "output": {"format": "plain"},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEKIT_MIXTURE", str(built(root, recipe).folder))
         for name in ("litellm", "litellm.integrations", "litellm.integrations.custom_logger"):

@@ -73,7 +73,12 @@ def completed(address: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("engine", ["llama", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_a_real_engine_comes_back_under_its_address(tmp_path: Path, engine: str) -> None:
-    recipe = {"base_model": "./medicine", "experts": model_experts(tmp_path), "mixture": {"router": {"fit": "lexical"}}}
+    recipe = {
+        "base_model": "./medicine",
+        "experts": model_experts(tmp_path),
+        "mixture": {"router": {"fit": "lexical"}},
+        "output": {"format": "plain"},
+    }
     command = [sys.executable, "-m", "modekit", "serve", str(built(tmp_path, recipe).folder), "--port", "0", "--engine", engine]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None

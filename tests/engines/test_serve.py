@@ -59,7 +59,12 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
     (root / "medicine" / "chat_template.jinja").write_text(TEMPLATE)
     found = {}
     for shape, experts in (("native", whole), ("adapters", adapter_experts(root))):
-        recipe = {"base_model": "./medicine", "experts": experts, "mixture": {"router": {"fit": "lexical"}}}
+        recipe = {
+            "base_model": "./medicine",
+            "experts": experts,
+            "mixture": {"router": {"fit": "lexical"}},
+            "output": {"format": "plain" if shape == "native" else "modekit"},
+        }
         found[shape] = built(root, recipe, shape)
     for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):
         (root / f"{library}.py").write_text(f"open({str(root / 'imported')!r}, 'a').write({library!r})")

@@ -78,7 +78,8 @@ def mixture(
     experts = model_experts(root, family=dense, **overrides)
     if kind == "adapter":
         experts = adapter_experts(root, width=overrides.get("hidden_size", 32))
-    return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": output})
+    form = {"format": "modekit" if kind == "adapter" else "auto", **output}
+    return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": form})
 
 
 def prompts_of(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
@@ -177,7 +178,7 @@ def test_where_its_own_class_computes_something_else(tmp_path: Path, dense: str,
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_lexical_router_in_a_plain_checkpoint(tmp_path: Path, compiled: bool) -> None:
-    checkpoint = mixture(tmp_path, "llama", HEAD, {"top_k": 1, "router": {"fit": "lexical", "decay": [0.9]}})
+    checkpoint = mixture(tmp_path, "llama", HEAD, {"top_k": 1, "router": {"fit": "lexical", "decay": [0.9]}}, format="plain")
     prompts = prompts_of(checkpoint, PROMPTS)
     check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled), in_transformers(checkpoint, prompts))
 

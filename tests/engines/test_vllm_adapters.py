@@ -36,7 +36,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     save_byte_model(root / "base", "llama", 9, head_dim=32)
     experts = adapter_experts(root, tuple(TEXTS))
-    built(root, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "lexical"}}})
+    mixture = {"router": {"fit": "lexical"}}
+    built(root, {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "modekit"}})
     modekit("export", root / "OUT", root / "ADAPTERS")
     return root
 

@@ -192,7 +192,7 @@ def test_what_stays_is_not_made_of_other_settings(tmp_path: Path) -> None:
         write_adapter(tmp_path / name, tensors, target_modules=["up_proj", "q_proj"], lora_alpha=8)
     experts = [{"name": name, "adapter": f"./{name}", "as": "full", "text": str(text)} for name, text in texts.items()]
     mixture = {"top_k": 1, "router": {"fit": "random"}, "backbone": "average"}
-    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "plain"}}
     checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
     removed = modekit.remove(checkpoint, "law", out=tmp_path / "REMOVED")
     assert is_proven(modekit.verify(removed))  # the backbone is merged of those who stay, with what they change of it

@@ -70,7 +70,7 @@ def test_adapters_kept_low_rank_are_whole(whole: tuple[Checkpoint, ForcedExperts
     assert [(row.expert, row.text, row.own_model) for row in found.rows] == [(name, name, "PEFT") for name in DOMAINS]
     for row in found.rows:
         assert row.base_kl > 0.01 and row.kl < 1e-7 and row.largest < 1e-3, row
-        assert row.not_carried is not None and row.not_carried < 1e-5
+        assert row.lost is not None and row.lost < 1e-5
         assert row.forced_loss == pytest.approx(row.own_loss, abs=1e-5)
 
 
@@ -94,9 +94,9 @@ def test_losses_are_those_of_peft_and_of_eval(whole: tuple[Checkpoint, ForcedExp
 
 
 def test_a_native_mixture_leaves_attention_behind(adapters: Workshop) -> None:
-    found = forced(adapters.build("FOLDED", output={"format": "native"}))
+    found = forced(adapters.build("FOLDED", output={"format": "plain"}))
     for row in found.rows:
-        assert row.not_carried is not None and 0.01 < row.not_carried < 2, row
+        assert row.lost is not None and 0.01 < row.lost < 2, row
         assert row.largest > 0.1 and row.forced_loss != row.own_loss
 
 
@@ -111,7 +111,7 @@ def test_full_models_and_the_base_as_experts(shared_workshop: Workshop, tmp_path
     ]
     medicine, general = found.rows
     assert medicine.kl < 1e-7 and medicine.base_kl > 0.01
-    assert general.base_kl == 0 and general.not_carried is None and general.kl < 1e-7
+    assert general.base_kl == 0 and general.lost is None and general.kl < 1e-7
     assert found.tables()[0].rows[1][3] == "-" and found.notes == []
     checkpoint = open_checkpoint(tmp_path / "OUT")
     moved = checkpoint.record.model_copy(update={"trained": {"a tensor": "0" * 64}})
@@ -147,7 +147,7 @@ def test_what_is_written_is_read_back_and_shown(whole: tuple[Checkpoint, ForcedE
     page = (checkpoint.folder / "results" / "forced.md").read_text()
     assert "| law | law |" in page
     card = make_card(checkpoint).contents["README.md"].decode()
-    assert "| law | law |" in card and "not carried" in card
+    assert "| law | law |" in card and "lost" in card
     html = write_report(checkpoint).page.read_text()
     assert "Each expert and its own model" in html and f">{three_digits(found.rows[0].kl)}<" in html
     mistakes: list[dict[str, Any]] = [{"rows": []}, {"rows": [{"kl": float("inf")}]}]

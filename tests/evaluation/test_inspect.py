@@ -123,7 +123,7 @@ def without(shared: Workshop, root: Path, name: str, place: int, model: PreTrain
     if weights:
         kept = {expert: weight for expert, weight in weights.items() if expert != DOMAINS[place]}
         changed["mixture"] = {**changed["mixture"], "weights": kept}
-    changed["output"] = {"format": "native" if name.startswith("native") else "modekit"}
+    changed["output"] = {"format": "plain" if name.startswith("native") else "modekit"}
     smaller = AutoModelForCausalLM.from_pretrained(workshop.build(**changed), dtype=torch.float32).eval()
     parameters = dict(smaller.named_parameters())
     with torch.no_grad():
@@ -477,7 +477,7 @@ def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path
 
 def test_a_chat_is_shown_up_to_where_its_answer_begins(tmp_path: Path) -> None:
     shop = make_chat_workshop(tmp_path)
-    checkpoint = open_checkpoint(shop.build("OUT", output={"format": "native"}))
+    checkpoint = open_checkpoint(shop.build("OUT", output={"format": "plain"}))
     said = inspect_text(checkpoint, UserMessage("Be brief", "what is a fever"))
     text = "".join(token.text for token in said.tokens).replace(" ", "")
     assert text.startswith("<|im_start|>systemBe") and text.endswith("<|im_start|>assistant")

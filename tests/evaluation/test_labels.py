@@ -36,7 +36,7 @@ TAG_ROWS = [f"{model}, {told} tag" for model in ("base", "mixture") for told in 
 RIGHT = {"medicine": 0, "law": 1, "code": 2, LABEL: 1}
 WRONG = {"medicine": 1, "law": 2, "code": 0, LABEL: 2, STRANGER: 0}
 KINDS: dict[str, dict[str, Any]] = {
-    "native": {"output": {"format": "native"}},
+    "native": {"output": {"format": "plain"}},
     "adapters": {"output": {"format": "modekit"}},
 }
 
@@ -95,7 +95,7 @@ def test_what_a_label_is_worth_is_said_in_a_line(scored: tuple[Checkpoint, Resul
 def test_rows_are_taken_over_but_never_for_another_label(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_checkpoint(shop.build("CACHED", output={"format": "native"}))
+    checkpoint = open_checkpoint(shop.build("CACHED", output={"format": "plain"}))
     first = evaluate(checkpoint, **SIZES, labels="gate")
     loaded: list[Path] = []
     real = rows_module.load_model
@@ -106,7 +106,7 @@ def test_rows_are_taken_over_but_never_for_another_label(
     # Under another label "court" is another expert's text, and what was run for law's is not taken.
     experts = [{key: value for key, value in each.items() if key != "labels"} for each in shop.recipe["experts"]]
     experts[2]["labels"] = [LABEL]
-    other = open_checkpoint(shop.build("CACHED-TOO", output={"format": "native"}, experts=experts))
+    other = open_checkpoint(shop.build("CACHED-TOO", output={"format": "plain"}, experts=experts))
     second = evaluate(other, **SIZES, labels="gate", known=first)
     assert second.row("mixture, right label").scores["law"] == first.row("mixture, right label").scores["law"]
     assert second.row("mixture, right label").scores[LABEL] != first.row("mixture, right label").scores[LABEL]
@@ -183,7 +183,7 @@ def with_own_tags(shop: Workshop, folder: Path, name: str) -> Checkpoint:
     experts = [
         {**each, "text": str(folder / "law.jsonl")} if each["name"] == "law" else each for each in shop.recipe["experts"]
     ]
-    return open_checkpoint(shop.build(name, output={"format": "native"}, experts=experts))
+    return open_checkpoint(shop.build(name, output={"format": "plain"}, experts=experts))
 
 
 def test_a_label_that_has_a_tag_of_its_own_is_told_by_that(shop: Workshop) -> None:
@@ -206,7 +206,7 @@ def test_what_is_refused(shop: Workshop, small_workshop: Workshop, tmp_path: Pat
         evaluate(untagged, **SIZES, labels="tag")
     assert "modekit specialize --tags" in str(caught.value) and not labels_of(load_tokenizer(untagged.folder))
     weights = {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 1}}
-    folded = open_checkpoint(shop.build("FOLDED", mixture=weights, output={"format": "native"}))
+    folded = open_checkpoint(shop.build("FOLDED", mixture=weights, output={"format": "plain"}))
     with pytest.raises(MismatchError, match="no expert is whole in this mixture"):
         evaluate(folded, **SIZES, labels="gate")
     assert "mixture, right tag" in [row.name for row in evaluate(folded, **SIZES, labels="tag").rows]
@@ -222,7 +222,7 @@ def test_what_is_refused(shop: Workshop, small_workshop: Workshop, tmp_path: Pat
 
 @pytest.mark.parametrize("text", ["the deed of a party, in court; " * 4, "    a deed\n  of a party"])
 def test_a_long_text_with_a_tag_is_inspected_as_it_is_scored(shop: Workshop, text: str) -> None:
-    checkpoint, said = open_checkpoint(shop.build("WINDOWS", output={"format": "native"})), tagged(text, "law")
+    checkpoint, said = open_checkpoint(shop.build("WINDOWS", output={"format": "plain"})), tagged(text, "law")
     shown = inspect_text(checkpoint, said, sequence_length=17).as_data()
     read = encode(load_tokenizer(checkpoint.folder), [said], max_tokens=9_999, sequence_length=17)
     for name, folder in (("loss", checkpoint.folder), ("base_loss", shop.root / "base")):
@@ -236,7 +236,7 @@ def test_a_long_text_with_a_tag_is_inspected_as_it_is_scored(shop: Workshop, tex
 
 
 def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = str(shop.build("CLI", output={"format": "native"}))
+    folder = str(shop.build("CLI", output={"format": "plain"}))
     options = ("--tokens", "100", "--sequence-length", "40")
     monkeypatch.setenv("COLUMNS", "80")
     shown = modekit("eval", folder, *options, "--labels", "gate")

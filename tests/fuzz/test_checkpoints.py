@@ -219,7 +219,7 @@ def test_a_damaged_native_checkpoint(native: Stranger, data: st.DataObject) -> N
 def lexical(workshop: Workshop) -> Stranger:
     """Whose router's table lies in the embedding."""
     mixture = {"top_k": 1, "router": {"fit": "lexical"}}
-    return Stranger(workshop.build("LEXICAL", mixture=mixture, output={"format": "native"}))
+    return Stranger(workshop.build("LEXICAL", mixture=mixture, output={"format": "plain"}))
 
 
 @many(60)

@@ -50,7 +50,7 @@ def _routed(fit: str, **router: Any) -> dict[str, Any]:
     return {"method": "routing", "top_k": 2, "router": {"fit": fit, **router}}
 
 
-NATIVE, MODEKIT = {"format": "native"}, {"format": "modekit"}
+NATIVE, MODEKIT = {"format": "plain"}, {"format": "modekit"}
 KINDS = {
     "native random": Kind(_routed("random", seed=3), NATIVE),
     "native logistic": Kind(_routed("logistic", **SHORT), NATIVE),

@@ -21,13 +21,15 @@ from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 
 TOKENS, PAIRS, LOGISTIC = ({"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}, {"fit": "logistic"})
-NATIVE, MODEKIT = {"format": "native"}, {"format": "modekit"}
+NATIVE, MODEKIT = {"format": "plain"}, {"format": "modekit"}
 Case = tuple[str, bool, dict[str, Any], dict[str, Any], dict[str, Any], bool]
 CASES: dict[str, Case] = {  # experts, whether with text, mixture, output -> router, whether a plain checkpoint
     "models": ("model", True, {}, {}, TOKENS, True),
+    "models, FFNs alone": ("model", True, {}, {"carry": "ffn"}, TOKENS, True),
     "models, modekit": ("model", True, {}, MODEKIT, PAIRS, False),
     "whole models": ("model", True, {"modules": "all"}, {}, PAIRS, False),
-    "adapters": ("adapter", True, {}, {}, PAIRS, False),
+    "adapters": ("adapter", True, {}, {}, TOKENS, True),
+    "adapters, modekit": ("adapter", True, {}, MODEKIT, PAIRS, False),
     "adapters, native": ("adapter", True, {}, NATIVE, TOKENS, True),
     "adapters, context": ("adapter", True, {"router": {"granularity": "context"}}, {}, LOGISTIC, False),
     "adapters without text": ("adapter", False, {}, {}, {"fit": "arrow", "granularity": "context"}, False),

@@ -104,7 +104,7 @@ def test_all_layers_are_what_no_word_of_them_is(shop: Workshop, ids: torch.Tenso
     [
         ({"layers": [7]}, RecipeError, r"experts\[1\]\.layers"),
         ({"layers": ["two"]}, RecipeError, "must be numbers"),
-        ({"output": {"format": "native"}}, RecipeError, "only some layers"),
+        ({"output": {"format": "plain"}}, RecipeError, "only some layers"),
     ],
 )
 def test_what_cannot_be_is_refused(shop: Workshop, change: dict[str, Any], error: type[Exception], what: str) -> None:

@@ -34,7 +34,7 @@ def specialist(workshop: Workshop, name: str, trained: str) -> None:
     (workshop.root / name / "specialist.json").write_text(json.dumps({"specialist": trained}))
 
 
-@pytest.mark.parametrize("shape", ["native", "modekit"])
+@pytest.mark.parametrize("shape", ["plain", "modekit"])
 def test_full_models_lose_what_is_not_mixed(workshop: Workshop, shape: str) -> None:
     workshop.recipe["experts"].append({"name": "general", "model": "base"})
     specialist(workshop, "medicine", "mlp")

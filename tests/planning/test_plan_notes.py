@@ -34,7 +34,7 @@ def shop(tmp_path: Path) -> Workshop:
     return make_workshop(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["native", "modekit"])
+@pytest.mark.parametrize("form", ["plain", "modekit"])
 def test_a_build_plans_its_tensors_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     calls: list[str] = []
     for kind in (NativeForm, ModekitForm):
@@ -49,14 +49,14 @@ def test_a_build_plans_its_tensors_once(shop: Workshop, monkeypatch: pytest.Monk
 def test_what_is_not_carried_of_attention_is_named(tmp_path: Path, backbone: str) -> None:
     shop = make_workshop(tmp_path, "qwen2", hidden_size=128)
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, "backbone": backbone}
-    (note,) = said(shop, "of every expert", mixture=mixture, output={"format": "native", "carry": "all"})
+    (note,) = said(shop, "of every expert", mixture=mixture, output={"format": "plain", "carry": "all"})
     assert "(self_attn.k_proj.bias, self_attn.q_proj.bias, self_attn.v_proj.bias aside, which all share)" in note
 
 
 def test_a_rank_for_nothing_that_is_carried_is_named(tmp_path: Path) -> None:
     shop, mixture = make_workshop(tmp_path, hidden_size=128), {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
     for carry, count in (({}, 1), ({"carry": "all"}, 0)):
-        output = {"format": "native", "rank": 32, **carry}
+        output = {"format": "plain", "rank": 32, **carry}
         assert len(said(shop, "output.rank has no effect", mixture=mixture, output=output)) == count
 
 

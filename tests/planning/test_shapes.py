@@ -63,20 +63,20 @@ def test_names_of_layers_are_taken_apart_in_one_place() -> None:
     assert not list(lines_with(code, {"sources/names.py", "architecture/"}))
 
 
-@pytest.mark.parametrize("kind", ["native", "modekit"])
+@pytest.mark.parametrize("kind", ["plain", "modekit"])
 def test_a_plan_says_what_its_checkpoint_says(shared_workshop: Workshop, tmp_path: Path, kind: str) -> None:
     workshop = borrow(shared_workshop, tmp_path)
     changes = {"mixture": {"top_k": 2, "router": {"fit": "random"}}, "output": {"format": kind}}
     checkpoint = open_checkpoint(workshop.build(**changes))
     plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root)
     ours, theirs = plan.shape, checkpoint.shape
-    assert type(ours) is type(theirs) is {"native": NativeShape, "modekit": ModekitShape}[kind]
-    assert ours.plain == (kind == "native") and dict(ours.config) == dict(theirs.config)
+    assert type(ours) is type(theirs) is {"plain": NativeShape, "modekit": ModekitShape}[kind]
+    assert ours.plain == (kind == "plain") and dict(ours.config) == dict(theirs.config)
     assert (ours.slots, ours.positions, ours.routing) == (theirs.slots, theirs.positions, theirs.routing)
     counted, planned = checkpoint.parameters, parameters_of(plan)
     assert (counted.total, counted.active) == (planned["total"], planned["active"])
     loaded = mixture_of(load_model(checkpoint.folder), checkpoint)
-    assert type(loaded) is {"native": NativeMixture, "modekit": ModekitMixture}[kind]
+    assert type(loaded) is {"plain": NativeMixture, "modekit": ModekitMixture}[kind]
     assert [tuple(gate.shape) for gate in loaded.gates()] == [slot.shape for slot in ours.slots]
 
 
@@ -105,7 +105,7 @@ def test_a_mixture_config_is_written_as_it_was_read(shared_workshop: Workshop, t
 
 def test_a_row_of_the_table_opens_what_a_record_names(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
-    checkpoint = open_checkpoint(workshop.build(output={"format": "native"}))
+    checkpoint = open_checkpoint(workshop.build(output={"format": "plain"}))
     record = checkpoint.record
     shape = open_shape(checkpoint.config, record.recipe, "here", record.native_type, record.dense_config, None)
     assert (

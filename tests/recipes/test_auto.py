@@ -13,7 +13,7 @@ from modekit.recipes.recipe import Recipe
 
 TOKENS, PAIRS = {"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}
 LOGISTIC = {"fit": "logistic"}
-NATIVE, MODEKIT = {"format": "native"}, {"format": "modekit"}
+NATIVE, MODEKIT = {"format": "plain"}, {"format": "modekit"}
 
 
 def recipe(kind: str, text: bool | str, mixture: dict[str, Any], output: dict[str, Any]) -> Recipe:
@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, bool | str, dict[str, Any], dict[str, Any], list[dic
     "text, said": ("model", True, {"router": {"fit": "auto"}}, {}, [TOKENS, PAIRS, LOGISTIC]),
     "text, native": ("model", True, {}, NATIVE, [TOKENS, LOGISTIC]),
     "text, channels": ("model", True, {}, {**NATIVE, "channels": 64}, [TOKENS]),
-    "text, whole models": ("model", True, {"modules": "all"}, {}, [TOKENS, PAIRS]),
+    "text, whole models": ("model", True, {"modules": "all"}, {}, [PAIRS]),
     "text, unseen decay": ("adapter", True, {"router": {"decay": [0.9]}}, {}, [TOKENS, PAIRS]),
     "text, context": ("adapter", True, {"router": {"granularity": "context"}}, {}, [LOGISTIC]),
     "text, tokens of a linear fit": ("model", True, {"router": {"tokens_per_domain": 99}}, {}, [LOGISTIC]),
@@ -78,17 +78,18 @@ def test_text_of_some_experts_alone_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mixture", "native", "text", "said"),
     [
-        ({"router": TOKENS}, True, True, "a plain checkpoint"),
-        ({"router": TOKENS}, False, True, ""),
+        ({"top_k": 1, "router": TOKENS}, True, True, "a plain checkpoint"),
+        ({"router": TOKENS}, True, True, ""),
+        ({"top_k": 1, "router": TOKENS}, False, True, ""),
         ({"router": {**LOGISTIC, "granularity": "context"}}, False, True, "logistic"),
-        ({"router": PAIRS}, False, True, "the modekit architecture"),
+        ({"top_k": 1, "router": PAIRS}, False, True, "the modekit architecture"),
         ({"router": LOGISTIC}, True, True, "logistic"),
-        ({"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, False, True, "the modekit architecture"),
+        ({"top_k": 1, "router": {**PAIRS, "buckets": 512}}, False, True, "the modekit architecture"),
         ({"method": "linear"}, True, False, "none (fixed weights)"),
         ({"method": "linear"}, True, True, ""),
         ({"router": {"fit": "random"}}, True, False, "random"),
     ],
 )
 def test_why_is_said_of_what_would_be_chosen_alone(mixture: dict[str, Any], native: bool, text: bool, said: str) -> None:
-    why = why_chosen(recipe("model", text, mixture, {}), native=native)
+    why = why_chosen(recipe("model", text, mixture, {}), plain=native)
     assert said in why and bool(said) == bool(why)

@@ -52,7 +52,7 @@ def leaders(checkpoint: Checkpoint, said: list[str], system: str | None = None) 
     return found
 
 
-@pytest.mark.parametrize("form", ["native", "modekit"])
+@pytest.mark.parametrize("form", ["plain", "modekit"])
 def test_a_lexical_router_knows_chats(shop: Workshop, form: str) -> None:
     checkpoint = build(shop, f"LEXICAL-{form}", form, fit="lexical")
     assert leaders(checkpoint, QUESTIONS, "Answer with the law of the court") == list(DOMAINS)
@@ -90,14 +90,15 @@ def test_a_plan_says_the_decay_that_chats_give(shop: Workshop, router: dict[str,
 
 
 def test_without_a_template_evidence_fades_slowly(workshop: Workshop) -> None:
-    recipe = {**workshop.recipe, "mixture": {"method": "routing", "router": {"fit": "lexical"}}}
+    mixture = {"method": "routing", "router": {"fit": "lexical"}}
+    recipe = {**workshop.recipe, "mixture": mixture, "output": {"format": "plain"}}
     plan = make_plan(parse_recipe(recipe, where="recipe"), workshop.root)
     assert plan.recipe.mixture.router.decay is None and plan.shape.channels.decays == (0.98,)
 
 
 def test_a_mixture_keeps_its_decay(shop: Workshop) -> None:
     """That of the default is in its record, and those who come and go, or fit it anew, leave it as it is."""
-    built = build(shop, "DECAY", "native", fit="lexical")
+    built = build(shop, "DECAY", "plain", fit="lexical")
     assert decays_of(built) == [0.91] and built.record.recipe.mixture.router.decay == [0.91]
     assert decays_of(refit(built, {"router": {"temperature": 2.0}})) == [0.91]
     fewer = modekit.remove(built.folder, "law")

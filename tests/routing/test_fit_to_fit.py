@@ -111,7 +111,7 @@ def test_full_models_go_from_every_router_that_reads_no_adapter_to_every_other(s
 
 
 def test_a_native_checkpoint_goes_from_every_native_router_to_every_other(shop: Workshop) -> None:
-    out = built(shop, "NATIVE", {"router": {"fit": "random"}}, adapters=False, form="native").folder
+    out = built(shop, "NATIVE", {"router": {"fit": "random"}}, adapters=False, form="plain").folder
     for name in a_round([*NATIVE, LINEAR]):
         assert says(refit(open_checkpoint(out), asked(name)), name)
         assert is_proven(verify(open_checkpoint(out), reload=False)), name
@@ -119,7 +119,7 @@ def test_a_native_checkpoint_goes_from_every_native_router_to_every_other(shop: 
 
 @pytest.mark.parametrize("name", ["arrow"])
 def test_what_a_native_checkpoint_cannot_say_is_to_be_built_again(shop: Workshop, name: str) -> None:
-    checkpoint = built(shop, f"TO-{name}", {"router": {"fit": "random"}}, adapters=True, form="native")
+    checkpoint = built(shop, f"TO-{name}", {"router": {"fit": "random"}}, adapters=True, form="plain")
     with pytest.raises(RecipeError, match="build again with output"):
         refit(checkpoint, asked(name))
 

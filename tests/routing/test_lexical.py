@@ -43,7 +43,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def native(shop: Workshop) -> Checkpoint:
-    return build(shop, "NATIVE", "native")
+    return build(shop, "NATIVE", "plain")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_gates_of_every_layer_say_about_what_the_table_says(native: Checkpoint, 
 
 
 def test_a_fit_rewrites_gates_and_embedding_alone(shop: Workshop) -> None:
-    checkpoint = build(shop, "REFIT", "native")
+    checkpoint = build(shop, "REFIT", "plain")
     shard = checkpoint.folder / "model-backbone-00001.safetensors"
     before = shard.stat().st_ino, shard.stat().st_mtime_ns
     table = read_table(*checkpoint.carrier)
@@ -151,7 +151,7 @@ def test_channels_of_the_output(shop: Workshop, output: dict[str, Any], message:
 def test_a_record_of_another_base_is_refused(shop: Workshop) -> None:
     import json
 
-    checkpoint = build(shop, "OTHER", "native")
+    checkpoint = build(shop, "OTHER", "plain")
     record = json.loads((checkpoint.folder / "modekit.json").read_text())
     for value in (64, "wide", None, 0):
         record["dense_config"]["hidden_size"] = value
@@ -199,7 +199,7 @@ def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> N
     plan = make_plan(load_recipe(shared_workshop.write(mixture=mixture)), shared_workshop.root)
     assert not plan.shape.plain and "n-grams of a lexical router" in plan.why
     with pytest.raises(RecipeError, match="n-grams of a lexical router"):
-        load_recipe(shared_workshop.write(mixture=mixture, output={"format": "native"}))
+        load_recipe(shared_workshop.write(mixture=mixture, output={"format": "plain"}))
 
 
 @pytest.mark.parametrize(

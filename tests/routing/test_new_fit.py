@@ -44,7 +44,7 @@ def new_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTERS, FAVOUR.name, favour)
 
 
-@pytest.mark.parametrize("form", ["native", "modekit"])
+@pytest.mark.parametrize("form", ["plain", "modekit"])
 def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
     router = {"fit": "favour", "temperature": 0.5}
     path = workshop.write(mixture={"method": "routing", "router": router}, output={"format": form})

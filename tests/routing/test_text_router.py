@@ -31,8 +31,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     save_byte_model(root / "base", "llama", 9)
     (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
     recipes: dict[str, dict[str, Any]] = {
-        "lexical": {"mixture": {"router": {"fit": "lexical"}}},
-        "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}},
+        "lexical": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain"}},
+        "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}, "output": {"format": "plain"}},
         "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
         "bigrams": {"mixture": {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}},
         "hidden": {

@@ -51,7 +51,8 @@ def bench(tmp_path: Path, small_workshop: Workshop, monkeypatch: pytest.MonkeyPa
         shutil.copytree(small_workshop.root / name, tmp_path / name)
     experts = [{"name": name, "model": f"./{name}", "text": "self"} for name in DOMAINS[:2]]
     experts.append({"name": "general", "model": "base", "text": "self"})
-    return Workshop(tmp_path, {"base_model": "./base", "experts": experts, "mixture": LEXICAL})
+    said = {"base_model": "./base", "experts": experts, "mixture": LEXICAL, "output": {"format": "plain"}}
+    return Workshop(tmp_path, said)
 
 
 def write(shop: Workshop, run: Run = QUIET, **changes: Any) -> dict[str, Path]:

@@ -95,7 +95,7 @@ def test_the_name_of_another_base_alone_is_no_mistake(bench: Workshop, base: Any
 
 def test_adapters_of_what_is_not_mixed(bench: Workshop) -> None:
     write_adapter(law(bench), Q, target_modules=["q_proj"])
-    message = refuse_build(bench, output={"format": "native"})
+    message = refuse_build(bench, output={"format": "plain"})
     assert LAW in message and "changes nothing that this recipe mixes" in message and "q_proj" in message
     for modules in (["k"], ["mlp"], ["o", "down"]):
         message = refuse_build(bench, mixture={**RANDOM, "modules": modules})
@@ -142,7 +142,7 @@ def test_as_lora_of_what_is_no_full_model(bench: Workshop) -> None:
 
 def test_as_lora_in_a_native_architecture(bench: Workshop) -> None:
     experts = [{**bench.recipe["experts"][0], "as": "lora"}, bench.recipe["experts"][1]]
-    assert "as: lora" in refuse_build(bench, experts=experts, output={"format": "native"})
+    assert "as: lora" in refuse_build(bench, experts=experts, output={"format": "plain"})
 
 
 def test_a_rank_larger_than_the_matrix_is_the_whole_difference(bench: Workshop, ids: torch.Tensor) -> None:
@@ -179,12 +179,12 @@ def test_nan_and_inf(bench: Workshop, key: str, value: float) -> None:
 def test_values_that_overflow_the_result(bench: Workshop) -> None:
     tensors = {**UP, UP_B: np.full_like(UP[UP_B], 1e5)}
     write_adapter(law(bench), tensors)
-    message = refuse_build(bench, output={"dtype": "float16", "format": "native"})
+    message = refuse_build(bench, output={"dtype": "float16", "format": "plain"})
     assert LAW in message and "do not fit float16" in message
     message = refuse_build(bench, output={"dtype": "float16", "format": "modekit"})
     assert LAW in message and "do not fit float16" in message and UP_B in message
     write_adapter(law(bench), {**UP, UP_A: np.full_like(UP[UP_A], 1e30), UP_B: np.full_like(UP[UP_B], 1e30)})
-    message = refuse_build(bench, output={"format": "native"})
+    message = refuse_build(bench, output={"format": "plain"})
     assert LAW in message and "do not fit float32" in message
 
 

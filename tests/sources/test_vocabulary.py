@@ -237,7 +237,7 @@ def test_a_plain_checkpoint_carries_whole_experts_that_have_more_tokens(tmp_path
     write_text(tmp_path / "text", ("medicine",))
     law = tmp_path / "text" / "law.jsonl"
     law.write_text(law.read_text().replace("licence", CHAT[1]))
-    checkpoint = built(shop, output={"format": "native", "carry": "all", "rank": 128})
+    checkpoint = built(shop, output={"format": "plain", "carry": "all", "rank": 128})
     assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
     model, base = load_model(checkpoint.folder), load_model(tmp_path / "base")
     for place, name in enumerate(("law", "code")):
@@ -260,7 +260,7 @@ def test_an_adapter_of_which_a_native_mixture_keeps_the_tokens(tmp_path: Path) -
     shutil.rmtree(tmp_path / "code")
     adapter(tmp_path / "base", tmp_path / "code", lora(modules_to_save=["embed_tokens", "lm_head"]), CHAT)
     shop.recipe["experts"][1] = {"name": "code", "adapter": "./code"}
-    built(shop, output={"format": "native"})
+    built(shop, output={"format": "plain"})
     own = load_file(tmp_path / "code" / "adapter_model.safetensors")
     assert torch.equal(weights(tmp_path / "OUT")[EMBEDDING], own["base_model.model.model.embed_tokens.weight"])
 

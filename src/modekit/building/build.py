@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from modekit.building.carrying import Carrying, carry
 from modekit.building.update import CheckpointUpdate
-from modekit.checkpoint.carried import Carried, carried_digest
+from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest, lost_notes
 from modekit.checkpoint.checkpoint import Checkpoint, make_record
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord
 from modekit.checkpoint.router_file import write_index, write_router_file
@@ -30,8 +30,10 @@ from modekit.files.output import Replace, check_room, replaced_by, work_of
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.write import make_folder, remove, write_all, write_file, write_json
+from modekit.planning.choice import MOST_LOST
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.tensors import PlannedTensor
+from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import FittedRouter, Fitting, fit_router
 from modekit.run import QUIET, Run
@@ -58,13 +60,12 @@ def build(
     out: Path,
     *,
     overwrite: bool = False,
-    beside: Mapping[str, bytes] | None = None,
     update: CheckpointUpdate | None = None,
     run: Run = QUIET,
 ) -> Checkpoint:
-    """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `update`: the
-    mixture that it changes, whose place it may take. A plan whose root is the work folder of `out` is of a recipe that goes
-    into `out`, with the text that its experts write.
+    """Write the checkpoint that a plan describes, or what it says `otherwise`. `update`: the mixture that it changes, whose
+    place it may take. A plan whose root is the work folder of `out` is of a recipe that goes into `out`, with the text that its
+    experts write.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
     there and that only an evaluation will read; nothing is left behind then, and a mixture that was to be changed is as it was.
@@ -84,11 +85,11 @@ def build(
     with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
         if within:
             _complete_text(plan, update, run)
-        record = _write(plan, stage, beside or {}, update, run)
+        record, notes = _write(plan, stage, within, update, run)
         for file in files_of(plan.recipe, plan.root) if within else ():
             make_folder(stage.folder / WRITTEN_FOLDER)
             copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
-    return Checkpoint(out, record)
+    return Checkpoint(out, record, notes=notes)
 
 
 def _complete_text(plan: Plan, update: CheckpointUpdate | None, run: Run) -> None:
@@ -113,14 +114,22 @@ def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:
         write_text.write_texts(recipe, plan.root, plan.sources, run, but=but)
 
 
-def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
-    """Everything of the checkpoint into its staged folder, the record last."""
+def _write(
+    plan: Plan, stage: Staging, within: bool, update: CheckpointUpdate | None, run: Run
+) -> tuple[MixtureRecord, tuple[str, ...]]:
+    """Everything of the checkpoint into its staged folder, the record last; and what a user should know of it."""
     if update is not None:
         update.checkpoint.check_unchanged()
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
     more = plan.shape.channels is not None and plan.shape.channels.carry is not None
-    carried = carry(plan, stage.folder, update, run) if more else None
+    carried, notes = carry(plan, stage.folder, update, run) if more else None, list[str]()
+    if carried is not None and plan.otherwise is not None and max(carried.lost) > MOST_LOST:
+        notes += lost_notes(plan.recipe.names, carried.lost, would=True)
+        plan, carried = plan.otherwise, None
+        remove(stage.folder / CARRIED_FILE)
+    elif carried is not None:
+        notes += lost_notes(plan.recipe.names, carried.lost)
     inspector = Inspector(plan, update.hashes if update is not None else {})
     try:
         write_shards(plan, stage, carried, run)
@@ -134,13 +143,14 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     for file in (*plan.copied_files, *plan.shape.code_files):
         write_file(stage.folder / file.name, _content(file), sync=False)
     recipe = {} if update is None else update.recipe_file(stage.out)
-    for name, content in {**plan.written_files, **beside, **recipe}.items():
+    recipe |= {RECIPE_FILE: as_file(plan.recipe, plan.root, plan.root)} if within else {}
+    for name, content in {**plan.written_files, **recipe}.items():
         make_folder((stage.folder / name).parent)
         write_file(stage.folder / name, content)
     record = _set_router(plan, stage, hashes, update, run)
     write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     run.begin("write to the disk" if run.sync else "put in place")
-    return record
+    return record, tuple(notes)
 
 
 def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:

@@ -16,7 +16,8 @@ Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from modekit.files.write import write_file
 from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 from modekit.weights.numeric import Singles
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
@@ -58,7 +60,12 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 
     stream = measure_stream(plan, folder / STATISTICS_FOLDER, run)
     with OpenFiles() as opened:
-        carried = carry_bases(Differences(plan, WeightReader(opened, plan.models)), channels.carry, stream, run)
+        read = WeightReader(opened, plan.models)
+        carried = carry_bases(Differences(plan, read), channels.carry, stream, run)
+        if not (channels.carry.is_exact or channels.inner):
+            from modekit.building.lost import measure_lost
+
+            carried = replace(carried, lost=measure_lost(plan, read, carried, folder / STATISTICS_FOLDER, run))
     write_file(folder / CARRIED_FILE, carried.write)
     return carried
 
@@ -84,6 +91,7 @@ class Carrying:
         self._carried = carried
         self._differences = Differences(plan, read)
         self._expert = lru_cache(maxsize=2)(self._read_expert)
+        self._outputs_read = lru_cache(maxsize=None)(self._read_outputs)
 
     def fill(self, part: CarriedPart, matrix: int) -> Fill:
         """Of the matrix with this number, where a tensor has several."""
@@ -122,18 +130,42 @@ class Carrying:
 
     def _writing(self, layer: int) -> Singles:
         """The rows of o in a layer of the result for all channels, (P, columns of the result)."""
-        differences, duals_AR = self._differences, self._carried.outputs[layer - 1]
-        read_RA = np.zeros(duals_AR.T.shape, np.float32)
-        for expert in differences.experts:
-            change = differences.output(layer - 1, expert)
-            if change is not None:
-                read_RA += change.under(change.times(duals_AR).T)
-        columns = duals_AR.shape[0] + self._channels.group * self._channels.more_heads * self._channels.head_dim
+        read_RA = self._outputs_read(layer - 1)
+        columns = read_RA.shape[1] + self._channels.group * self._channels.more_heads * self._channels.head_dim
         rows = np.zeros((self._channels.spare, columns), np.float32)
-        rows[self._below(self._channels.outputs), : duals_AR.shape[0]] = read_RA * np.float32(
+        rows[self._below(self._channels.outputs), : read_RA.shape[1]] = read_RA * np.float32(
             _EPS / self._carried.output_sizes[layer]
         )
         return rows
+
+    def _read_outputs(self, layer: int) -> Singles:
+        """P (R_U, A) of a layer of the base: what of attention's output goes into U."""
+        differences, duals_AR = self._differences, self._carried.outputs[layer]
+        read_RA = np.zeros(duals_AR.T.shape, np.float32)
+        for expert in differences.experts:
+            change = differences.output(layer, expert)
+            if change is not None:
+                read_RA += change.under(change.times(duals_AR).T)
+        return read_RA
+
+    def through(self, expert: int) -> Iterator[tuple[str, Singles]]:
+        """The base's tensors as an expert has them in the result, as far as they are carried: attention, head and embedding."""
+        differences, carried = self._differences, self._carried
+        for layer in range(differences.layers if self._size.inputs else 0):
+            seen = carried.inputs[layer] @ self._of_attention(layer, expert)
+            changes = np.split(seen, np.cumsum(differences.attention_rows(layer))[:-1])
+            pairs = zip(differences.projections(layer), differences.shared_attention(layer), changes, strict=True)
+            yield from ((name, shared + change) for name, shared, change in pairs)
+            yield differences.attention_norm(layer), np.ones(self._channels.hidden, np.float32)
+        for layer in range(differences.layers if self._size.outputs else 0):
+            name = differences.output_projection(layer)
+            yield name, differences.shared(name) + self._written(layer + 1, expert) @ self._outputs_read(layer)
+        if carried.embedding is not None:
+            made = carried.embedding @ self._embedded(expert).T / np.float32(self._channels.embedding_scale)
+            yield weight_of(EMBEDDING), differences.shared(weight_of(EMBEDDING)) + made
+        if carried.head is not None:
+            yield weight_of(HEAD), differences.shared_head() + carried.head @ self._read_next(differences.layers, expert)
+            yield weight_of(FINAL_NORM), np.ones(self._channels.hidden, np.float32)
 
     def _below(self, channels: slice) -> slice:
         return slice(channels.start - self._channels.hidden, channels.stop - self._channels.hidden)

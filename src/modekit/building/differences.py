@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.carried import Carried
-from modekit.planning.carry import EXACT_TERMS, CarrySize
+from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.planning.routed import own_part
 from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
@@ -70,7 +70,7 @@ class Differences:
         channels = plan.shape.channels
         assert channels is not None
         self._widening, self._inner, self._routed = channels.widening, channels.inner, plan.shape.routed
-        self._head = weight_of(EMBEDDING if plan.family.is_tied(self._base) else HEAD)
+        self.head = weight_of(EMBEDDING if plan.family.is_tied(self._base) else HEAD)
         self._whole: dict[str, Singles] = {}
         self._finite: set[TensorRef] = set()
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
@@ -79,10 +79,10 @@ class Differences:
 
     def attention(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
         """Of q, k and v of a layer of the base, over a stream of size 1: the norm's weight is in it."""
-        norm = in_layer(layer, f"{self._widening.before_attention}.weight")
+        norm = self.attention_norm(layer)
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
         found: list[Difference | None] = []
-        for name in self._projections(layer):
+        for name in self.projections(layer):
             plain = self.of(name, expert)
             if not np.array_equal(weights_D, own_D):
                 found.append(Difference(self.own(name, expert) * own_D - self.shared(name) * weights_D))
@@ -92,30 +92,47 @@ class Differences:
 
     def shared_attention(self, layer: int) -> tuple[Singles, ...]:
         """q, k and v of the backbone over a stream of size 1."""
-        weights_D = self.shared(in_layer(layer, f"{self._widening.before_attention}.weight"))
-        return tuple(self.shared(name) * weights_D for name in self._projections(layer))
+        weights_D = self.shared(self.attention_norm(layer))
+        return tuple(self.shared(name) * weights_D for name in self.projections(layer))
 
     def attention_rows(self, layer: int) -> list[int]:
         """Outputs of q, k and v."""
-        return [self._base.tensor(name).shape[0] for name in self._projections(layer)]
+        return [self._base.tensor(name).shape[0] for name in self.projections(layer)]
 
-    def _projections(self, layer: int) -> list[str]:
+    def attention_norm(self, layer: int) -> str:
+        """What the weights of the norm before q, k and v are called."""
+        return in_layer(layer, weight_of(str(self._widening.before_attention)))
+
+    def projections(self, layer: int) -> list[str]:
+        """What q, k and v are called."""
         return [in_layer(layer, f"{self._plan.family.parts[part]}.weight") for part in ("q", "k", "v")]
 
     def output(self, layer: int, expert: int) -> Difference | None:
         """Of o of a layer of the base."""
-        return self.of(in_layer(layer, f"{self._plan.family.parts['o']}.weight"), expert)
+        return self.of(self.output_projection(layer), expert)
+
+    def output_projection(self, layer: int) -> str:
+        """What o is called."""
+        return in_layer(layer, weight_of(self._plan.family.parts["o"]))
 
     def ffn_norm(self, layer: int, expert: int) -> tuple[Singles, Singles]:
         """Weights (D,) of the norm before the FFN of a layer of the base: the shared ones, and the expert's."""
-        name = in_layer(layer, f"{self._widening.after_attention}.weight")
+        name = self.ffn_norm_name(layer)
         return self.shared(name), self.own(name, expert)
+
+    def ffn_norm_name(self, layer: int) -> str:
+        """What these are called."""
+        return in_layer(layer, weight_of(self._widening.after_attention))
 
     def head_rows(self, expert: int, rows: slice) -> Singles:
         """Rows of the head's difference over a stream of size 1, (rows, D)."""
         norm = weight_of(FINAL_NORM)
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
-        return self.own(self._head, expert, rows) * own_D - self._shared_rows(self._head, rows) * weights_D
+        return self.own(self.head, expert, rows) * own_D - self._shared_rows(self.head, rows) * weights_D
+
+    def shared_head(self) -> Singles:
+        """The head of the backbone over a stream of size 1, (V, D)."""
+        return self.shared(self.head) * self.shared(weight_of(FINAL_NORM))
 
     def embedding_rows(self, expert: int, rows: slice) -> Singles:
         """Rows of the embedding's difference, (rows, D)."""
@@ -258,7 +275,7 @@ def _wider_sample(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:
     """A sample and, where all that experts differ by has room, small inputs of every direction behind it: a short text, or a
     first layer that sees few tokens, does not show all that a change reads.
     """
-    if size.terms < EXACT_TERMS:
+    if not size.is_exact:
         return sample_TI
     inputs = np.random.default_rng(0).standard_normal((rank, sample_TI.shape[1]), np.float32)
     return np.concatenate([sample_TI, inputs * np.float32(_SMALL * _size(sample_TI))])

@@ -1,38 +1,32 @@
 """`modekit mix BASE EXPERT... -o OUT`: an ordinary recipe from models alone, and its plan.
 
-What was measured decides what experts have of their own (`ways`; benchmarks/whole.md); the router is that of `fit: auto`. The
-recipe goes into OUT, and its paths are relative to that folder, so that a build of it makes the same checkpoint.
+The recipe names the models and their text; what it leaves open is settled as for any other (planning/choice.py). As settled it
+goes into OUT, and its paths are relative to that folder, so that a build of it makes the same checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from modekit.errors import MismatchError, RecipeError
 from modekit.files.output import check_room, refuse_entangled, work_of
-from modekit.planning.make import plan_first
-from modekit.planning.notes import changed_ffn_alone
+from modekit.planning.choice import changes
+from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder, spelled_out
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import Format, Recipe
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatible import check_same_architecture
-from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
-from modekit.sources.names import natural_key
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.held_out import check_texts
-from modekit.weights.flat import same_bytes
-
-_ONE_EXPERT = {"method": "routing", "top_k": 1}
 
 
 class Models(NamedTuple):
@@ -46,22 +40,7 @@ class Models(NamedTuple):
     root: Path
 
 
-def ways(*, whole: bool, native: bool, text: bool) -> Iterator[RecipeData]:
-    """What a recipe says, the best first; ways that the models do not allow are passed over. `whole`: an expert differs from
-    the base in more than its FFNs.
-    """
-    merged: RecipeData = {"backbone": "average"} if whole else {}
-    if not text:
-        yield {"mixture": merged, **({"output": {"format": "native"}} if native else {})}
-        return
-    if merged and not native:
-        yield {"mixture": {**_ONE_EXPERT, "modules": "all"}, "output": {"format": "modekit"}}
-    yield {"mixture": {**_ONE_EXPERT, **merged}, "output": {"format": "native", **({"carry": "all"} if merged else {})}}
-    if not native:
-        yield {"mixture": _ONE_EXPERT, "output": {"format": "modekit"}}
-
-
-def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIET) -> tuple[Plan, list[str]]:
+def plan_mix(models: Models, out: Path, *, form: Format = "auto", run: Run = QUIET) -> tuple[Plan, list[str]]:
     """The plan of a mixture in `out`, which need not be there, and what a user should know besides. Nothing is written.
 
     Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, a
@@ -75,16 +54,13 @@ def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIE
     check_texts(typed, models.root, "text")
     run.begin("compare the models")
     as_typed = open_recipe_sources(typed, models.root, run=run)  # so that messages name the paths that were typed
-    whole = _differs_whole(typed, as_typed)
+    _check_not_the_base(typed, as_typed)
     raw = from_folder(given, models.root, out)
     if _can_write(as_typed[0]):
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
-    text = any("text" in expert for expert in raw["experts"])
-    possible = [
-        partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(whole=whole, native=native, text=text)
-    ]
-    sources = open_recipe_sources(parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix"), root, run=run)
-    plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads_ids, run=run)
+    recipe = parse_recipe({**raw, **({} if form == "auto" else {"output": {"format": form}})}, where="modekit mix")
+    plan = plan_over(recipe, root, open_recipe_sources(recipe, root, run=run), run=run)
+    text = any(expert.text for expert in recipe.experts)
     notes = [] if text else ["none has text or can write it; --text NAME=FILE for each gives a far better router"]
     refuse_entangled(out, [model.folder for model in plan.models])
     check_room(out, plan.disk_needed)
@@ -119,44 +95,19 @@ def _can_write(base: ModelSource) -> bool:
     return reads == "text" and any((base.folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _differs_whole(recipe: Recipe, sources: Sequence[ModelSource]) -> bool:
-    """Whether an expert is a full model that differs from the base in more than its FFNs; `sources` begin with the base.
-
-    Raises MismatchError where one is the base under another name.
-    """
-    named = [(expert.name, each) for expert, each in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
-    with OpenFiles() as opened:
-        whole = [_is_whole(opened, sources[0], name, source) for name, source in named]  # all are looked at
-    return any(whole)
-
-
-def _is_whole(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) -> bool:
-    """The same of one."""
-    if isinstance(source, AdapterSource):
-        return False
-    family = family_of(base.config, where=base.where)
-    if source.config.get("model_type") != base.config.get("model_type"):
-        check_same_architecture(base, source, family)
-        return True
-    if source.folder.resolve() != base.folder.resolve():
-        ffn = f".{family.mlp_module}."
-        if not changed_ffn_alone(source) and _differ(opened, base, source, lambda tensor: ffn not in tensor):
-            return True
-        if _differ(opened, base, source, lambda tensor: ffn in tensor):
-            return False
-    raise MismatchError(
-        "an expert is the base model itself",
-        where=f"{name} ({source.spec})",
-        found=f"no tensor that differs from {base.spec}",
-        remedy="leave it out (the base joins by itself), or correct the path",
-    )
-
-
-def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool]) -> bool:
-    """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
-    names = [name for name in first.tensors.keys() & second.tensors.keys() if among(name)]
-    for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):
-        one, other = first.tensors[name], second.tensors[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or not same_bytes(opened, one, other):
-            return True
-    return False
+def _check_not_the_base(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
+    """Raise MismatchError where a full model is the base under another name, or none of its kind."""
+    base = sources[0]
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if expert.is_base or isinstance(source, AdapterSource):
+            continue
+        family = family_of(base.config, where=base.where)
+        if source.config.get("model_type") != base.config.get("model_type"):
+            check_same_architecture(base, source, family)
+        elif source.folder.resolve() == base.folder.resolve() or changes(base, source, family) == "nothing":
+            raise MismatchError(
+                "an expert is the base model itself",
+                where=f"{expert.name} ({source.spec})",
+                found=f"no tensor that differs from {base.spec}",
+                remedy="leave it out (the base joins by itself), or correct the path",
+            )

@@ -88,7 +88,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         top_k=recipe.top_k,
         chosen=recipe.chosen,
         router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
-        router_why=why_chosen(recipe, native=plan.shape.plain),
+        router_why=why_chosen(recipe, plain=plan.shape.plain),
         backbone=backbone_label(recipe),
         experts={expert.name: expert.source for expert in recipe.experts},
         dtype=str(plan.config["dtype"]),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from modekit.sources.contents import CHUNK, OpenFiles, read_header
 from modekit.weights.bases import PassThrough
 from modekit.weights.flat import read_float32
 
-CARRIED_FILE = "carried.safetensors"
+CARRIED_FILE, LOST = "carried.safetensors", "lost"
+_LEAST_SAID = 0.001
 _OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs"), ("head", "embedding", "shares")
 
 Singles = npt.NDArray[np.float32]
@@ -45,6 +46,8 @@ class Carried:
         head: Q (V, R_V), or nothing.
         embedding: Z (V, R_U), or nothing.
         shares: how often the text has each token, (V,), where there is an embedding.
+        lost: of each expert the part of what it changes that goes through no channel (building/differences.py); none where all
+            does.
     """
 
     units: tuple[PassThrough, ...]
@@ -57,6 +60,7 @@ class Carried:
     head: Singles | None = None
     embedding: Singles | None = None
     shares: Singles | None = None
+    lost: tuple[float, ...] = ()
 
     def write(self, stream: io.FileIO) -> None:
         """As a file of safetensors."""
@@ -67,6 +71,7 @@ class Carried:
             "still": np.array([self.still], np.float32),
             **{f"{name}.{layer}": each for name in _OF_LAYERS for layer, each in enumerate(getattr(self, name))},
             **{name: getattr(self, name) for name in _ALONE if getattr(self, name) is not None},
+            **({LOST: np.array(self.lost, np.float32)} if self.lost else {}),
         }
         header = safetensors_header([(name, "F32", each.shape, each.nbytes) for name, each in arrays.items()])
         write_all(stream, memoryview(header))
@@ -88,7 +93,27 @@ def read_carried(folder: Path) -> Carried:
         input_shares=_numbered(arrays, "input_shares"),
         outputs=_numbered(arrays, "outputs"),
         **{name: arrays.get(name) for name in _ALONE},
+        lost=tuple(map(float, arrays.get(LOST, ()))),
     )
+
+
+def lost_of(folder: Path) -> list[float]:
+    """What a checkpoint loses of each expert, measured when it was built; nothing where it loses none. Raises SourceError."""
+    if not (folder / CARRIED_FILE).exists():
+        return []
+    with OpenFiles() as opened:
+        ref = read_header(folder / CARRIED_FILE, where=str(folder)).get(LOST)
+        return [] if ref is None else read_float32(opened, ref).ravel().tolist()
+
+
+def lost_notes(names: Sequence[str], lost: Sequence[float], *, would: bool = False) -> Iterator[str]:
+    """What a plain checkpoint loses of its experts, or would lose, in a sentence."""
+    most = sorted(zip(lost, names, strict=False), reverse=True)
+    said = ", ".join(f"{share:.1%} of {name}" for share, name in most if share >= _LEAST_SAID)
+    if would:
+        yield f"a plain checkpoint would lose {said} of what they change: modekit architecture (--format plain takes it anyway)"
+    elif lost:
+        yield f"this plain checkpoint loses {said or 'less than 0.1% of any expert'}, of what they change of the base"
 
 
 def carried_digest(folder: Path) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
+from modekit.checkpoint.carried import lost_notes, lost_of
 from modekit.checkpoint.evidence import changed_blake3, embedding_writer
 from modekit.checkpoint.record import (
     RECORD_FILE,
@@ -81,11 +82,15 @@ class _Config(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder; `known` is its shape where none is read: of one in the making, or under other routing."""
+    """An opened checkpoint folder; `known` is its shape where none is read: of one in the making, or under other routing.
+
+    `notes` are of the build that has just made it.
+    """
 
     folder: Path
     record: MixtureRecord
     known: Shape | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def shape(self) -> Shape:
@@ -164,6 +169,11 @@ class Checkpoint:
             "tokenizer": digest_of_data([sha256_of(content_of(self.folder / name, LARGE)) for name in sorted(COPIED_FILES)]),
             "config": digest_of_data(without_names(self.config)),
         }
+
+    @property
+    def lost(self) -> list[str]:
+        """What it loses of its experts, in a sentence, as measured at the build; nothing of one that was trained since."""
+        return [] if self.record.trained else [*lost_notes(self.names, lost_of(self.folder))]
 
     @property
     def names(self) -> list[str]:

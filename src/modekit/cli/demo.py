@@ -20,7 +20,7 @@ def demo(
         typer.Argument(
             metavar="EXPERTS",
             help="mlp: FFNs trained alone; full: full fine-tunes, several backbones; lora: adapters, kept low-rank and folded "
-            "into a native checkpoint; translation: models that translate, scored by loss, BLEU and chrF.",
+            "into a plain checkpoint; translation: models that translate, scored by loss, BLEU and chrF.",
         ),
     ] = "mlp",
     real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,

@@ -28,6 +28,7 @@ from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of, count_of, file_count
+from modekit.recipes.recipe import Format
 from modekit.recipes.strict import BASE
 from modekit.run import Run
 
@@ -84,9 +85,9 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     size, record = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()), checkpoint.record
     said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, {record.recipe.chosen}"
     print_done(output, f"{said}, router {record.router.status}, {bytes_of(size)}")
-    if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
+    if why := why_chosen(record.recipe, plain=checkpoint.shape.plain):
         out.print(Text(f"router: {why}", style="dim"))
-    print_notes(little_written(record.recipe, checkpoint.recipe_root))
+    print_notes([*checkpoint.notes, *little_written(record.recipe, checkpoint.recipe_root)])
     commands = ("eval-translation",) if checkpoint.shape.family.pair else ("chat", "serve")
     print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
 
@@ -155,9 +156,12 @@ class MixOptions(Writing):
         typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; repeatable. Experts without text write some."),
     ] = None
     without_base: Annotated[bool, typer.Option("--without-base", help="Leave the base out of the experts.")] = False
-    native: Annotated[
-        bool, typer.Option("--native", help="Only what runs without modekit, as in llama.cpp; full models share a backbone.")
-    ] = False
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="plain: runs without modekit, as in llama.cpp; modekit: its own; auto: plain if it keeps the experts."
+        ),
+    ] = "auto"
 
 
 @app.command()
@@ -176,16 +180,14 @@ def mix(
     from modekit.building.build import build
     from modekit.building.mix import Models, plan_mix
     from modekit.building.preview import preview_of
-    from modekit.recipes.edit import RECIPE_FILE, as_file
 
     target = writable(options.output, options.overwrite)
     joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with running() as run:
-        made, notes = plan_mix(models, target, native=options.native, run=run)
+        made, notes = plan_mix(models, target, form=options.format, run=run)
     print_plan(preview_of(made, notes))
-    beside = {RECIPE_FILE: as_file(made.recipe, made.root, made.root)}
-    show_build(options.output, lambda run: build(made, target, overwrite=options.overwrite, beside=beside, run=run))
+    show_build(options.output, lambda run: build(made, target, overwrite=options.overwrite, run=run))
 
 
 def print_plan(plan: Preview) -> None:

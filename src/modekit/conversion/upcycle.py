@@ -36,13 +36,13 @@ class Upcycling:
         experts = [{"name": f"copy-{copy + 1}", "model": BASE} for copy in range(self.copies)]
         router = {"fit": "random", "seed": self.seed}
         mixture = {"method": "routing", "top_k": self.top_k, "router": router}
-        return {"base_model": base, "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+        return {"base_model": base, "experts": experts, "mixture": mixture, "output": {"format": "plain"}}
 
 
 def upcycle(base: str, asked: Upcycling, out: Path, *, root: Path, run: Run = QUIET) -> Checkpoint:
     """Write the mixture of a model that is named as in a recipe, relative to `root`.
 
-    Raises what `build` raises, UnsupportedError for a family without a native architecture.
+    Raises what `build` raises, UnsupportedError for a family without a plain one.
     """
     recipe = parse_recipe(asked.recipe(base), where="modekit upcycle")
     return build(make_plan(recipe, root, run=run), out, overwrite=asked.overwrite, run=run)

@@ -39,16 +39,15 @@ def _mixtures(*names: str) -> dict[str, dict[str, Any]]:
     return {name: {"mixture": _MIXTURES[name]} for name in names}
 
 
-_FOLDED = {"output": {"format": "native"}}
 MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
     "mlp": _mixtures("linear", "noisy", "logistic", "context", "routing", "lexical-top-1"),
     "full": _mixtures(
-        "linear", "routing", "routing average", "routing task_arithmetic", "routing ties", "sequence whole", "lexical whole"
+        "routing", "linear", "routing average", "routing task_arithmetic", "routing ties", "sequence whole", "lexical whole"
     ),
     "lora": {
         **_mixtures("linear", "logistic", "context", "lexical", "routing", "bigrams-top-1"),
-        "routing folded": {"mixture": _ROUTING, **_FOLDED},
-        "routing folded average": {"mixture": _MIXTURES["routing average"], **_FOLDED},
+        "routing modekit": {"mixture": _ROUTING, "output": {"format": "modekit"}},
+        "routing average": {"mixture": _MIXTURES["routing average"]},
     },
     "translation": _mixtures("lexical", "lexical-top-1", "bigrams", "bigrams-top-1"),
 }
@@ -83,7 +82,7 @@ SIZES: dict[str, Size] = {
         _REAL.with_(learning_rate=1e-3, batch_tokens=1_024),
         fit_tokens=2_048,
         eval_tokens=2_048,
-        without=("linear", "noisy", "routing folded", "routing folded average"),
+        without=("linear", "noisy", "routing modekit", "routing average"),
     ),
     "small translation": Size(
         800, PAIR_TRAINING.with_(steps=120, batch_tokens=3_000), fit_tokens=131_072, eval_tokens=16_384, translated=200

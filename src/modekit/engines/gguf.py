@@ -71,8 +71,8 @@ def export_gguf(
             "llama.cpp does not run the mixture",
             where=str(checkpoint.folder),
             found=shape.without_gguf,
-            remedy="serve it with vLLM or transformers; where the base model has a native architecture, a mixture of whole "
-            "FFNs in it (output.format: native) runs in llama.cpp",
+            remedy="serve it with vLLM or transformers; where the base model has a plain form, a mixture in it "
+            "(output.format: plain) runs in llama.cpp",
         )
     check_installed()
     made = made_of(checkpoint, outtype)

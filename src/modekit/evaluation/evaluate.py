@@ -58,6 +58,7 @@ def evaluate(
     notes += [
         *gapless_notes(rows, names),
         *label_notes(rows, owned),
+        *checkpoint.lost,
         *written_notes(checkpoint.record.recipe, checkpoint.recipe_root),
         *(f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()),
     ]

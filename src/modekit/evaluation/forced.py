@@ -62,7 +62,7 @@ class ForcedExpert:
     base_loss: Number
 
     @property
-    def not_carried(self) -> float | None:
+    def lost(self) -> float | None:
         """KL(own || forced) / KL(own || base): 0 = the whole expert, 1 = nothing; None where own model and base are one."""
         return self.kl / self.base_kl if self.base_kl > _SAME else None
 
@@ -78,14 +78,14 @@ class ForcedExperts(Result):
 
     def tables(self) -> list[ResultTable]:
         """Every row."""
-        titles = ["expert", "text", "KL", "not carried", "largest difference", "own loss", "forced loss", "base loss"]
+        titles = ["expert", "text", "KL", "lost", "largest difference", "own loss", "forced loss", "base loss"]
         body = []
         for row in self.rows:
-            figures = ["-" if figure is None else three_digits(figure) for figure in (row.kl, row.not_carried, row.largest)]
+            figures = ["-" if figure is None else three_digits(figure) for figure in (row.kl, row.lost, row.largest)]
             losses = [f"{loss:.4f}" for loss in (row.own_loss, row.forced_loss, row.base_loss)]
             body.append([row.expert, row.text, *figures, *losses])
         said = (
-            "Every expert, gates forced on it, beside its own model on held-out text: KL in nats per token; not carried: KL "
+            "Every expert, gates forced on it, beside its own model on held-out text: KL in nats per token; lost: KL "
             "over the base's KL (0 = the whole expert, 1 = nothing of it); largest difference of log-probabilities; losses."
         )
         return [ResultTable("Experts forced", titles, body, said)]
@@ -122,7 +122,7 @@ def force_experts(
         read = encode(tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
         domains = [Domain(SHIPPED, None, read)]
     if checkpoint.record.trained:
-        notes.append("the mixture was trained since the build: the changes count as not carried, too")
+        notes.append("the mixture was trained since the build: the changes count as lost, too")
     why = [why_not(checkpoint, place, run=run) for place in range(len(checkpoint.names))]
     notes += [f"{name} is left out: {reason}" for name, reason in zip(checkpoint.names, why, strict=True) if reason]
     places = [place for place, reason in enumerate(why) if not reason]

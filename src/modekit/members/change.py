@@ -24,7 +24,7 @@ from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError, some_of
 from modekit.files.read import UNREADABLE
 from modekit.members.edits import MixtureEdit
-from modekit.planning.make import plan_first
+from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
 from modekit.planning.shape import unread
@@ -89,7 +89,7 @@ def opened_expert(checkpoint: Checkpoint, opener: Opener, number: int, base: Mod
 def _plan_of_what_is_there(checkpoint: Checkpoint, sources: tuple[ModelSource, ...], run: Run) -> Plan | None:
     """The plan of the mixture that is there over models; None where they give other tensors, or another config."""
     try:
-        plan = plan_first([lambda: checkpoint.record.recipe], checkpoint.recipe_root, sources, run=run)
+        plan = plan_over(checkpoint.record.recipe, checkpoint.recipe_root, sources, run=run)
     except ModekitError:
         return None
     there = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
@@ -108,7 +108,7 @@ def _planned(
     for place, (expert, origin) in enumerate(zip(edit.recipe.experts, edit.origins, strict=True)):
         stays = base if origin is None or expert.is_base else replace(old[origin], label=label_of(place, expert))
         sources.append(new.get(place, stays))
-    after = plan_first([lambda: edit.recipe], checkpoint.recipe_root, tuple(sources), run=run)
+    after = plan_over(edit.recipe, checkpoint.recipe_root, tuple(sources), run=run)
     if after.shape.native_type != checkpoint.shape.native_type:
         raise RecipeError(
             "with this expert the mixture would need another architecture",

@@ -44,6 +44,11 @@ class CarrySize(BaseModel, extra="forbid", frozen=True):
     embedding: bool = False
 
     @property
+    def is_exact(self) -> bool:
+        """Whether there is a channel for all that experts differ by."""
+        return self.terms >= EXACT_TERMS
+
+    @property
     def channels(self) -> int:
         """R_U + R_V."""
         return self.outputs + self.inputs

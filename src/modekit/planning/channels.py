@@ -244,8 +244,8 @@ class Channels:
             yield (
                 f"{', '.join(name for name, holds in kept.items() if holds)} of every expert"
                 f"{' (' + ', '.join(left) + ' aside, which all share)' if left else ''}: carried through "
-                f"{self.carry.channels} of these channels and {self.carry.units} hidden units; "
-                "`modekit verify --deep` measures how exactly"
+                f"{self.carry.channels} of these channels and {self.carry.units} hidden units"
+                f"{'' if self.carry.is_exact else '; the build measures what that loses'}"
             )
         if recipe.mixture.router.decay is None and self.decays == (1.0,):
             yield "its evidence does not fade: this architecture averages over all of the text so far"

@@ -1,19 +1,20 @@
 """Recipe and headers -> every tensor of the result and where each comes from.
 
 Reads configs and headers, and does not import torch. Whatever cannot work is refused here, before a byte is written. First the
-models are made alike (one vocabulary), then the router and its decay are settled by what the models allow, then all tensors are
-planned, once. How the experts lie in a native architecture says native.py, in the modekit architecture modekit.py.
+models are made alike (one vocabulary), then what the recipe leaves open is settled by what the models allow (choice.py), then
+all tensors are planned. How the experts lie in a plain checkpoint says native.py, in the modekit architecture modekit.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from modekit.errors import RecipeError, SourceError, UnsupportedError
+from modekit.planning.choice import choose_form, whole_models
 from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
 from modekit.planning.notes import check_adapters, notes_of
@@ -21,7 +22,7 @@ from modekit.planning.plan import Plan
 from modekit.planning.routed import RoutedForm
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.edit import choices, with_following
+from modekit.recipes.edit import choices, leaves_open, with_following
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -50,27 +51,18 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
     The plan's recipe says the router and the decay that a recipe leaves open. Models on the hub are downloaded. Raises
     SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    return plan_first([lambda: recipe], root, open_recipe_sources(recipe, root, run=run), run=run)
+    return plan_over(recipe, root, open_recipe_sources(recipe, root, run=run), run=run)
 
 
-def plan_first(
-    ways: Sequence[Callable[[], Recipe]],
-    root: Path,
-    sources: tuple[ModelSource, ...],
-    *,
-    suits: Callable[[Recipe], bool] = lambda recipe: True,
-    run: Run = QUIET,
-) -> Plan:
-    """The plan of the first recipe that the models, which are open, allow, and that suits. Raises what the last one raises."""
-    models = lru_cache(maxsize=1)(partial(_one_vocabulary, sources))
-    for way in ways:
-        with nullcontext() if way is ways[-1] else suppress(UnsupportedError, RecipeError):
-            recipe = way()
-            family, vocabulary = models()
-            laid = _settled(recipe, family, vocabulary)
-            if way is ways[-1] or suits(laid[0].shape.recipe):
-                return _planned(laid, vocabulary, root, run)
-    raise ValueError("there is no way")
+def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
+    """The same over models that are open."""
+    family, vocabulary = _one_vocabulary(sources)
+    *first, last = _settled(recipe, family, vocabulary)
+    plans = list[Plan]()
+    for laid in first:
+        with suppress(UnsupportedError):
+            plans.append(_planned(laid, vocabulary, root, run))
+    return choose_form([*plans, _planned(last, vocabulary, root, run)])
 
 
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
@@ -87,26 +79,35 @@ def _with_own_sizes(source: ModelSource) -> ModelSource:
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
-def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
-    """With the router and the decay that the recipe leaves open."""
-    form, why = _router_settled(recipe, family, vocabulary)
+def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> list[_Laid]:
+    """With what the recipe leaves open: the router, its decay, the form. A plain result first, then one in the modekit
+    architecture, where both hold all of the experts. Raises what the last choice raises.
+    """
+    if not leaves_open(recipe):
+        return [_following(_laid(recipe, family, vocabulary), family, vocabulary)]
+    whole = whole_models(recipe, vocabulary.sources, family)
+    ways, found = choices(recipe, whole=whole), list[_Laid]()
+    for settled, way in ways:
+        holds_all = way.plain is False and (not whole or "modules" in way.mixture)
+        if found and not holds_all:
+            continue
+        with suppress(UnsupportedError):
+            laid = _laid(settled, family, vocabulary)
+            if way.plain in (None, laid[0].shape.plain):
+                found.append(_following(laid, family, vocabulary))
+                if len(found) == 2 or not (way.says_form and way.plain):
+                    break
+    return found or [_following(_laid(ways[-1][0], family, vocabulary), family, vocabulary)]
+
+
+def _following(laid: _Laid, family: Family, vocabulary: Vocabulary) -> _Laid:
+    """With the decay that a recipe leaves open."""
+    form, why = laid
     channels, settled = form.shape.channels, form.shape.recipe
     if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
         return form, why  # what cannot say that older tokens fade keeps its mean
     following = with_following(settled)
     return (form, why) if following == settled else _laid(following, family, vocabulary)
-
-
-def _router_settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
-    """A router left open becomes the first of the choices that the models allow. Raises what the last one raises."""
-    if not recipe.mixture.is_open:
-        return _laid(recipe, family, vocabulary)
-    for settled, way in (ways := choices(recipe))[:-1]:
-        with suppress(UnsupportedError):
-            found = _laid(settled, family, vocabulary)
-            if way.native in (None, found[0].shape.plain):
-                return found
-    return _laid(ways[-1][0], family, vocabulary)
 
 
 def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
@@ -171,14 +172,14 @@ def _native_form(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeForm | None, str]:
     """In a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
-    base, is_asked = sources[0], recipe.output.format == "native"
+    base, is_asked = sources[0], recipe.output.format == "plain"
     why_not = None if is_asked else _why_modekit(recipe)
     if why_not is not None:
         return None, why_not
     native, tried = choose_native(family, base.config)
     if native is None and is_asked:
         raise UnsupportedError(
-            f"no native architecture holds a mixture of this '{family.model_type}' model exactly",
+            f"no plain checkpoint holds a mixture of this '{family.model_type}' model exactly",
             where=f"base_model ({base.spec})",
             found=" | ".join(tried),
             remedy="use output: {format: modekit}, or choose a base model without these features",
@@ -201,7 +202,7 @@ def _native_form(
 
 def _why_modekit(recipe: Recipe) -> str | None:
     """Why a recipe that does not ask for a native architecture gets none; None where it may."""
-    beyond = recipe.beyond_native()
+    beyond = recipe.beyond_plain()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
     bits = [expert.name for expert in recipe.experts if expert.bits is not None]
     if recipe.output.format == "modekit":
@@ -211,7 +212,7 @@ def _why_modekit(recipe: Recipe) -> str | None:
     if adapters:
         carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
         does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
-        return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} {does}"
+        return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: plain}} {does}"
     return f"differences stay in a few bits per number ({', '.join(bits)})" if bits else None
 
 

@@ -80,7 +80,7 @@ class ModekitShape(AnyShape):
         if self.mixture.family.pair:
             return "it has an encoder"
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
-        if beyond := self.recipe.beyond_native():
+        if beyond := self.recipe.beyond_plain():
             return f"only the modekit architecture has {', '.join(beyond)}"
         return f"it keeps adapters ({', '.join(adapters)})" if adapters else "it is in the modekit architecture (output.format)"
 

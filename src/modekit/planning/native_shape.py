@@ -132,7 +132,7 @@ class NativeShape(AnyShape):
     @property
     def mixture(self) -> MixtureConfig:
         """Nothing that could be asked for by place. Raises UnsupportedError."""
-        what, remedy = "a native checkpoint holds whole experts, no adapters", "build with output: {format: modekit}"
+        what, remedy = "a plain checkpoint holds whole experts, no adapters", "build with output: {format: modekit}"
         raise UnsupportedError(what, where=self.where, remedy=f"{remedy}, or see `modekit extract`")
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
@@ -141,7 +141,7 @@ class NativeShape(AnyShape):
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
-        return recipe.beyond_native()
+        return recipe.beyond_plain()
 
     def other_tensors(self, recipe: Recipe) -> bool:
         """Whether a router needs other channels, or makes something else of them in the first attention."""

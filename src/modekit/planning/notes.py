@@ -43,7 +43,7 @@ def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Colle
     yield from _beside(sources)
     for key in ("channels", "carry", "rank") if not shape.plain else ():
         if getattr(recipe.output, key) is not None:
-            yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
+            yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: plain needs it"
     yield from _twins(recipe, sources)
 
 

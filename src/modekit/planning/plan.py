@@ -59,8 +59,9 @@ class Reused:
 class Plan:
     """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
 
-    `shape` is that of the result; `why` says why it was chosen. `reused` is set where the plan changes a mixture that is there.
-    `copied_files` go along as they are; `vocabulary` says whose they are; `tell` makes the notes.
+    `shape` is that of the result; `why` says why it was chosen, `otherwise` what is built where a measurement is against it.
+    `reused` is set where the plan changes a mixture that is there. `copied_files` go along; `vocabulary` says whose they are;
+    `tell` makes the notes.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Plan:
     trust_remote_code: bool = False
     reused: Reused | None = None
     vocabulary: Vocabulary | None = None
+    otherwise: Plan | None = None
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -137,7 +139,8 @@ class Plan:
     @property
     def disk_needed(self) -> int:
         """Bytes that a build writes: weights that are in no file which is there, and the statistics that it keeps."""
-        return self.bytes_written - self.bytes_linked + self.statistics_bytes()
+        own = self.bytes_written - self.bytes_linked + self.statistics_bytes()
+        return own if self.otherwise is None else max(own, self.otherwise.disk_needed)
 
     def statistics_bytes(self) -> int:
         """Bytes of the statistics that a fit keeps of all domains."""
@@ -156,6 +159,7 @@ class Plan:
             "recipe": self.recipe.digest(),
             "config": dict(self.shape.config),
             "tensors": list(map(repr, self.tensors)),
+            "otherwise": self.otherwise and self.otherwise.digest(),
             "files": [
                 [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]
                 for file, state in {**self.source_states, **({} if self.reused is None else self.reused.model.states)}.items()

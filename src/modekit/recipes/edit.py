@@ -98,57 +98,103 @@ def _omit(mapping: RecipePart, *keys: str) -> RecipeData:
 
 @dataclass(frozen=True)
 class Way:
-    """What a recipe says of a router, which it is and why; `native`: for such architectures alone, or for modekit's alone."""
+    """What a recipe says of what it leaves open, and why this router.
+
+    `plain`: for such a result alone, or for modekit's alone; `says_form`: the recipe then says so, and with `carries` that more
+    than FFNs is carried.
+    """
 
     mixture: RecipeData
-    why: str
-    native: bool | None = None
+    why: str = ""
+    plain: bool | None = None
+    says_form: bool = False
+    carries: bool = False
 
     def of(self, recipe: Recipe) -> RecipeData:
         """The recipe in this way; its own settings stay."""
         said = as_written(recipe)
-        given = said.get("mixture", {})
-        settings = {key: value for key, value in given.get("router", {}).items() if key != "fit"}
-        router = {**self.mixture.get("router", {}), **settings}
-        mixture = {**self.mixture, **{key: value for key, value in given.items() if key != "router"}}
-        return {**said, "mixture": {**mixture, **({"router": router} if router else {})}}
+        given, output = said.get("mixture", {}), said.get("output", {})
+        decides = "router" in self.mixture or recipe.mixture.is_open
+        router = {**self.mixture.get("router", {}), **_omit(given.get("router", {}), *(["fit"] if decides else []))}
+        chooses = {*CHOICES} & given.keys() or given.get("method", "routing") != "routing"
+        mixture = {**_omit(self.mixture, *(["top_k"] if chooses else [])), **_omit(given, "router")}
+        if self.says_form:
+            output = {**({"carry": "all"} if self.carries else {}), **output, "format": "plain" if self.plain else "modekit"}
+        parts = {"mixture": {**mixture, **({"router": router} if router else {})}, "output": output}
+        return {**said, **{key: part for key, part in parts.items() if part or key in said}}
 
 
-_WITH_TEXT = (
-    Way({"router": {"fit": "lexical"}}, "lexical, which did best of what a plain checkpoint carries", native=True),
-    Way({"router": {"fit": "lexical", "orders": [1, 2]}}, "lexical, which did best in the modekit architecture", native=False),
-    Way({"router": {"fit": "logistic"}}, "logistic, which did best of linear gates"),
-)
-_WITH_PROMPTS = (
-    Way({"router": {"fit": "logistic"}}, "logistic, which did best of what is set from prompts", native=True),
-    Way({"router": {"fit": "logistic", "granularity": "context"}}, "logistic, which did best of what is set from prompts"),
-    _WITH_TEXT[1],
-)
-_WITHOUT = (
-    Way({"router": {"fit": "arrow", "granularity": "context"}}, "arrow, by the adapters alone, as no expert has text"),
-    Way({"method": "linear"}, "none (fixed weights), as no expert has text"),
-    Way({"router": {"fit": "random"}}, "random, as no expert has text"),
-)
+_TOKENS, _PAIRS = {"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}
+_OF_PROMPTS = "logistic, which did best of what is set from prompts"
+_OF_MODEKIT = "lexical, which did best in the modekit architecture"
 
 
-def choices(recipe: Recipe) -> list[tuple[Recipe, Way]]:
-    """What a recipe with an open router may become, the best first. Raises pydantic's error where the recipe allows nothing."""
+def leaves_open(recipe: Recipe) -> bool:
+    """Whether it leaves open its router, or, with one that a plain checkpoint carries, the form of the result."""
+    mixture, output = recipe.mixture, recipe.output
+    carried = mixture.fit is not None and mixture.fit.carried and output.format == "auto" and output.carry is None
+    return mixture.is_open or (carried and not recipe.beyond_plain())
+
+
+def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
+    """What a recipe that leaves something open may become, the best first. `whole`: full models that differ in more than FFNs.
+
+    Raises pydantic's error where the recipe allows nothing.
+    """
+    ways = [way for way in _ways(recipe, whole) if not way.says_form or recipe.output.format in ("auto", _form_of(way))]
     found: list[tuple[Recipe, Way]] = []
-    for way in _ways(recipe):
+    for way in ways:
         with suppress(ValidationError):
             found.append((Recipe.model_validate(way.of(recipe)), way))
     settled = [each for each in found if not each[0].mixture.is_open]  # a method that the recipe says stays
-    return settled or [(Recipe.model_validate(_WITH_TEXT[0].of(recipe)), _WITH_TEXT[0])]
+    return settled or [(Recipe.model_validate((last := Way({"router": _TOKENS})).of(recipe)), last)]
 
 
-def why_chosen(recipe: Recipe, *, native: bool) -> str:
+def why_chosen(recipe: Recipe, *, plain: bool) -> str:
     """Which router `fit: auto` takes, and why, of a recipe that says this one; empty where it says another."""
     said = as_written(recipe).get("mixture", {})
-    ways = (way for way in _ways(recipe) if way.native in (None, native))
+    ways = (way for way in _of_an_open_router(recipe, 0) if way.plain in (None, plain))
     return next((way.why for way in ways if way.of(recipe)["mixture"] == said), "")
 
 
-def _ways(recipe: Recipe) -> tuple[Way, ...]:
+def _ways(recipe: Recipe, whole: int) -> tuple[Way, ...]:
+    if recipe.mixture.is_open:
+        return _of_an_open_router(recipe, whole)
+    shared, own = _of_whole_models(whole)
+    return Way(shared, "", True, True, whole > 0), Way(own, "", False, True), Way({})
+
+
+def _of_whole_models(count: int) -> tuple[RecipeData, RecipeData]:
+    """What a plain checkpoint of so many says, and one in the modekit architecture. Several share what their average has;
+    beside one, adapters and the base stay exact on the base (benchmarks/whole.md).
+    """
+    return {"backbone": "average"} if count > 1 else {}, {"modules": "all"} if count else {}
+
+
+def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
+    shared, own = _of_whole_models(whole)
+    merged: RecipeData = {"backbone": "average"} if whole else {}
+    arrow, context = {"fit": "arrow", "granularity": "context"}, {"fit": "logistic", "granularity": "context"}
     if any(expert.text for expert in recipe.experts):
-        return _WITH_TEXT
-    return _WITH_PROMPTS if any(expert.prompts for expert in recipe.experts) else _WITHOUT
+        why = "lexical, which did best of what a plain checkpoint carries"
+        return (
+            Way({"top_k": 1, "router": _TOKENS, **shared}, why, True, True, whole > 0),
+            Way({"top_k": 1, "router": _PAIRS, **own}, _OF_MODEKIT, False, True),
+            Way({"router": {"fit": "logistic"}, **merged}, "logistic, which did best of linear gates"),
+            *((Way({"top_k": 1, "router": _PAIRS}, _OF_MODEKIT, False, True),) if whole else ()),
+        )
+    if any(expert.prompts for expert in recipe.experts):
+        return (
+            Way({"router": {"fit": "logistic"}, **merged}, _OF_PROMPTS, True),
+            Way({"router": context, **merged}, _OF_PROMPTS),
+            Way({"router": _PAIRS, **own}, _OF_MODEKIT, False),
+        )
+    return (
+        Way({"router": arrow, **merged}, "arrow, by the adapters alone, as no expert has text"),
+        Way({"method": "linear", **merged}, "none (fixed weights), as no expert has text"),
+        Way({"router": {"fit": "random"}, **merged}, "random, as no expert has text"),
+    )
+
+
+def _form_of(way: Way) -> str:
+    return "plain" if way.plain else "modekit"

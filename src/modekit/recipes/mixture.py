@@ -235,7 +235,7 @@ class Mixture(Strict):
         """Whether the router is set from text."""
         return self.fit is not None and self.fit.reads_text
 
-    def beyond_native(self) -> list[str]:
+    def beyond_plain(self) -> list[str]:
         """What of this mixture only the modekit architecture can say."""
         router = self.router
         reasons = []

@@ -21,6 +21,7 @@ from modekit.recipes.mixture import CHOICES, Mixture
 from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]
+Format = Literal["auto", "plain", "modekit"]
 
 _MOST_EXPERTS = 1024  # an expert is a tensor or more in every layer of the plan, whatever lies on disk
 _MOST_LABELS = 256  # of an expert
@@ -127,7 +128,7 @@ class Output(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank")
 
-    format: Literal["auto", "native", "modekit"] = "auto"
+    format: Format = "auto"
     dtype: DType = "source"
     shard_size: _Size = Field(5 * 10**9, gt=0)
     channels: int | None = Field(None, ge=32, le=2**16, multiple_of=32)
@@ -167,7 +168,7 @@ class Recipe(Strict):
     def _consistent(self) -> Recipe:
         problems = [
             *self._problems_of_names(),
-            *(self._problems_of_native() if self.output.format == "native" else ()),
+            *(self._problems_of_plain() if self.output.format == "plain" else ()),
             *(() if self.mixture.is_open else self._problems_of_channels()),
             *self._problems_of_low_rank(),
             *self._problems_of_the_backbone(),
@@ -198,21 +199,21 @@ class Recipe(Strict):
                     yield f"experts '{expert.name}': the label '{label}' is known already; a label leads to one expert"
                 known.add(label)
 
-    def _problems_of_native(self) -> Iterator[str]:
+    def _problems_of_plain(self) -> Iterator[str]:
         for name in (expert.name for expert in self.experts if expert.is_low_rank):
-            yield f"experts '{name}': experts are whole in output.format native; remove as: lora or bits"
-        if self.beyond_native():
-            yield f"output.format native cannot say {', '.join(self.beyond_native())}; use modekit or auto"
+            yield f"experts '{name}': experts are whole in output.format plain; remove as: lora or bits"
+        if self.beyond_plain():
+            yield f"output.format plain cannot say {', '.join(self.beyond_plain())}; use modekit or auto"
 
-    def beyond_native(self) -> list[str]:
+    def beyond_plain(self) -> list[str]:
         """What of it only the modekit architecture can say."""
-        return self.mixture.beyond_native() + ["experts that have only some layers"] * any(each.layers for each in self.experts)
+        return self.mixture.beyond_plain() + ["experts that have only some layers"] * any(each.layers for each in self.experts)
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit
         asked = [key for key in ("channels", "carry", "rank") if getattr(self.output, key) is not None]
         if asked and (fit is None or not fit.carried or self.output.format == "modekit"):
-            yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a native architecture; remove it"
+            yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a plain checkpoint; remove it"
         if self.output.carry == "ffn" and self.output.rank is not None:
             yield "output.rank has no effect with carry: ffn; remove it"
 

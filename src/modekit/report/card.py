@@ -141,7 +141,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     of_others = {key: plain(value) if isinstance(value, str) else value for key, value in facts_of(checkpoint).items()}
     return {
         **of_others,
-        "why": plain(why_chosen(recipe, native=checkpoint.shape.plain)),
+        "why": plain(why_chosen(recipe, plain=checkpoint.shape.plain)),
         "experts": [plain(name) for name in checkpoint.names],
         "total": count_of(checkpoint.parameters.total),
         "active": count_of(checkpoint.parameters.active),

@@ -114,7 +114,7 @@ def _size(checkpoint: Checkpoint) -> Section:
         ["statistics on disk", bytes_of(sum(path.stat().st_size for path in kept)), ""],
     ]
     said = "Statistics are kept for later fits and may be deleted."
-    return Section("Size", [ResultTable("Size", ["what", "how much", "of the base model"], rows, said)])
+    return Section("Size", [ResultTable("Size", ["what", "how much", "of the base model"], rows, said)], checkpoint.lost)
 
 
 def _sources(checkpoint: Checkpoint) -> Section:

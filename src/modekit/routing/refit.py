@@ -79,7 +79,7 @@ def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
 
 def _first_possible(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """Of the choices of a recipe that leaves its router open; where there is none, one that is refused."""
-    ways = [settled for settled, way in choices(recipe) if way.native in (None, checkpoint.shape.plain)]
+    ways = [settled for settled, way in choices(recipe) if way.plain in (None, checkpoint.shape.plain)]
     return next((each for each in ways if not [*checkpoint.shape.refusals(each), *_other_tensors(checkpoint, each)]), ways[-1])
 
 
@@ -88,7 +88,7 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
     beyond = checkpoint.shape.refusals(recipe)
     if beyond:
         raise RecipeError(
-            f"a native checkpoint cannot have {', '.join(beyond)}",
+            f"a plain checkpoint cannot have {', '.join(beyond)}",
             where="mixture",
             remedy="build again with output: {format: modekit}",
         )

@@ -40,7 +40,7 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     channels, base = plan.shape.channels, plan.sources[0]
     assert channels is not None
     model = load_model(base.folder, run=run)
-    sequences = _sequences(plan, kept, model.get_input_embeddings().weight.shape[0], run)
+    sequences = [each for own in beginnings(plan, kept, model.get_input_embeddings().weight.shape[0], run) for each in own]
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
         [in_layer(layer, str(part)) for layer in layers]
@@ -99,11 +99,11 @@ class _Taps:
                 run.progress(_MEASURE, min(total, sum(map(len, self.sizes[_LAST]))), total)
 
 
-def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequence]:
-    """Of tokens that the base has: `rows`, which may be fewer than the mixture's."""
+def beginnings(plan: Plan, kept: Path, rows: int, run: Run) -> list[list[TokenSequence]]:
+    """Of every domain's fit text, in tokens that the base has: `rows`, perhaps fewer than the mixture's. Raises TextError."""
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
     share = max(64, STREAM_TOKENS // plan.experts)
-    found: list[TokenSequence] = []
+    found: list[list[TokenSequence]] = []
     for number, expert in enumerate(plan.recipe.experts):
         try:
             documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
@@ -112,7 +112,7 @@ def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequenc
             if text is None:
                 raise
             own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(share))
-            found += [TokenSequence(ids) for ids in own if ids]
+            found.append([TokenSequence(ids) for ids in own if ids])
             continue
-        found += encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length))
+        found.append(encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length)))
     return found

@@ -93,7 +93,7 @@ class Request:
                 shared,
                 "a joint training moves one expert a step, and the experts of this mixture lie in one tensor",
                 "regime",
-                f"output.format {'native' if shape.plain else 'modekit, with adapters'}",
+                f"output.format {'plain' if shape.plain else 'modekit, with adapters'}",
                 "build it from whole models with output: {format: modekit}, or mixture: {modules: decoder}",
             ),
             (

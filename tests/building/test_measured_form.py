@@ -1,0 +1,95 @@
+"""What a plain checkpoint would lose of full models is measured by the build, which takes the other form where that is much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from building.test_carry import SIZES
+from conftest import DOMAINS, Workshop, save, tiny_model, write_text
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.carried import CARRIED_FILE, lost_of
+from modekit.checkpoint.open import open_checkpoint
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.forced import force_experts
+from modekit.planning.make import make_plan
+from modekit.recipes.edit import as_written
+from modekit.recipes.read import parse_recipe
+from refusal import tree
+
+
+def full_shop(root: Path, directions: int | None) -> Workshop:
+    """A base and a full model per domain that differs from it in every weight in few directions, or, FFNs aside, in all."""
+    save(tiny_model(**SIZES), root / "base")
+    write_text(root / "text", documents=200)
+    for seed, name in enumerate(DOMAINS):
+        model, generator = tiny_model(**SIZES), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.ndim == 1 or (directions is None and "mlp" in key):
+                    continue
+                rows, columns = parameter.shape
+                if directions is None:
+                    change = torch.randn(parameter.shape, generator=generator)
+                else:
+                    left = torch.randn((rows, directions), generator=generator)
+                    change = left @ torch.randn((directions, columns), generator=generator)
+                parameter.add_(0.1 * parameter.std() * change / change.std())
+        save(model, root / name)
+    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    return Workshop(root, {"base_model": "./base", "experts": [*experts, {**experts[0], "name": "general", "model": "base"}]})
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return full_shop(tmp_path_factory.mktemp("noise"), None)
+
+
+def built(shop: Workshop, out: Path, **said: Any) -> tuple[Any, tuple[str, ...]]:
+    made = build(make_plan(parse_recipe({**shop.recipe, **said}), shop.root), out)
+    return open_checkpoint(out), made.notes
+
+
+def check_measure(out: Path) -> None:
+    """What was measured before the build is what forced experts lose of held-out text."""
+    checkpoint = open_checkpoint(out)
+    forced = [row for row in force_experts(checkpoint).rows if row.lost is not None and row.text == row.expert]
+    assert forced and len(lost_of(out)) == len(checkpoint.names)
+    for row in forced:
+        assert abs(lost_of(out)[checkpoint.names.index(row.expert)] - row.lost) < 0.02, row
+
+
+def test_what_channels_hold_becomes_plain(tmp_path: Path) -> None:
+    """All of a full model that differs from its base in few directions."""
+    shop = full_shop(tmp_path, 2)
+    checkpoint, (note,) = built(shop, tmp_path / "OUT")
+    assert checkpoint.shape.plain and "this plain checkpoint loses" in note and checkpoint.lost == [note]
+    assert max(lost_of(checkpoint.folder)) < 0.05 and is_proven(verify(checkpoint))
+    check_measure(checkpoint.folder)
+    assert note in evaluate(checkpoint, tokens_per_domain=200).notes
+
+
+def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two in a hundred, here: little models have few directions."""
+    monkeypatch.setattr("modekit.building.build.MOST_LOST", 0.01)
+    checkpoint, (note,) = built(shop, tmp_path / "OUT")
+    assert not checkpoint.shape.plain and checkpoint.record.recipe.mixture.modules == "all"
+    assert note.startswith("a plain checkpoint would lose ") and "--format plain takes it anyway" in note
+    assert not (checkpoint.folder / CARRIED_FILE).exists() and checkpoint.lost == []
+    again, said = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
+    assert tree(again.folder) == tree(checkpoint.folder) and said == ()
+
+
+def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Path) -> None:
+    checkpoint, (note,) = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
+    assert checkpoint.shape.plain and "this plain checkpoint loses" in note
+    assert max(lost_of(checkpoint.folder)) > 0.05 and is_proven(verify(checkpoint, reload=False))
+    again, _ = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
+    assert tree(again.folder) == tree(checkpoint.folder)
+    check_measure(checkpoint.folder)

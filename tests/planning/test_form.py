@@ -1,0 +1,121 @@
+"""The form of a result that a recipe leaves open, from headers and samples: which is planned, what is said, and for whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapter_folders import lora, write_adapter
+from conftest import Workshop, make_workshop
+from modekit.planning import choice
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
+from modekit.recipes.read import parse_recipe
+from modekit.sources.families import family_of
+from modekit.sources.source import open_source
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = make_workshop(tmp_path_factory.mktemp("form"), num_hidden_layers=1)
+    for seed, name in enumerate(("fever", "court")):
+        write_adapter(shop.root / name, lora("self_attn.q_proj", 32, 32, layers=1, seed=seed))
+    for name, part in (("ffn", "mlp.up_proj.weight"), ("attention", "self_attn.o_proj.weight"), ("nothing", "")):
+        tensors = load_file(shop.root / "base" / "model.safetensors")
+        for key, tensor in tensors.items():
+            if part and key.endswith(part):
+                tensor.view(-1)[len(tensor.view(-1)) // 2] += 1
+        (shop.root / name).mkdir()
+        for file in (shop.root / "base").iterdir():
+            if file.suffix != ".safetensors":
+                (shop.root / name / file.name).write_bytes(file.read_bytes())
+        save_file(tensors, shop.root / name / "model.safetensors", metadata={"format": "pt"})
+    return shop
+
+
+def expert(name: str) -> dict[str, Any]:
+    what = "adapter" if name in ("fever", "court") else "model"
+    return {"name": name, what: "base" if name == "base_too" else f"./{name}", "text": "./text/law.jsonl"}
+
+
+def planned(shop: Workshop, *names: str, **said: Any) -> Plan:
+    recipe = {"base_model": "./base", "experts": [expert(name) for name in names], **said}
+    return make_plan(parse_recipe(recipe), shop.root)
+
+
+def test_what_a_model_changes_is_seen(shop: Workshop) -> None:
+    base = open_source("base_model", "base", shop.root / "base")
+    family = family_of(base.config, where="base")
+    for name, expected in (("ffn", "ffn"), ("attention", "more"), ("law", "more"), ("nothing", "nothing")):
+        assert choice.changes(base, open_source(name, name, shop.root / name), family) == expected, name
+
+
+def test_of_a_large_tensor_pieces_are_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All over it: a fine-tune differs everywhere."""
+    monkeypatch.setattr(choice, "_NUMBERS", 4)
+    monkeypatch.setattr(choice, "_PIECES", 8)
+    base = open_source("base_model", "base", shop.root / "base")
+    law = open_source("law", "law", shop.root / "law")
+    assert choice.changes(base, law, family_of(law.config, where="law")) == "more"
+
+
+def test_adapters_that_all_fit_are_planned_plain_with_both_sizes(shop: Workshop) -> None:
+    plan = planned(shop, "fever", "court")
+    other = planned(shop, "fever", "court", output={"format": "modekit"})
+    assert plan.shape.plain and plan.otherwise is None and plan.recipe.output.format == "plain" and plan.recipe.top_k == 1
+    assert not other.shape.plain and "in the modekit architecture)" in plan.why
+    assert planned(shop, "fever", "court", mixture={"router": {"fit": "lexical"}}).shape.plain
+
+
+@pytest.mark.parametrize("lacking", ["memory", "disk"])
+def test_what_does_not_fit_this_machine_takes_the_smaller_form(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    if lacking == "memory":
+        monkeypatch.setattr(choice, "_memory", lambda: 1_000)
+    else:
+        free = choice.disk_of(shop.root)._replace(free=1_000)
+        monkeypatch.setattr(choice, "disk_of", lambda path: free)
+    plan = planned(shop, "fever", "court", mixture={"router": {"buckets": 64}})
+    assert not plan.shape.plain and f"more {'memory' if lacking == 'memory' else 'free disk'} than there is" in plan.why
+    assert "--format plain takes it" in plan.why and plan.recipe.output.format == "modekit"
+    assert planned(shop, "fever", "court", output={"format": "plain"}).shape.plain
+
+
+def test_full_models_are_measured_unless_the_recipe_says_what_becomes_of_them(shop: Workshop) -> None:
+    plan = planned(shop, "law", "fever")
+    assert plan.shape.plain and plan.otherwise is not None and plan.otherwise.recipe.mixture.modules == "all"
+    assert plan.recipe.mixture.backbone == "base" and "if the build finds that it keeps 95%" in plan.why
+    several = planned(shop, "law", "code", "base_too")
+    assert several.recipe.mixture.backbone == "average" and several.recipe.output.carry == "all"
+    for said in (
+        {"output": {"format": "plain"}},
+        {"output": {"carry": "ffn"}},
+        {"output": {"format": "modekit"}},
+        {"mixture": {"modules": "all"}},
+        {"mixture": {"router": {"fit": "random"}}},
+    ):
+        assert planned(shop, "law", "code", **said).otherwise is None, said
+    alone = planned(shop, "ffn", "base_too")
+    assert alone.shape.plain and alone.otherwise is None and alone.recipe.output.carry is None
+
+
+def test_what_is_settled_stays_so(shop: Workshop) -> None:
+    for names in (("fever", "court"), ("law", "code", "base_too"), ("law", "fever"), ("ffn", "base_too")):
+        plan = planned(shop, *names)
+        again = make_plan(plan.recipe, shop.root)
+        assert again.recipe == plan.recipe and again.tensors == plan.tensors and again.otherwise is None
+
+
+def test_numbers_of_other_kinds_differ(tmp_path: Path) -> None:
+    """A model that was saved in another dtype is looked at as another one."""
+    shop = make_workshop(tmp_path, num_hidden_layers=1)
+    file = shop.root / "base" / "model.safetensors"
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+    save_file(halves, shop.root / "law" / "model.safetensors", metadata={"format": "pt"})
+    base, law = (open_source(name, name, shop.root / name) for name in ("base", "law"))
+    assert choice.changes(base, law, family_of(base.config, where="base")) == "more"
