@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapter_folders import quiet, train_adapter
 from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
+from generated import check_generation
 from modekit.building.preview import parameters_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.errors import UnsupportedError
+from modekit.errors import CheckpointError, UnsupportedError
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
@@ -131,8 +132,34 @@ def test_a_forced_fine_tune_is_itself_and_chooses_its_own_experts(
             torch.testing.assert_close(ours - number * M, theirs, atol=0, rtol=0)
 
 
-def test_it_is_proven(checkpoint: Checkpoint) -> None:
+def test_it_is_proven_and_generates(checkpoint: Checkpoint) -> None:
     assert is_proven(checks := verify(checkpoint)), checks
+    check_generation(checkpoint.folder)
+
+
+def test_a_token_without_an_embedding_harms_no_other(tmp_path: Path, ids: torch.Tensor) -> None:
+    """Its stream is nothing but channels; the first token is seen by all."""
+    shop = moe_shop(tmp_path, "qwen3")
+    ids[:, 0] = nothing = int(ids[0, 7])
+    for name in ("base", *DOMAINS):
+        model = loaded(tmp_path / name)
+        model.get_input_embeddings().weight.data[nothing] = 0
+        save(model, tmp_path / name)
+    checkpoint = open_checkpoint(shop.build("OUT"))
+    mixture = mixture_of(loaded(checkpoint.folder), checkpoint)
+    with mixture.forced(1):
+        torch.testing.assert_close(
+            logits_of(mixture.model, ids), logits_of(loaded(tmp_path / DOMAINS[1]), ids), atol=2e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok"])
+def test_other_counts_of_experts_are_damage(tmp_path: Path, key: str) -> None:
+    out = moe_shop(tmp_path, "qwen3", copies=True).build("OUT")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, key: config[key] + 1}))
+    with pytest.raises(CheckpointError, match="disagree"):
+        _ = open_checkpoint(out).shape
 
 
 def test_copies_of_a_mixture_are_that_mixture(tmp_path: Path, family: str, ids: torch.Tensor) -> None:

@@ -34,6 +34,7 @@ from modekit.weights.made import Copy, Fold, Join, Made, Zeros
 from modekit.weights.padding import FFNKind, Pad
 
 _MODEKIT = "output: {format: modekit}"
+_MOST = 2**15  # a base's own experts; names of all are made
 _NOT_ONE = "attention is not carried, as the weights of a token's experts do not sum to one (norm_topk_prob: false)"
 
 
@@ -51,7 +52,7 @@ class RoutedShape(NativeShape):
         count = _routed(native).count(dense)
         expected = {native.num_experts_key: len(recipe.experts) * count, native.top_k_key: dense.get(native.top_k_key)}
         for key, number in expected.items():
-            if config.get(key) != number:
+            if config.get(key) != number or not 1 <= count <= _MOST:
                 raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), number)
 
     @property
