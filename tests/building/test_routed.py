@@ -15,11 +15,14 @@ from adapter_folders import quiet, train_adapter
 from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from generated import check_generation
+from modekit.building.build import build
 from modekit.building.preview import parameters_of
 from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.carried import lost_of
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, UnsupportedError
+from modekit.evaluation.forced import force_experts
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
@@ -271,6 +274,26 @@ def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
 def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
     return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "plain"}}
+
+
+@pytest.mark.parametrize(("family", "plain"), [("qwen3", True), ("qwen3-softmax", False)])
+def test_an_open_recipe_takes_the_plain_form_where_that_keeps_attention(tmp_path: Path, family: str, plain: bool) -> None:
+    """As the build measures; what it finds is what is lost in the result."""
+    moe_shop(tmp_path, family)
+    for seed, name in enumerate(DOMAINS):
+        model, generator = loaded(tmp_path / name), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "self_attn" in key and parameter.ndim == 2:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3 * parameter.std())
+        save(model, tmp_path / name)
+    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    build(make_plan(parse_recipe({"base_model": "./base", "experts": experts}), tmp_path), tmp_path / "OUT")
+    checkpoint = open_checkpoint(tmp_path / "OUT")
+    assert checkpoint.shape.plain == plain
+    if plain:
+        found = [row.lost or 0.0 for row in force_experts(checkpoint, tokens_per_domain=300).rows]
+        assert lost_of(checkpoint.folder) == pytest.approx(found, rel=0.7) and max(found) < 0.05
 
 
 def divergence(own: torch.Tensor, other: torch.Tensor) -> float:

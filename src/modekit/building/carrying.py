@@ -62,7 +62,7 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
     with OpenFiles() as opened:
         read = WeightReader(opened, plan.models)
         carried = carry_bases(Differences(plan, read), channels.carry, stream, run)
-        if not (channels.carry.is_exact or channels.inner):
+        if not channels.carry.is_exact:
             from modekit.building.lost import measure_lost
 
             carried = replace(carried, lost=measure_lost(plan, read, carried, folder / STATISTICS_FOLDER, run))

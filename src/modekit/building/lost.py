@@ -58,7 +58,8 @@ class _Experts:
 
     def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
         self._differences, self._carrying = Differences(plan, read), Carrying(plan, read, carried)
-        self._names, self._ffn = plan.family.own_names(plan.sources[0]), f".{plan.family.mlp_module}."
+        self._names, routed = plan.family.own_names(plan.sources[0]), plan.shape.routed
+        self._ffn = (f".{plan.family.mlp_module}.",) if routed is None else tuple(f".{path}" for path in routed.own)
 
     def own(self, expert: int) -> Iterator[tuple[str, Singles]]:
         """All of an expert's own."""
@@ -66,9 +67,10 @@ class _Experts:
         yield weight_of(HEAD), self._differences.own(self._differences.head, expert)
 
     def carried(self, expert: int) -> Iterator[tuple[str, Singles]]:
-        """Those that are others in the result: FFNs and the norms before them stay."""
+        """Those that are others in the result: FFNs of their own and the norms before them stay."""
         norms = {self._differences.ffn_norm_name(layer) for layer in range(self._differences.layers)}
-        shared = [name for name in self._names if self._ffn not in name and name not in norms]
+        own = {name for name in self._names if any(part in name for part in self._ffn)}
+        shared = [name for name in self._names if name not in own | norms]
         yield from ((name, self._differences.shared(name)) for name in shared)
         yield weight_of(HEAD), self._differences.shared(self._differences.head)
         yield from self._carrying.through(expert)

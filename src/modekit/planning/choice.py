@@ -44,7 +44,7 @@ def choose_form(plans: Sequence[Plan]) -> Plan:
     lacking = "memory" if plain.bytes_written > _memory() else "free disk" if plain.disk_needed > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
         return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {PLAIN} takes it")
-    if channels is None or channels.carry is None or channels.carry.is_exact or channels.inner:
+    if channels is None or channels.carry is None or channels.carry.is_exact:
         return replace(plain, why=f"{plain.why} ({sizes})")
     measured = f"a plain checkpoint, if the build finds that it keeps {1 - MOST_LOST:.0%} of every expert ({sizes})"
     return replace(plain, why=measured, otherwise=other)
