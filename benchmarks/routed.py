@@ -4,7 +4,8 @@
     python benchmarks/routed.py mixtures FOLDER --kind full --seeds 0 1 2    mixtures of them, lexical router, report split
     python benchmarks/routed.py cost                                         time of one pass, over the base's
 
-Kinds: full (all parameters) and mlp (experts and gates). `train` keeps models that are there.
+Kinds: full (all parameters), mlp (experts and gates), lora (rank 16 on attention, gates and experts). `train` keeps models that
+are there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ARCHITECTURE = {
 _AVERAGE = {"backbone": "average"}
 whole.VARIANTS |= {
     "moe_mlp": {"modekit architecture": {"output": {"format": "modekit"}}, "plain": {"output": whole.NATIVE}},
+    "moe_lora": {"modekit architecture": {"output": {"format": "modekit"}}, "plain": {"output": whole.NATIVE}},
     "moe_full": {
         "modekit architecture, all": {"output": {"format": "modekit"}, "modules": "all"},
         "plain, experts and gates, base": {"output": {**whole.NATIVE, "carry": "ffn"}},
@@ -36,8 +38,8 @@ whole.VARIANTS |= {
         "plain, whole, average, rank 128": {"output": {**whole.NATIVE, "carry": "all", "rank": 128}, **_AVERAGE},
     },
 }
-whole.MOVED |= {"moe_full": "full", "moe_mlp": "mlp"}
-for _kind in ("moe_mlp", "moe_full"):
+whole.MOVED |= {"moe_full": "full", "moe_lora": "lora", "moe_mlp": "mlp"}
+for _kind in ("moe_mlp", "moe_lora", "moe_full"):
     whole.EVAL_TOKENS[_kind], whole.FORCED_TOKENS[_kind] = 8_192, 1_024
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["train", "mixtures", "cost"])
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--kind", choices=["full", "mlp"], default="full")
+    parser.add_argument("--kind", choices=["full", "mlp", "lora"], default="full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     said = parser.parse_args()
     if said.step == "cost":

@@ -105,7 +105,7 @@ def experts_of(kind: str, *, ffn_alone: bool) -> list[dict[str, str]]:
         made = {each.domain: ("adapter" if each.adapter else "model", f"./{each.name}-{each.domain}") for each in mixed}
         made[BASE_TEXT] = ("model", "base")
     else:
-        made = {name: ("adapter" if kind == "adapters" else "model", f"./{kind}-{name}") for name in DOMAINS}
+        made = {name: ("adapter" if MOVED.get(kind) == "lora" else "model", f"./{kind}-{name}") for name in DOMAINS}
     return [{"name": name, source: where, "text": f"../text/{name}.jsonl"} for name, (source, where) in made.items()]
 
 

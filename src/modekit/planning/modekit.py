@@ -63,11 +63,12 @@ class ModekitForm:
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this form."""
+        blocks = ", and of routed experts," if self._family.routed else ""
         for said in self._recipe.experts:
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
-                    "changes of embedding, head, norms and biases are lost"
+                    f"changes of embedding, head, norms and biases{blocks} are lost"
                 )
 
     def experts(self) -> Iterator[PlannedTensor]:
