@@ -238,8 +238,8 @@ def test_members_come_and_go(tmp_path: Path, name: str) -> None:
     [
         ("qwen3", {"mixture": {"top_k": 2, "router": {"fit": "lexical"}}}, "top_k: 2"),
         ("qwen3", {"mixture": {"top_k": 1, "router": {"fit": "logistic"}}}, "fit: lexical"),
-        ("qwen3", {"output": {"format": "native", "dtype": "float16"}}, "float16"),
-        ("qwen3-softmax", {"output": {"format": "native", "carry": "all"}}, "sum to one"),
+        ("qwen3", {"output": {"format": "plain", "dtype": "float16"}}, "float16"),
+        ("qwen3-softmax", {"output": {"format": "plain", "carry": "all"}}, "sum to one"),
     ],
 )
 def test_what_this_form_cannot_say_is_refused(tmp_path: Path, family: str, says: dict[str, Any], why: str) -> None:
@@ -253,7 +253,7 @@ def test_families_that_have_no_such_form_say_why(tmp_path: Path, model_type: str
     save(tiny_decoder(model_type), tmp_path / "base")
     write_text(tmp_path / "text")
     experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
-    with pytest.raises(UnsupportedError, match="no native architecture") as raised:
+    with pytest.raises(UnsupportedError, match="no plain checkpoint") as raised:
         make_plan(parse_recipe(recipe_of(experts)), tmp_path)
     assert why in str(raised.value.found)
 
