@@ -298,7 +298,7 @@ def test_a_mixture_in_the_modekit_architecture_is_refused_for_the_true_reason(tm
     mixed = {"modules": ["mlp", "q"], "router": {"fit": "random"}}
     checkpoint = built(tmp_path, {"base_model": "./medicine", "experts": model_experts(tmp_path), "mixture": mixed})
     message = refuse("export", checkpoint.folder, tmp_path / "GGUF", "--gguf")
-    assert "llama.cpp does not run the mixture" in message and "native architecture" in message
+    assert "llama.cpp does not run the mixture" in message and "has a plain form" in message
     assert "only the modekit architecture has modules other than" in message and "it keeps adapters" not in message
 
 
