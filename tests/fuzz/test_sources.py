@@ -228,7 +228,7 @@ def fuzz_families(root: Path, recipe: dict[str, Any]) -> Target:
         configs[family.model_type] = json.loads((root / family.model_type / "config.json").read_text())
     kinds = st.sampled_from(sorted(configs))
     strategy = kinds.flatmap(
-        lambda kind: st.tuples(st.just(kind), hostile_bytes(hostile_json(configs[kind])), st.sampled_from(["auto", "native"]))
+        lambda kind: st.tuples(st.just(kind), hostile_bytes(hostile_json(configs[kind])), st.sampled_from(["auto", "plain"]))
     )
 
     def door(drawn: tuple[str, bytes, str]) -> object:

@@ -83,7 +83,7 @@ def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
 )
 def test_a_plan_says_the_decay_that_chats_give(shop: Workshop, router: dict[str, Any], decay: list[float] | None) -> None:
     mixture = {"method": "routing", "top_k": 1, "router": router}
-    recipe = parse_recipe({**shop.recipe, "mixture": mixture}, where="recipe")
+    recipe = parse_recipe({**shop.recipe, "mixture": mixture, "output": {}}, where="recipe")
     plan = make_plan(recipe, shop.root)
     assert plan.recipe.mixture.router.decay == decay
     assert make_plan(plan.recipe, shop.root).recipe == plan.recipe

@@ -277,7 +277,7 @@ OF_FFNS = ["uneven targets", "biases", "saved FFN", "embedding and head, dora"]
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*((name, form) for name in OF_FFNS for form in ("native", "modekit")), ("fused modules", "modekit")]
+    ("name", "form"), [*((name, form) for name in OF_FFNS for form in ("plain", "modekit")), ("fused modules", "modekit")]
 )
 def test_parts_of_an_adapter_that_are_not_mixed_are_the_base_s(
     bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str, form: str

@@ -22,7 +22,7 @@ from refusal import borrow, refuse_build, run_python, tree
 
 LAW = "experts[1] 'law' (./law)"
 RANDOM: dict[str, Any] = {"router": {"fit": "random"}}
-FORMATS = ["native", "modekit"]
+FORMATS = ["plain", "modekit"]
 
 
 Q = lora("self_attn.q_proj", 32, 32)
@@ -106,10 +106,10 @@ def test_adapters_of_what_is_not_mixed(bench: Workshop) -> None:
 
 def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) -> None:
     write_adapter(law(bench), {**UP, **Q}, target_modules=["up_proj", "q_proj"])
-    for form, mixture in (("native", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
+    for form, mixture in (("plain", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
         (note,) = [note for note in planned(bench, form, mixture=mixture).notes if note.startswith("not mixed, and lost")]
         assert "3 of the 6 tensors that law changes (q_proj)" in note and "`modekit verify --deep`" in note
-        assert ("mixtral mixes FFNs alone; output: {format: modekit}" in note) == (form == "native"), note
+        assert ("mixtral mixes FFNs alone; output: {format: modekit}" in note) == (form == "plain"), note
         assert "mixture.backbone: average" in note
 
 

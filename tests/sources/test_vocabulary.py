@@ -112,6 +112,7 @@ def test_an_expert_forced_is_its_own_model_on_the_tokens_that_it_has(tmp_path: P
 
 def test_a_plain_checkpoint_has_the_rows_of_those_who_have_the_token(tmp_path: Path) -> None:
     shop = shop_of(tmp_path, {"top_k": 1, "router": {"fit": "lexical"}}, law={"tokens": CHAT}, code={"tokens": CHAT[:1]})
+    shop.recipe["output"] = {"format": "plain"}
     checkpoint = built(shop)
     assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
     found, base, law, code = (weights(shop.root / name) for name in ("OUT", "base", "law", "code"))
@@ -330,7 +331,7 @@ def test_experts_with_more_tokens_come_and_go(tmp_path: Path, mixture: dict[str,
     """Added and removed again, it is built with and built without, byte for byte."""
     shop = shop_of(tmp_path, mixture, law={"tokens": CHAT})
     law, code = shop.recipe["experts"]
-    shop.recipe["output"] = {"format": "modekit" if "modules" in mixture else "native"}
+    shop.recipe["output"] = {"format": "modekit" if "modules" in mixture else "plain"}
     others = [code, {"name": "general", "model": "base", "text": "./text/code.jsonl"}]
     without = open_checkpoint(shop.build("WITHOUT", experts=others))
     joint = built(shop, experts=[*others, law])
