@@ -86,17 +86,20 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> list[_La
     if not leaves_open(recipe):
         return [_following(_laid(recipe, family, vocabulary), family, vocabulary)]
     whole = whole_models(recipe, vocabulary.sources, family)
-    ways, found = choices(recipe, whole=whole), list[_Laid]()
+    ways, found, not_plain = choices(recipe, whole=whole), list[_Laid](), ""
     for settled, way in ways:
         holds_all = way.plain is False and (not whole or "modules" in way.mixture)
         if found and not holds_all:
             continue
-        with suppress(UnsupportedError):
-            laid = _laid(settled, family, vocabulary)
-            if way.plain in (None, laid[0].shape.plain):
-                found.append(_following(laid, family, vocabulary))
-                if len(found) == 2 or not (way.says_form and way.plain):
-                    break
+        try:
+            form, why = _laid(settled, family, vocabulary)
+        except UnsupportedError as error:
+            not_plain = f"{error.what} ({error.found})" if way.plain and error.found else error.what
+            continue
+        if way.plain in (None, form.shape.plain):
+            found.append(_following((form, not_plain or why), family, vocabulary))
+            if len(found) == 2 or not (way.says_form and way.plain):
+                break
     return found or [_following(_laid(ways[-1][0], family, vocabulary), family, vocabulary)]
 
 
@@ -107,7 +110,7 @@ def _following(laid: _Laid, family: Family, vocabulary: Vocabulary) -> _Laid:
     if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
         return form, why  # what cannot say that older tokens fade keeps its mean
     following = with_following(settled)
-    return (form, why) if following == settled else _laid(following, family, vocabulary)
+    return form if following == settled else _laid(following, family, vocabulary)[0], why
 
 
 def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
