@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def save_adapter(folder: Path, base: Path, shape: dict[str, Any], rank: int, dty
 
     LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=PARTS, base_model_name_or_path=str(base), task_type="CAUSAL_LM"
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in linears(shape):
@@ -212,7 +213,7 @@ def flops(shape: dict[str, Any], rank: int, tokens: int, past: int) -> float:
     attention = shape["num_hidden_layers"] * 2 * shape["hidden_size"] * (past + (tokens + 1) / 2)
     base = sum(i * o for i, o in weights) + attention + shape["hidden_size"] * shape["vocab_size"]
     gates = shape["num_hidden_layers"] * 2 * ADAPTERS * shape["hidden_size"]
-    return 1 + (sum(ADAPTERS * rank * (i + o) for i, o in weights) + gates) / base
+    return float(1 + (sum(ADAPTERS * rank * (i + o) for i, o in weights) + gates) / base)
 
 
 def time_in_turn(jobs: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 3) -> dict[str, list[tuple[float, float]]]:
@@ -267,7 +268,9 @@ def forward(arguments: argparse.Namespace, folder: Path) -> None:
     print(
         f"fixed on one expert, the logits differ from PEFT's by at most {worst:.1e} of the largest (the base: {without:.1e})\n"
     )
-    jobs = {name: (lambda model=model: model(input_ids=ids, use_cache=False)) for name, model in models.items()}
+    jobs: dict[str, Callable[[], Any]] = {
+        name: partial(model, input_ids=ids, use_cache=False) for name, model in models.items()
+    }
     print(f"Forward pass, {arguments.tokens} tokens, rank {arguments.rank}, {arguments.rounds} rounds")
     print(f"multiplications over the base: {flops(TIMED, arguments.rank, arguments.tokens, 0):.3f}\n")
     table(time_in_turn(jobs, arguments.rounds))

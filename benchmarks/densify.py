@@ -69,7 +69,7 @@ class Pool:
     def ends(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Losses of the base, and of each domain's own expert."""
         base = held_out_losses(load_expert_source(self.mixture, None), self.report, "the base", QUIET)
-        experts = {}
+        experts: dict[str, float] = {}
         for domain in self.report:
             experts |= held_out_losses(load_expert_source(self.mixture, domain.expert), [domain], domain.name, QUIET)
         return base, experts

@@ -28,7 +28,7 @@ from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.distill.settings import DistillSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
-from modekit.run import Run
+from modekit.run import Progress, Run
 from modular_models import COMMON, LEXICAL, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
 from study import mean_losses, spread
 
@@ -217,8 +217,8 @@ def print_forgetting(studies: Sequence[Study]) -> None:
         found = [(study.scores[way][0], alone) for study, alone in zip(studies, own, strict=True) if way in study.scores]
         if found:
             ratios = [math.exp(end[first]) / alone for end, alone in found]
-            cells = " | ".join(spread([math.exp(end[language]) for end, _ in found]) for language in TEXTS)
-            print(f"{way}: {cells}; {first} over its own student: {spread(ratios)}")
+            shown = " | ".join(spread([math.exp(end[language]) for end, _ in found]) for language in TEXTS)
+            print(f"{way}: {shown}; {first} over its own student: {spread(ratios)}")
 
 
 def overall(losses: Mapping[str, float]) -> float:
@@ -226,7 +226,7 @@ def overall(losses: Mapping[str, float]) -> float:
     return math.exp(statistics.fmean(losses[language] for language in TEXTS))
 
 
-def _say(seed: int) -> Callable[[str, int, int], None]:
+def _say(seed: int) -> Progress:
     last = [""]
 
     def progress(stage: str, done: int, total: int) -> None:

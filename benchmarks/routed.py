@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import whole
 from modekit.demo import models
-from modekit.demo.text import unpack_text
+from modekit.demo.text import DOMAINS, unpack_text
 
 ARCHITECTURE = {
     **{key: value for key, value in models.ARCHITECTURE.items() if key != "intermediate_size"},
@@ -61,7 +61,8 @@ def train(folder: Path, kind: str, seed: int) -> None:
     """Base and fine-tunes of one seed, as whole.py trains dense ones."""
     models.new_model = mixture_of_experts  # type: ignore[assignment]
     unpack_text(folder / "text")
-    whole.texts_of_kind = lambda home, _kind: {name: home / "text" / f"{name}.jsonl" for name in whole.DOMAINS}
+    texts = {name: folder / "text" / f"{name}.jsonl" for name in DOMAINS}
+    whole.texts_of_kind = lambda *_: texts  # type: ignore[attr-defined]
     whole.train(folder, f"moe_{kind}", seed)
 
 

@@ -22,6 +22,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.checkpoint.open import open_checkpoint
+from modekit.demo.models import SEQUENCE_LENGTH
+from modekit.demo.text import UNSEEN
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.files.change import is_there
@@ -32,7 +34,7 @@ from modekit.routing.evidence import averaged
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import Split, documents_of_split, mark_of
-from whole import EVAL_TOKENS, NATIVE, SEQUENCE_LENGTH, UNSEEN, recipe
+from whole import EVAL_TOKENS, NATIVE, recipe
 
 FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {"documents": {"output": {"format": "modekit"}}},

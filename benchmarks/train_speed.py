@@ -79,7 +79,8 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-        forward(), step()
+        forward()
+        step()
         for _ in range(repeats):
             rates.setdefault("forward", []).append(count / seconds(forward))
             rates.setdefault(f"train {what}", []).append(count / seconds(step))

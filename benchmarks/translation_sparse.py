@@ -102,7 +102,9 @@ def balanced(model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[to
 
         def add(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
             nothing = torch.stack([each.sum() for each in moving]).sum() * 0.0
-            output.logits = Beside.apply(output.logits, weight * balance_of(trace, checkpoint, given) + nothing)
+            output.logits = Beside.apply(  # type: ignore[no-untyped-call]
+                output.logits, weight * balance_of(trace, checkpoint, given) + nothing
+            )
             return output
 
         hook = model.register_forward_hook(add, with_kwargs=True)

@@ -159,7 +159,7 @@ def held_out(corpus: Corpus, most: int) -> dict[str, list[Pair]]:
     """Of seen domains the report split, of unseen ones what there is."""
     found = {name: corpus.pairs(name, "report") for name in corpus.seen}
     for name in corpus.unseen:
-        found[name] = [pair for split in ("report", "select", "fit") for pair in corpus.pairs(name, split)]  # type: ignore[arg-type]
+        found[name] = [pair for split in ("report", "select", "fit") for pair in corpus.pairs(name, split)]
     return {name: pairs[:most] for name, pairs in found.items()}
 
 
@@ -196,7 +196,7 @@ def of_adapters(checkpoint: Checkpoint, base: Path) -> tuple[Way, tuple[int, int
 def losses(checkpoint: Checkpoint, base: Path) -> dict[str, Any]:
     """Losses of base, own experts and mixture by domain, and the share of the own expert's gap that the mixture closes."""
     domains = held_out_domains(checkpoint, tokens_per_domain=8_192, sequence_length=128)
-    model, own = load_model(checkpoint.folder), {}
+    model, own = load_model(checkpoint.folder), dict[str, float]()
     for domain in domains:
         if domain.expert is not None and domain.name != GENERIC:
             with mixture_of(model, checkpoint).forced(domain.expert):

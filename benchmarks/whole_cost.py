@@ -67,7 +67,7 @@ class Timed:
     def cache_bytes(self) -> float:
         """Of a token, in float32."""
         config = self.model.config
-        return self.factor * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4
+        return float(self.factor * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4)
 
 
 def dense(shape: Shape) -> Timed:

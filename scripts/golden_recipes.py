@@ -81,6 +81,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adapters": {"experts": _adapters(), "mixture": {"router": {**_ROUTER, "granularity": "context"}}},
     "adapters-linear": {"experts": _adapters(("medicine", "dora")), "mixture": {"method": "linear"}},
     "adapters-arrow": {"experts": _adapters(), "mixture": {"router": {"fit": "arrow"}}},
-    "low-rank": {"experts": _full(**{"as": "lora", "rank": 3}), "mixture": {"router": {"fit": "arrow"}}},
+    "low-rank": {"experts": _full(DOMAINS, **{"as": "lora", "rank": 3}), "mixture": {"router": {"fit": "arrow"}}},
 }
 """Name of a checkpoint -> its recipe; the base model is the same for all."""

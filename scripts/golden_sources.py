@@ -73,7 +73,7 @@ class _Stream:
     def draw(self, *shape: int, scale: float = 0.5) -> _Array:
         """The next numbers of the stream times a power of two."""
         top = (self._bits.random_raw(int(np.prod(shape))) >> np.uint64(48)).astype(np.int64)
-        return ((top - 2**15) * (scale / 2**15)).astype(np.float32).reshape(shape)
+        return np.asarray((top - 2**15) * (scale / 2**15), np.float32).reshape(shape)
 
 
 def write_sources(folder: Path, layers: int = 2) -> Path:

@@ -91,7 +91,7 @@ def walk_of(codes: Codes) -> Iterator[str]:
     """A line for each function to read, below the one that called it first, and how many there are."""
     read = [(code, depth) for code, depth in codes.items() if _is_read(code)]
     for code, depth in read:
-        yield f"{'  ' * depth}{_name(code)}:{code.co_firstlineno} {code.co_qualname}"
+        yield f"{'  ' * depth}{_name(code)}:{code.co_firstlineno} {getattr(code, 'co_qualname', code.co_name)}"
     files = len({code.co_filename for code, _ in read})
     yield f"{len(read)} functions of {LONG} lines or more, {sum(_lines(code) for code, _ in read):,} lines in {files} files"
 

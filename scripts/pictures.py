@@ -86,7 +86,7 @@ def gaps() -> str:
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x = _LEFT + _WIDTH * tick
         drawing.line(f"M{x:g} 48V{bottom}", INK if tick == 1 else LINE, 1, 'stroke-dasharray="4 3"' if tick == 1 else "")
-        drawing.text(x, bottom + 18, {0: "0: base", 1: "1: own expert"}.get(tick, f"{tick:g}"), SOFT, look='font-size="12"')
+        drawing.text(x, bottom + 18, {0.0: "0: base", 1.0: "1: own expert"}.get(tick, f"{tick:g}"), SOFT, look='font-size="12"')
     for place, row in enumerate(shown):
         y = 54 + _STEP * place
         fitted = row.name.startswith(("logistic", "lexical"))

@@ -7,7 +7,7 @@ its name and arXiv number; those that are not on arXiv stand in the leaf's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,12 @@ class Leaf:
     note: str = field(default="", kw_only=True)
 
 
-_PARTS = {"recipe": Recipe, "adapters": partial(Recipe, adapters=True), "training": Training, "command": Command}
+_PARTS: dict[str, Callable[..., Part]] = {
+    "recipe": Recipe,
+    "adapters": partial(Recipe, adapters=True),
+    "training": Training,
+    "command": Command,
+}
 _KEYS = {*_PARTS, "papers", "reason", "note", "test", "measured"}
 
 
