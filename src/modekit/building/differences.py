@@ -75,7 +75,7 @@ class Differences:
         self._finite: set[TensorRef] = set()
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
         self._made = {tensor.name: tensor for shard in shards for tensor in shard.tensors if tensor.role == "backbone"}
-        self.experts, self.layers = range(plan.experts), len(plan.family.layers(plan.config)) - 1
+        self.experts, self.layers = range(plan.shape.experts), len(plan.family.layers(plan.config)) - 1
 
     def attention(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
         """Of q, k and v of a layer of the base, over a stream of size 1: the norm's weight is in it."""

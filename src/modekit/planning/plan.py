@@ -105,11 +105,6 @@ class Plan:
         return self.shape.slots
 
     @property
-    def experts(self) -> int:
-        """E."""
-        return len(self.recipe.experts)
-
-    @property
     def router(self) -> tuple[PlannedTensor, ...]:
         """The gates."""
         code = self.router_dtype
@@ -148,9 +143,9 @@ class Plan:
         if mixture.fit is None or not mixture.needs_text:
             return 0
         if not mixture.fit.runs_models:  # token ids, which are the same for all routers
-            return self.experts * 4 * MOST_TOKENS
+            return self.shape.experts * 4 * MOST_TOKENS
         kept = 16 + 2 * mixture.router.keep_tokens  # sum, mean of negatives, and inputs in float16
-        return sum(self.experts * slot.shape[1] * kept for slot in self.slots)
+        return sum(self.shape.experts * slot.shape[1] * kept for slot in self.slots)
 
     def digest(self) -> str:
         """Identity of this build: version, recipe, every planned tensor, and what every source file was when it was planned."""

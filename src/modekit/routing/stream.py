@@ -102,7 +102,7 @@ class _Taps:
 def beginnings(plan: Plan, kept: Path, rows: int, run: Run) -> list[list[TokenSequence]]:
     """Of every domain's fit text, in tokens that the base has: `rows`, perhaps fewer than the mixture's. Raises TextError."""
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
-    share = max(64, STREAM_TOKENS // plan.experts)
+    share = max(64, STREAM_TOKENS // plan.shape.experts)
     found: list[list[TokenSequence]] = []
     for number, expert in enumerate(plan.recipe.experts):
         try:

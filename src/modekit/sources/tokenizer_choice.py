@@ -109,24 +109,24 @@ def other_cuts(base: Path, expert: Path, *, where: str) -> list[str]:
     from tokenizers import Tokenizer
 
     try:
-        ours, theirs = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (base, expert))
-        for text in _PAGE:
-            cuts = [each.encode(text, add_special_tokens=False).tokens for each in (ours, theirs)]
-            if cuts[0] != cuts[1]:
-                first = next((place for place, pair in enumerate(zip(*cuts, strict=False)) if pair[0] != pair[1]), 0)
-                raise MismatchError(
-                    "the expert's tokenizer has the same tokens as the base model's and cuts text otherwise",
-                    where=where,
-                    found=f"{text[:40]!r}: ... {' '.join(cuts[1][first : first + 6])}",
-                    expected=f"... {' '.join(cuts[0][first : first + 6])}",
-                    remedy=Readers().remedy,
-                )
-        around = [" ".join(each.encode(_PAGE[0]).tokens[:2]) for each in (ours, theirs)]
-    except MismatchError:
-        raise
+        both = [Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (base, expert)]
+        cuts = [[each.encode(text, add_special_tokens=False).tokens for each in both] for text in _PAGE]
+        around = [" ".join(each.encode(_PAGE[0]).tokens[:2]) for each in both]
     except Exception as error:  # the library raises Exception itself
         raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer.json", error) from None
+    for text, (ours, theirs) in zip(_PAGE, cuts, strict=True):
+        if ours != theirs:
+            first = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+            raise MismatchError(
+                "the expert's tokenizer has the same tokens as the base model's and cuts text otherwise",
+                where=where,
+                found=f"{text[:40]!r}: ... {' '.join(theirs[first : first + 6])}",
+                expected=f"... {' '.join(ours[first : first + 6])}",
+                remedy=Readers().remedy,
+            )
+    if around[0] == around[1]:
+        return []
     other = (
-        f"{where}: its tokenizer puts other special tokens around a text ({around[1]} ...) than the base's ({around[0]} ...)"
+        f"puts other special tokens around a text ({around[1]} ...) than the base's ({around[0]} ...), which the mixture has"
     )
-    return [f"{other}, which the mixture has"] if around[0] != around[1] else []
+    return [f"{where}: its tokenizer {other}"]
