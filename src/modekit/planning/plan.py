@@ -1,7 +1,4 @@
-"""A plan: every tensor of the result and where it comes from, and what that takes.
-
-Shape legend: E experts.
-"""
+"""A plan: every tensor of the result and where it comes from, and what that takes."""
 
 from __future__ import annotations
 
