@@ -4,9 +4,10 @@
     python scripts/measure_build.py --walk     these functions in the order of their first call, to read one after the other
     python scripts/measure_build.py --check    exit code 1 when there are more files or lines than BOUNDS
 
-The mixture is what the shortest recipe gives: two whole Llama models with a text each, in a plain Mixtral with the default
-router. Whoever follows `modekit build` reads these files; one of which less than a screen runs is taken at its word, and does
-not count. The bounds are of the rooms from the recipe to the checkpoint, without those that read text for the router's fit.
+The mixture is what the shortest recipe gives: two Llama models with FFNs of their own and a text each, in a plain Mixtral with
+the default router. Of models that differ in more, a build measures first what a plain checkpoint would lose. Whoever follows
+`modekit build` reads these files; one of which less than a screen runs is taken at its word, and does not count. The bounds are
+of the rooms from the recipe to the checkpoint, without those that read text for the router's fit.
 What only defines things as it is imported does not count either.
 """
 
@@ -33,7 +34,7 @@ SCREEN = 30
 """Lines of functions."""
 LONG = 8
 """Lines of a function that a reader opens; a shorter one is its name."""
-BOUNDS = {"files": 24, "lines": 5_150, "lines to read": 2_350}
+BOUNDS = {"files": 25, "lines": 5_350, "lines to read": 2_350}
 """Most files, lines in them (a lexical router and the channels that carry it are five files), and lines that --walk names."""
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 
@@ -147,7 +148,7 @@ def write_models(folder: Path) -> Path:
     shapes |= {f"{layer}self_attn.{part}_proj.weight": (width, width) for part in "qkvo"}
     shapes |= {f"{layer}mlp.{part}_proj.weight": (ffn, width) for part in ("gate", "up")}
     shapes[f"{layer}mlp.down_proj.weight"] = (width, ffn)
-    random = np.random.default_rng(0)
+    random, data = np.random.default_rng(0), dict[str, bytes]()
     for name in ("base", *_WORDS):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -157,8 +158,9 @@ def write_models(folder: Path) -> Path:
         norms = {f"{layer}input_layernorm.weight": (width,), f"{layer}post_attention_layernorm.weight": (width,)}
         tensors = {**shapes, **norms, "model.norm.weight": (width,)}
         entries = [(key, "F32", shape, 4 * int(np.prod(shape))) for key, shape in tensors.items()]
-        data = [random.standard_normal(shape, np.float32).tobytes() for shape in tensors.values()]
-        (folder / name / "model.safetensors").write_bytes(safetensors_header(entries) + b"".join(data))
+        drawn = {key: random.standard_normal(shape, np.float32).tobytes() for key, shape in tensors.items()}
+        data = {**drawn, **data, **{key: numbers for key, numbers in drawn.items() if ".mlp." in key}}
+        (folder / name / "model.safetensors").write_bytes(safetensors_header(entries) + b"".join(data[key] for key in tensors))
     for name, text in _WORDS.items():
         lines = (" ".join(random.permutation(text.split())) for _ in range(200))
         (folder / f"{name}.txt").write_text("\n\n".join(f"{line} {number}" for number, line in enumerate(lines)))

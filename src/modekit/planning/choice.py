@@ -33,12 +33,9 @@ _PIECES, _NUMBERS = 64, 2**13  # of a tensor, that are looked at to see whether 
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
-def choose_form(plans: Sequence[Plan]) -> Plan:
-    """Of a plan in each form, the plain one first, that which is built, and `otherwise` where the build must measure first."""
-    plain, *others = plans
-    if not others:
-        return plain
-    other, channels = others[0], plain.shape.channels
+def choose_form(plain: Plan, other: Plan) -> Plan:
+    """Of a plan in each form that which is built, with `otherwise` where the build must measure first."""
+    channels = plain.shape.channels
     sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
     free = disk_of(plain.root / "OUT").free
     lacking = "memory" if plain.bytes_written > _memory() else "free disk" if plain.disk_needed > free > 0 else None

@@ -62,7 +62,8 @@ def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, r
     for laid in first:
         with suppress(UnsupportedError):
             plans.append(_planned(laid, vocabulary, root, run))
-    return choose_form([*plans, _planned(last, vocabulary, root, run)])
+    plans.append(_planned(last, vocabulary, root, run))
+    return choose_form(*plans) if len(plans) > 1 else plans[0]
 
 
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
@@ -86,6 +87,7 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> list[_La
     if not leaves_open(recipe):
         return [_following(_laid(recipe, family, vocabulary), family, vocabulary)]
     whole = whole_models(recipe, vocabulary.sources, family)
+    same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
     ways, found, not_plain = choices(recipe, whole=whole), list[_Laid](), ""
     for settled, way in ways:
         holds_all = way.plain is False and (not whole or "modules" in way.mixture)
@@ -98,7 +100,7 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> list[_La
             continue
         if way.plain in (None, form.shape.plain):
             found.append(_following((form, not_plain or why), family, vocabulary))
-            if len(found) == 2 or not (way.says_form and way.plain):
+            if len(found) == 2 or same_size or not (way.says_form and way.plain):
                 break
     return found or [_following(_laid(ways[-1][0], family, vocabulary), family, vocabulary)]
 
