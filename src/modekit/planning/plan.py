@@ -102,6 +102,11 @@ class Plan:
         return self.shape.slots
 
     @property
+    def experts(self) -> int:
+        """How many there are."""
+        return len(self.recipe.experts)
+
+    @property
     def router(self) -> tuple[PlannedTensor, ...]:
         """The gates."""
         code = self.router_dtype
