@@ -5,7 +5,7 @@ Shape legend: B batch, S sequence, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,30 +99,37 @@ class PerRequest:
 
     base: PreTrainedModel
     models: Sequence[PreTrainedModel]
-    vectors: TfidfVectorizer
-    classifier: LogisticRegression
+    classifier: Callable[[Sequence[int]], int]
 
     def logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
         """The base's, and behind the prefix those of the chosen model."""
-        prefix = " ".join(map(str, ids_BS[0, :PREFIX].tolist()))
-        chosen = self.models[int(self.classifier.predict(self.vectors.transform([prefix]))[0])]
+        chosen = self.models[self.classifier(ids_BS[0, :PREFIX].tolist())]
         before = self.base(input_ids=ids_BS[:, :PREFIX], use_cache=False).logits[:, : PREFIX - 1]
         return torch.cat([before, chosen(input_ids=ids_BS, use_cache=False).logits[:, PREFIX - 1 :]], 1)
 
 
-def per_request(pool: Pool, _out: Path) -> Made:
+def classifier_of(pool: Pool) -> Callable[[Sequence[int]], int]:
+    """What names the place of an expert by the first PREFIX tokens of a request."""
     tokenizer, texts, labels = AutoTokenizer.from_pretrained(pool.base), list[str](), list[int]()
     for place, path in enumerate(pool.text.values()):
         for document in read_text(path):
             ids = tokenizer(document)["input_ids"]
-            pieces = [ids[start : start + PREFIX] for start in range(0, len(ids), PREFIX)]
-            texts += [" ".join(map(str, piece)) for piece in pieces]
+            pieces = [_words(ids[start : start + PREFIX]) for start in range(0, len(ids), PREFIX)]
+            texts += pieces
             labels += [place] * len(pieces)
     vectors = TfidfVectorizer(token_pattern=r"\d+", ngram_range=(1, 2), sublinear_tf=True)
     classifier = LogisticRegression(max_iter=300, class_weight="balanced", C=10).fit(vectors.fit_transform(texts), labels)
+    return lambda ids: int(classifier.predict(vectors.transform([_words(ids[:PREFIX])]))[0])
+
+
+def _words(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def per_request(pool: Pool, _out: Path) -> Made:
     base = AutoModelForCausalLM.from_pretrained(pool.base, dtype=torch.float32).eval()
     note = f"the first {PREFIX} tokens name it and are the base's"
-    model = PerRequest(base, models_of(pool), vectors, classifier)
+    model = PerRequest(base, models_of(pool), classifier_of(pool))
     return Made(model, note, total=side_by_side(pool), active=counts(pool.base)[0], engines=BESIDE)
 
 
