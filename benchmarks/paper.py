@@ -8,7 +8,7 @@
 
 Experts are those of strangers.py, trained on the demo's text. Questions are made as for `modekit eval-tasks` (docs/tasks.md),
 from the report split of that text and from text of other makers, of which nothing was trained on or chosen by. FOLDER/paper
-has a file of results per seed and row. Every row is asked the first STEP questions of each set before one is asked more.
+has a file of results per seed and row.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ SETS = [
     *((domain, "continuations", HELD_OUT) for domain in ("french", "german")),
 ]
 """Domain, form and source of questions that make sense: licences have no glosses, and a dictionary has no passages."""
-STEP = 20
+STEP, COST = 20, {"glosses": 1, "continuations": 2}
+"""Questions that are asked of every row before one is asked more; a passage costs so much more that there are half as many."""
 TOKENS = 1_024
 """Of a text whose loss is taken, and of a batch."""
 LIKE = 8
@@ -183,7 +184,8 @@ def measure(wheels: Path, folder: Path, seed: int, most: int, without: Sequence[
     (here / "named").write_text(json.dumps({"named": named, "answers": answers}))
     rows = {name: make for name, make in ways(scored, home).items() if not any(word in name for word in without)}
     for limit, (name, make) in product(range(STEP, most + STEP, STEP), rows.items()):
-        score_row(here, name, make, {each: asked[:limit] for each, asked in questions.items()} | sequences, tokenizer)
+        some = {each: asked[: limit // COST[each.split(", ")[1]]] for each, asked in questions.items()}
+        score_row(here, name, make, some | sequences, tokenizer)
 
 
 def score_row(here: Path, name: str, make: Callable[[Path], Path], read: Mapping[str, Any], tokenizer: Any) -> None:
@@ -288,7 +290,7 @@ def main() -> None:
     parser.add_argument("wheels", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--questions", type=int, default=60, help="of each set at most")
+    parser.add_argument("--questions", type=int, default=60, help="glosses of each set; half as many passages")
     parser.add_argument("--without", nargs="*", default=[], help="words of rows to leave out")
     parser.add_argument("--page", action="store_true", help="print the tables")
     said = parser.parse_args()
