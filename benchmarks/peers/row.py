@@ -115,9 +115,9 @@ def _measure(peer: Peer, scored: Scored, path: Path, blank: Row, tokens: int) ->
     out.mkdir(parents=True)
     said = asdict(blank)
     try:
-        before, wall = _processor_seconds(), time.perf_counter()
+        before, wall = processor_seconds(), time.perf_counter()
         made = peer.make(scored.pool, out)
-        said |= {"seconds": _processor_seconds() - before, "peak_mb": _peak_mb(), "note": made.note, "load": made.load}
+        said |= {"seconds": processor_seconds() - before, "peak_mb": _peak_mb(), "note": made.note, "load": made.load}
         texts = texts_of(scored.pool.base, scored.report, tokens)
         for name, (nats, right) in scores(made.model, texts, scored.pool.base).items():
             said["losses"][name], said["accuracy"][name] = nats, right
@@ -138,7 +138,8 @@ def _write(row: Row, path: Path) -> None:
     path.with_suffix(".part").rename(path)
 
 
-def _processor_seconds() -> float:
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
