@@ -7,8 +7,7 @@
     python benchmarks/paper.py wheels FOLDER --seeds 0 1 2 --page      the tables of paper.md
 
 Experts are those of strangers.py, trained on the demo's text. Questions are made as for `modekit eval-tasks` (docs/tasks.md),
-from the report split of that text and from text of other makers, of which nothing was trained on or chosen by. FOLDER/paper
-has a file of results per seed and row.
+from the report split of that text and from text of other makers. FOLDER/paper has a file of results per seed and row.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ LIKE = 8
 """Words in a row that no two passages share, nor one of them and the text that an expert was made from."""
 DOCUMENTS, ENTRIES, LONGEST_GLOSS = 400, 10, 200
 HEAD = re.compile(r"[^\W_][^:;.\"()\n]{0,60}")
-DRAWS = 4_000
-"""Of a bootstrap over questions."""
+DRAWS = 4_000  # of a bootstrap over questions
 BASE, PLAIN, PER_REQUEST, OWN = "base", "modekit, plain checkpoint", "one model per request", "own expert (oracle)"
 Kept = dict[str, dict[str, Any]]
 """A row's file: of sets the `scores` of the answers, of texts the `losses`, and how it was `made`."""
@@ -236,12 +234,12 @@ def read_seed(here: Path) -> dict[str, Kept]:
     return {**found, PER_REQUEST: {"right": right, "nats": nats, "made": {}}}
 
 
-def interval(parts: Sequence[numpy.ndarray]) -> str:
+def interval(parts: Sequence[numpy.ndarray], sign: str = "") -> str:
     """Mean over sets, and where 95 % of draws of their questions lie."""
     chance = numpy.random.default_rng(0)
     drawn = [each[chance.integers(len(each), size=(DRAWS, len(each)))].mean(1) for each in parts]
     low, high = numpy.percentile(numpy.mean(drawn, axis=0), [2.5, 97.5])
-    return f"{numpy.mean([each.mean() for each in parts]):.3f} [{low:.3f}, {high:.3f}]"
+    return f"{numpy.mean([each.mean() for each in parts]):{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def page(results: Path, seeds: Sequence[int]) -> None:
@@ -256,8 +254,8 @@ def page(results: Path, seeds: Sequence[int]) -> None:
     rows.sort(key=lambda row: -numpy.mean([each.mean() for each in right[row].values()]))
     line("row", *(f"{name} ({count[name]})" for name in sets), "mean", "plain checkpoint minus it")
     line(*["---"] * (len(sets) + 3))
-    for row, own in right.items():
-        less = "-" if row == PLAIN else interval([right[PLAIN][name] - own[name] for name in sets])
+    for row in rows:
+        own, less = right[row], interval([right[PLAIN][name] - right[row][name] for name in sets], "+")
         line(row, *(f"{own[name].mean():.2f}" for name in sets), interval(list(own.values())), less)
     domains, texts = [each.domain for each in EXPERTS], list(found[0][BASE]["nats"])
     line("row", "gap closed", *domains, *(f"loss: {name}" for name in texts), "active / base", "all / base", "make s")
