@@ -135,8 +135,8 @@ def ours(home: Path, variant: Mapping[str, Any], out: Path) -> Path:
 
 
 def mergekit(scored: Scored, out: Path) -> Path:
-    """mergekit-moe's best of four on the select split: backbones of base and average, with and without negative prompts."""
-    peer = Mixture("mergekit-moe", ("hidden_avg",))
+    """The backbone of base or average, as the select split has it, and what else was the best of mergekit-moe's (scoreboard.md)."""
+    peer = Mixture("mergekit-moe", ("hidden_avg",), negative=(False,))
     peer.prepare(scored.pool.environments)
     peer.make(scored.pool, out.with_name("variants")).model.rename(out)
     shutil.rmtree(out.with_name("variants"))

@@ -116,6 +116,7 @@ class Mixture:
     name: str
     modes: tuple[str, ...]
     reads: bool = True
+    negative: tuple[bool, ...] = (False, True)
     kinds: frozenset[str] = ALL_KINDS
     source: str = MERGEKIT.source
 
@@ -130,7 +131,7 @@ class Mixture:
             backbones["average"] = out / "average"
             average = Merge("", "linear", "", based=False).configuration(pool.base, list(pool.whole.values()))
             merges.append([average, str(out / "average")])
-        variants = list(product(self.modes, backbones, (False, True) if self.reads else (False,)))
+        variants = list(product(self.modes, backbones, self.negative if self.reads else (False,)))
         folders = {variant: out / "-".join(map(str, variant)) for variant in variants}
         moe = [
             [self.configuration(pool, backbones[where], mode, negative), str(folders[mode, where, negative])]
