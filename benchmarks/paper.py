@@ -135,7 +135,7 @@ def ours(home: Path, variant: Mapping[str, Any], out: Path) -> Path:
 
 
 def mergekit(scored: Scored, out: Path) -> Path:
-    """The backbone of base or average, as the select split has it, and what else was the best of mergekit-moe's (scoreboard.md)."""
+    """Its best setting in scoreboard.md, on the backbone of base or average that the select split prefers."""
     peer = Mixture("mergekit-moe", ("hidden_avg",), negative=(False,))
     peer.prepare(scored.pool.environments)
     peer.make(scored.pool, out.with_name("variants")).model.rename(out)
