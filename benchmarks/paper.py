@@ -60,9 +60,8 @@ TOKENS = 1_024
 """Of a text whose loss is taken, and of a batch."""
 LIKE = 8
 """Words in a row that no two passages share, nor one of them and the text that an expert was made from."""
-DOCUMENTS, ENTRIES, LONGEST_GLOSS = 400, 10, 200
+DOCUMENTS, ENTRIES, LONGEST_GLOSS, DRAWS = 400, 10, 200, 4_000
 HEAD = re.compile(r"[^\W_][^:;.\"()\n]{0,60}")
-DRAWS = 4_000  # of a bootstrap over questions
 BASE, PLAIN, PER_REQUEST, OWN = "base", "modekit, plain checkpoint", "one model per request", "own expert (oracle)"
 Kept = dict[str, dict[str, Any]]
 """A row's file: of sets the `scores` of the answers, of texts the `losses`, and how it was `made`."""
@@ -214,6 +213,8 @@ def read_seed(here: Path) -> dict[str, Kept]:
     from those of the experts: of each domain its own, and of each request the one that a classifier names.
     """
     kept: dict[str, Kept] = {path.stem: json.loads(path.read_text()) for path in sorted(here.glob("*.json"))}
+    parts = [part for part in ("scores", "losses") for _ in kept[BASE][part]]
+    kept = {row: each for row, each in kept.items() if [part for part in ("scores", "losses") for _ in each[part]] == parts}
     named, found = json.loads((here / "named").read_text()), dict[str, Kept]()
     for row, each in kept.items():
         best = {name: numpy.array(said).argmax(1) for name, said in each["scores"].items()}
@@ -275,11 +276,10 @@ def gap(found: Mapping[str, Kept], row: str, text: str) -> float:
 
 
 def line(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |")
+    print("|", " | ".join(cells), "|")
 
 
 def main() -> None:
-    """Results, or the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", type=Path)
     parser.add_argument("folder", type=Path)
