@@ -95,7 +95,6 @@ def test_plan(shown: Callable[..., str]) -> None:
         "why": "why " * 40,
         "method": "routing",
         "experts": {name: f"./{name}" for name in NAMES},
-        "top_k": 2,
         "chosen": "top_k 2",
         "router": "logistic",
         "router_why": "",

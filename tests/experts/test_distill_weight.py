@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from modekit.errors import TrainingError
-from modekit.experts.distill.settings import DistillSettings, distill_settings, losses_of
+from modekit.experts.distill.settings import DistillSettings, losses_of
 from modekit.experts.distill.student import CrossEntropyWeight, adaptive_share
+from modekit.training.settings import checked_settings
 
 FALLING = [3.0 - 0.01 * step for step in range(20)]
 
@@ -39,8 +40,8 @@ def test_only_the_last_steps_are_remembered() -> None:
     ],
 )
 def test_wrong_and_dead_settings_are_refused(values: dict[str, object]) -> None:
-    with pytest.raises(TrainingError, match="the settings of this distillation are wrong"):
-        distill_settings(dict(values), where="test")
+    with pytest.raises(TrainingError, match="the settings of this training are wrong"):
+        checked_settings(dict(values), DistillSettings, where="test")
 
 
 def test_losses_are_said_by_name_or_with_a_weight() -> None:

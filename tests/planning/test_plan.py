@@ -31,7 +31,7 @@ def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[st
     model = AutoModelForCausalLM.from_pretrained(out)
     assert summary.parameters["total"] == sum(p.numel() for p in model.parameters())
     ffn = 3 * 3 * 32 * 48
-    idle = len(workshop.recipe["experts"]) - summary.top_k
+    idle = len(workshop.recipe["experts"]) - int(summary.chosen.removeprefix("top_k "))
     assert summary.parameters["active"] == summary.parameters["total"] - idle * ffn
     headers = 0
     for file in out.glob("*.safetensors"):

@@ -250,7 +250,7 @@ def test_what_was_written_is_split_like_any_text(bench: Workshop) -> None:
     assert own is not None
     fit = fit_documents(recipe.experts[1], bench.root, 1)
     assert len(fit) < len(own.documents) == len(set(files["law"].read_text().splitlines()))
-    assert not set(map(str, fit)) & set(map(str, own.report()))
+    assert not set(map(str, fit)) & set(map(str, own.split("report")))
 
 
 def test_a_recipe_says_self_alone_and_keeps_it_elsewhere(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_another_text_that_is_given_by_command_obeys_the_same_rule(tmp_path: Pat
     recipe = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", LAW), prompts=[prompt])
     given = read_text([write(tmp_path / "other.jsonl", OTHER)], root=tmp_path, where="--text")
     assert set(RecipeTexts(recipe, tmp_path).select_of(given)) == of(OTHER, "select") - {prompt}
-    assert set(given.fit()) == of(OTHER, "fit") and set(given.report()) == of(OTHER, "report")
+    assert set(given.split("fit")) == of(OTHER, "fit") and set(given.split("report")) == of(OTHER, "report")
 
 
 def test_each_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

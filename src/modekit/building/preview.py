@@ -41,7 +41,6 @@ class Preview(BaseModel, frozen=True):
     why: str
     also_runs_in: str
     method: str
-    top_k: int
     chosen: str
     router: str
     router_why: str
@@ -85,7 +84,6 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         why=plan.why,
         also_runs_in=plan.shape.also_runs_in,
         method=recipe.mixture.method,
-        top_k=recipe.top_k,
         chosen=recipe.chosen,
         router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
         router_why=why_chosen(recipe, plain=plan.shape.plain),

@@ -67,11 +67,13 @@ class SpecialistSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=F
 
     def distillation(self) -> DistillSettings:
         """What the expert learns from a teacher. Raises TrainingError."""
-        from modekit.experts.distill.settings import distill_settings, losses_of
+        from modekit.experts.distill.settings import DistillSettings, losses_of
+        from modekit.training.settings import checked_settings
 
         losses = losses_of(self.losses) if isinstance(self.losses, list) else self.losses
         said = {"losses": losses, **{key: getattr(self, key) for key in ("temperature", "weights", "adaptive", "alternate")}}
-        return distill_settings({key: value for key, value in said.items() if value is not None}, where="--teacher")
+        given = {key: value for key, value in said.items() if value is not None}
+        return checked_settings(given, DistillSettings, where="--teacher")
 
 
 @dataclass(frozen=True)

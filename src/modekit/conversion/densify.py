@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -32,8 +32,8 @@ from modekit.checkpoint.sources import why_not
 from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.results import Row, Score, gapless_note, gaps_closed
-from modekit.experts.distill.settings import DistillSettings, distill_settings
+from modekit.evaluation.results import Kind, Row, gapless_notes, with_gaps
+from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.experts.moving import Save, make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_scores
@@ -47,6 +47,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.states import take_state
 from modekit.planning.make import make_plan
+from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import copied_content
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -56,7 +57,7 @@ from modekit.training.end_to_end import loop_of
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome, state_of
 from modekit.training.request import memory_errors
-from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.settings import TrainSettings, checked_settings, train_settings
 from modekit.training.texts import TrainingText, check_given, read_texts
 
 DENSE_FILE = "densify.json"
@@ -109,7 +110,7 @@ def course_of(**said: object) -> Course:
     lesson = {name: said.pop(name, default) for name, default in (("weights", 0.5), ("temperature", 1.0))}
     loop = {names.get(name, name): value for name, value in said.items()}
     settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
-    return Course(settings, distill_settings(lesson, where=where))
+    return Course(settings, checked_settings(lesson, DistillSettings, where=where))
 
 
 class DenseFolder(SpecialistFolder):
@@ -210,15 +211,16 @@ class _Work:
         if vocabulary is not None and vocabulary.is_grown:
             student.config.update(dict(vocabulary.tokenizer.settings))
         rows = self._rows(student, before, report) if report else []
+        shown, sources = [row for row in rows if row.kind != "expert"], self.checkpoint.record.expert_sources  # 0: the base
         record = DenseRecord(
             by=self.asked.by,
             merge=merge,
             parameters=sum(parameter.numel() for parameter in student.parameters()),
             steps=0 if outcome is None else outcome.steps,
             best_step=0 if outcome is None else outcome.best_step,
-            losses={row.name: {name: score.loss for name, score in row.scores.items()} for row in rows},
-            gap_closed={row.name: row.mean_gap([*row.scores]) for row in rows},
-            notes=[*notes, *gapless_note(_own_scores(rows))],
+            losses={row.name: {name: score.loss for name, score in row.scores.items()} for row in shown},
+            gap_closed={row.name: row.mean_gap([*row.scores]) for row in shown},
+            notes=[*notes, *gapless_notes(rows, [each.name for each in report if sources[each.expert or 0]])],
         )
         self._write(record, save)
         if outcome is not None and outcome.error is not None:
@@ -281,27 +283,22 @@ class _Work:
             return []
         return [domain for domain in found if domain.expert is not None]
 
-    def _scored(self, name: str, model: PreTrainedModel, domains: Sequence[Domain]) -> Row:
-        return Row(name, "mixture", 0, 0, held_out_scores(model, domains, f"the {name} model", self.run), "")
+    def _scored(self, name: str, model: PreTrainedModel, domains: Sequence[Domain], kind: Kind = "mixture") -> Row:
+        return Row(name, kind, 0, 0, held_out_scores(model, domains, f"the {name} model", self.run), "")
 
     def _rows(self, dense: PreTrainedModel, merge: Sequence[Row], domains: Sequence[Domain]) -> list[Row]:
-        """Base, each domain's own expert, the mixture, what a distillation began from, and the dense model.
+        """Base, experts, these as one row, the mixture, what a distillation began from, and the dense model.
 
         Raises SourceError where a loss is not finite.
         """
         ours, load = self._scored("dense", dense, domains), partial(load_expert_source, self.checkpoint, run=self.run)
-        base = self._scored("base", load(None), domains)
-        own = [self._scored("experts", load(domain.expert), [domain]) for domain in domains]
-        experts = replace(own[0], scores={name: score for row in own for name, score in row.scores.items()})
+        own = [self._scored(domain.name, load(domain.expert), [domain], "expert") for domain in domains]
+        all_own = {name: score for row in own for name, score in row.scores.items()}
+        base = self._scored(BASE, load(None), domains, "base")
         mixture = self._scored("mixture", load_model(self.checkpoint.folder, run=self.run), domains)
-        rows = [base, experts, mixture, *merge, ours]
+        rows = [base, *own, Row("experts", "oracle", 0, 0, all_own, ""), mixture, *merge, ours]
         for row in rows:
             if not all(math.isfinite(score.loss) for score in row.scores.values()):
                 remedy = "see with `modekit verify` whether weights hold NaN or Inf"
                 raise SourceError("a loss is not finite, so that nothing can be compared", where=row.name, remedy=remedy)
-        return gaps_closed(rows, _own_scores(rows))
-
-
-def _own_scores(rows: Sequence[Row]) -> dict[str, tuple[Score, Score]]:
-    """Domain -> the scores of the base and of its own expert, which are the first rows."""
-    return {name: (rows[0].scores[name], score) for row in rows[1:2] for name, score in row.scores.items()}
+        return with_gaps(rows, [*all_own])

@@ -186,12 +186,7 @@ def is_gap(base: Score, own: Score) -> bool:
 
 def with_gaps(rows: Sequence[Row], domains: Sequence[str]) -> list[Row]:
     """The rows with the share of each domain's gap that they close, and its error; none where there is no gap."""
-    return gaps_closed(rows, _references(rows, domains))
-
-
-def gaps_closed(rows: Sequence[Row], scores: Mapping[str, tuple[Score, Score]]) -> list[Row]:
-    """The same by the scores of the base and of a domain's own expert."""
-    references = {name: each for name, each in scores.items() if is_gap(*each)}
+    references = {name: each for name, each in _references(rows, domains).items() if is_gap(*each)}
 
     def closed(row: Row, name: str) -> Score:
         score = row.scores[name]
@@ -206,12 +201,7 @@ def gaps_closed(rows: Sequence[Row], scores: Mapping[str, tuple[Score, Score]]) 
 
 def gapless_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
     """Why domains have no share of a gap."""
-    yield from gapless_note(_references(rows, domains))
-
-
-def gapless_note(scores: Mapping[str, tuple[Score, Score]]) -> Iterator[str]:
-    """The same of domains by name, with the scores of the base and of their own expert."""
-    none = {name: difference(*each)[0] for name, each in scores.items() if not is_gap(*each)}
+    none = {name: difference(*each)[0] for name, each in _references(rows, domains).items() if not is_gap(*each)}
     if none:
         yield (
             "no gap closed is shown, and none in its mean, where the own expert gains nothing over the base, or no more than "

@@ -118,7 +118,7 @@ def read_material(
 def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: str, label: str | None = None) -> None:
     """Add documents of a text, with the tag of a label, if there is one. Raises TextError when nothing is left."""
     text, training = read_text(specs, root=reading.root, where=where), reading.training
-    fit = text.fit()
+    fit = text.split("fit")
 
     def written(documents: list[Document]) -> list[Document]:
         return documents if label is None else all_tagged(documents, label, where=where)
@@ -131,7 +131,7 @@ def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: 
     bounds = {"max_tokens": training.held_out_tokens, "sequence_length": training.sequence_length}
     into.fit.extend(fit)
     into.corpora.append(DomainSequences(label or where, len(into.corpora), sequences))
-    into.held_out.append(Domain(label or where, None, encode(reading.tokenizer, written(text.report()), **bounds)))
+    into.held_out.append(Domain(label or where, None, encode(reading.tokenizer, written(text.split("report")), **bounds)))
 
 
 def generic_share(

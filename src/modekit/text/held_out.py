@@ -35,7 +35,7 @@ from modekit.sources.family import Reads
 from modekit.text.document import Document, check_kind, reads_of
 from modekit.text.documents import bytes_of_text, check_present, digests_of_text, read_documents
 from modekit.text.sequences import none_fits
-from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
+from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, Split, digests_in, documents_of_split, mark_of
 from modekit.text.written import check_written, is_written
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
@@ -51,17 +51,9 @@ class DomainText:
     where: str
     found: str | None
 
-    def fit(self) -> list[Document]:
-        """What may set and train."""
-        return documents_of_split(self.documents, "fit")
-
-    def select(self) -> list[Document]:
-        """What may choose, if nothing was made from it."""
-        return documents_of_split(self.documents, "select")
-
-    def report(self) -> list[Document]:
-        """What may be shown, if nothing was made from it or chosen by it."""
-        return documents_of_split(self.documents, "report")
+    def split(self, split: Split) -> list[Document]:
+        """What may set and train (fit), what may choose (select) or be shown (report), if nothing was made from it."""
+        return documents_of_split(self.documents, split)
 
     def nothing_left(self, what: str, *, expected: str | None = None, remedy: str = MORE) -> TextError:
         """The error to raise when no document is left, with what there was."""
@@ -153,7 +145,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     where = _where(expert, place)
     check_written(expert, root, where)
     text = read_text(expert.texts, root=root, where=where) if expert.text else DomainText((), where, None)
-    fit, prompts = text.fit(), expert.prompts or []
+    fit, prompts = text.split("fit"), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
     if prompts and "pairs" in (reads, *map(reads_of, fit)):
@@ -201,16 +193,18 @@ class RecipeTexts:
     def fit(self, place: int) -> list[Document]:
         """The documents that may set the router for an expert, none where it has no text."""
         own = self.own(place)
-        return [*(self._recipe.experts[place].prompts or []), *(own.fit() if own is not None else [])]
+        return [*(self._recipe.experts[place].prompts or []), *(own.split("fit") if own is not None else [])]
 
     def select_of(self, text: DomainText) -> list[Document]:
         """The documents of a text, one of the recipe's or another, that may choose."""
-        return unseen(text.select(), self._made)
+        return unseen(text.split("select"), self._made)
 
     def select(self) -> list[HeldOutText]:
         """What may choose, of every expert that has text: its own, else what `eval` gives for its domain."""
         texts = [(place, name, self.own(place) or self._given(name)) for place, name in enumerate(self._recipe.names)]
-        return [HeldOutText.of(name, place, text.select(), text, self._made) for place, name, text in texts if text is not None]
+        return [
+            HeldOutText.of(name, at, text.split("select"), text, self._made) for at, name, text in texts if text is not None
+        ]
 
     def report(self, seen: Collection[str] = ()) -> list[HeldOutText]:
         """What may be shown, of the experts' domains and then of unseen ones: all that `eval` gives, else the experts' own.
@@ -226,7 +220,7 @@ class RecipeTexts:
             given, own = self._given(name), None if place is None else self.own(place)
             text = given or own
             if text is not None:
-                shown = text.documents if given is not None else text.report()
+                shown = text.documents if given is not None else text.split("report")
                 found.append(HeldOutText.of(name, place, shown, text, used))
         return found
 

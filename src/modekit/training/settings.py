@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -18,6 +18,8 @@ from modekit.files.read import UNREADABLE
 from modekit.files.typed import as_kind, shortened
 from modekit.recipes.read import read_yaml
 from modekit.text.amounts import SAMPLE_TOKENS
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
 """What may move; training/moving.py finds the parameters."""
@@ -131,8 +133,13 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
 
 def train_settings(values: Mapping[str, Any], *, where: str) -> TrainSettings:
     """Checked settings. Raises TrainingError with the first thing wrong."""
+    return checked_settings(values, TrainSettings, where=where)
+
+
+def checked_settings(values: Mapping[str, Any], kind: type[_Kind], *, where: str) -> _Kind:
+    """The same of any kind."""
     try:
-        return as_kind(values, TrainSettings)
+        return as_kind(values, kind)
     except ValueError as error:
         what, remedy = "the settings of this training are wrong", "correct them; docs/training.md names them all"
         raise TrainingError(what, where=where, found=error, remedy=remedy) from None

@@ -112,7 +112,7 @@ def _in_sequences(
 ) -> TrainingText:
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
     # By hash alone, of other digits than those of the splits.
-    fit = [document for document in text.fit() if int(digest_of(document)[8:16], 16) < settings.share * 2**32]
+    fit = [document for document in text.split("fit") if int(digest_of(document)[8:16], 16) < settings.share * 2**32]
 
     def encoded(documents: Sequence[Document], **bounds: int) -> list[TokenSequence]:
         if corpus.tags:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from modekit.errors import TrainingError
-from modekit.files.typed import as_kind
 from modekit.training.settings import Divergence, losses_said
 
 
@@ -36,15 +33,6 @@ class DistillSettings(BaseModel):
         if self.adaptive and "weights" in self.model_fields_set:
             raise ValueError("weights has no effect with adaptive: leave one of them out")
         return self
-
-
-def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSettings:
-    """Checked settings. Raises TrainingError with the first thing wrong."""
-    try:
-        return as_kind(values, DistillSettings)
-    except ValueError as error:
-        what, remedy = "the settings of this distillation are wrong", "correct them; docs/training.md has them all"
-        raise TrainingError(what, where=where, found=error, remedy=remedy) from None
 
 
 def losses_of(said: list[str]) -> dict[str, float]:
