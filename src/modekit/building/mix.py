@@ -60,8 +60,8 @@ def plan_mix(models: Models, out: Path, *, form: Format = "auto", run: Run = QUI
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
     recipe = parse_recipe({**raw, **({} if form == "auto" else {"output": {"format": form}})}, where="modekit mix")
     plan = plan_over(recipe, root, open_recipe_sources(recipe, root, run=run), run=run)
-    text = any(expert.text for expert in recipe.experts)
-    notes = [] if text else ["none has text or can write it; --text NAME=FILE for each gives a far better router"]
+    silent = not any(each.text for each in recipe.experts) and plan.family.reads == "pairs"  # else a tokenizer lacks
+    notes = ["none has text or can write it; --text NAME=FILE for each gives a far better router"] if silent else []
     refuse_entangled(out, [model.folder for model in plan.models])
     check_room(out, plan.disk_needed)
     return plan, [*notes, *check_texts(plan.recipe, root, plan.family.reads)]
