@@ -81,6 +81,7 @@ def test_full_models_with_text_become_a_plain_checkpoint_that_carries_them(shop:
     recipe, printed = mix(shop, monkeypatch, "law", "py=./code", *said)
     assert [each["name"] for each in recipe["experts"]] == ["law", "py", "general"]
     assert [each["model"] for each in recipe["experts"]] == ["../law", "../code", "base"]
+    assert "law (law), py (./code), general (base)" in printed  # as they were typed
     assert recipe["mixture"] == {"top_k": 1, "router": {"fit": "lexical"}, "backbone": "average"}
     assert recipe["output"] == {"format": "plain", "carry": "all"} and "this plain checkpoint loses" in printed
     assert "\nrouter " in printed and "router fitted" in printed

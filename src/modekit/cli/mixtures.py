@@ -186,7 +186,8 @@ def mix(
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with running() as run:
         made, notes = plan_mix(models, target, form=options.format, run=run)
-    print_plan(preview_of(made, notes))
+    typed = dict(zip(made.recipe.names, (each.rpartition("=")[2] for each in models.experts), strict=True))
+    print_plan(preview_of(made, notes).model_copy(update={"experts": typed}))
     show_build(options.output, lambda run: build(made, target, overwrite=options.overwrite, run=run))
 
 
