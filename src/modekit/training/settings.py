@@ -136,7 +136,7 @@ def train_settings(values: Mapping[str, Any], *, where: str) -> TrainSettings:
     return checked_settings(values, TrainSettings, where=where)
 
 
-def checked_settings(values: Mapping[str, Any], kind: type[_Kind], *, where: str) -> _Kind:
+def checked_settings(values: Mapping[str, object], kind: type[_Kind], *, where: str) -> _Kind:
     """The same of any kind."""
     try:
         return as_kind(values, kind)
