@@ -42,8 +42,8 @@ class Inside(nn.Module):
         first, count = (self.experts * sum(each) for each in (self.ranks[:adapter], self.ranks[adapter : adapter + 1]))
         if not count:
             return None
-        a_ERI = self.lora_A[first : first + count].unflatten(0, (self.experts, -1))
-        b_ORE = self.lora_B[:, first : first + count].unflatten(1, (-1, self.experts))
+        a_ERI = self.lora_A[first : first + count].reshape(self.experts, -1, self.lora_A.shape[1])
+        b_ORE = self.lora_B[:, first : first + count].reshape(self.lora_B.shape[0], -1, self.experts)
         return a_ERI, b_ORE * self.scales[adapter]
 
 
@@ -76,7 +76,7 @@ class MixedInside(MixedAny):
         (x,) = (*args, *kwargs.values())
         weights_TE = weights.expand(*x.shape[:2], -1).flatten(0, 1)
         parts = [(expert, weights_TE[:, expert]) for expert in (*self.own, *self.adapters)]
-        left_T = 1.0 - sum(weight for _, weight in parts)
+        left_T = 1.0 - torch.stack([weight for _, weight in parts]).sum(0)
         parts.append((-1, torch.where(left_T.abs() < 1e-6, 0.0, left_T)))
         total, beside = torch.zeros_like(x).flatten(0, 1), ()
         for expert, weight_T in parts:
@@ -115,13 +115,14 @@ class MixedInside(MixedAny):
         def linear(x: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
             weight, bias = getattr(experts, leaf)[expert], getattr(experts, f"{leaf}_bias", None)
             y = nn.functional.linear(x, weight.t() if experts.is_transposed else weight, None if bias is None else bias[expert])
-            if changes[leaf] is None:
+            change = changes[leaf]
+            if change is None:
                 return y
-            a_ERI, b_ORE = changes[leaf]
+            a_ERI, b_ORE = change
             return y + nn.functional.linear(nn.functional.linear(x, a_ERI[expert].to(x.dtype)), b_ORE[..., expert].to(x.dtype))
 
         y_TO = torch.zeros_like(x_TI)
-        for expert in index_TK.unique().tolist():
+        for expert in torch.unique(index_TK).tolist():
             tokens, choices = torch.where(index_TK == expert)
             if experts.has_gate:
                 hidden = experts._apply_gate(linear(x_TI[tokens], "gate_up_proj", expert))

@@ -228,8 +228,8 @@ class Structure:
         tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
         family = family_from(config.model_type, derived)
-        looked_for = {"called": tuple(self._called), "routed": tuple(self._routed(derived.blocks))}
-        return replace(family, known=known, tensors=tensors, defaults=settings, **looked_for)
+        called, routed = tuple(self._called), tuple(self._routed(derived.blocks))
+        return replace(family, known=known, tensors=tensors, defaults=settings, called=called, routed=routed)
 
     def refused(self, why: str, remedy: str = "choose a base of another family (benchmarks/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""
