@@ -19,7 +19,7 @@ CHANGES = {"method": "linear"}
 """Other gates, other slots in the modekit shape, another config and record."""
 
 
-@pytest.fixture(scope="module", params=["native", "modekit"])
+@pytest.fixture(scope="module", params=["plain", "modekit"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_workshop: Workshop) -> Path:
     bench = borrow(shared_workshop, tmp_path_factory.mktemp(request.param))
     return bench.build(output={"format": request.param})
