@@ -25,7 +25,7 @@ import yaml
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.demo.models import ARCHITECTURE, TRAINING, new_model
+from modekit.demo.models import ARCHITECTURE, new_model
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
@@ -63,7 +63,7 @@ WITH_TEACHER, WITHOUT_TEACHER = DistillSettings(), DistillSettings(weights=1.0)
 LEXICAL = {"fit": "lexical"}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 _TRAINING = Training(batch_tokens=512, sequence_length=256, learning_rate=4e-3, warmup=0.2, weight_decay=0.05)
-_EMBEDDING = 1.0  # of a student: with the 0.02 of a Llama, seeds differ for long by when they leave the frequencies of tokens
+_EMBEDDING = 1.0  # with the 0.02 of a Llama, seeds differ for long by when they leave the frequencies of tokens
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Budget:
     eval_tokens: int
 
 
-WHOLE = Budget(400, 768, 8_192)
+WHOLE = Budget(1_200, 768, 8_192)
 
 
 class Languages:
@@ -98,11 +98,12 @@ class Languages:
         )
         if not is_there(teacher):
             model = new_model(TEACHER, self.seed)
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING)
             of_each = [training_sequences(tokenizer, documents, _TRAINING) for documents in fit.values()]
             fewest = min(len(sequences) for sequences in of_each)
             sequences = [sequence for each in of_each for sequence in each[:fewest]]
             with staging(teacher, f"demo teacher {self.seed}", "model") as stage:
-                training = TRAINING.with_(steps=self.budget.teacher_steps, seed=self.seed)
+                training = _TRAINING.with_(steps=self.budget.teacher_steps, seed=self.seed)
                 train_on_text(model, sequences, training, run=self.run.about("teacher"))
                 with without_bars(), library_writes(stage.folder) as folder:
                     model.save_pretrained(folder)
