@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -97,8 +97,9 @@ def runs_of(document: str) -> set[str]:
 def requests_of(item: Item) -> list[list[tuple[str, str, int]]]:
     """Per answer what stands before, the text whose likelihood counts, and its sign: as `_SAYS` of eval-tasks has it."""
     if "gloss" in item:
-        return [[(head, f" {item['gloss']}", 1)] for head in item["heads"]]
-    return [[(item["beginning"], text, 1), ("", text, -1)] for text in item["continuations"]]
+        return [[(head, f" {item['gloss']}", 1)] for head in cast(Sequence[str], item["heads"])]
+    beginning, texts = cast(str, item["beginning"]), cast(Sequence[str], item["continuations"])
+    return [[(beginning, text, 1), ("", text, -1)] for text in texts]
 
 
 @torch.inference_mode()
@@ -137,9 +138,13 @@ def mergekit(scored: Scored, out: Path) -> Path:
     """Its best setting in scoreboard.md, on the backbone of base or average that the select split prefers."""
     peer = Mixture("mergekit-moe", ("hidden_avg",), negative=(False,))
     peer.prepare(scored.pool.environments)
-    peer.make(scored.pool, out.with_name("variants")).model.rename(out)
+    cast(Path, peer.make(scored.pool, out.with_name("variants")).model).rename(out)
     shutil.rmtree(out.with_name("variants"))
     return out
+
+
+def _at(path: Path, _: Path) -> Path:
+    return path
 
 
 def ways(scored: Scored, home: Path) -> dict[str, Callable[[Path], Path]]:
@@ -147,7 +152,7 @@ def ways(scored: Scored, home: Path) -> dict[str, Callable[[Path], Path]]:
     pool = scored.pool
     return {
         BASE: lambda _: pool.base,
-        **{f"{name} expert": lambda _, path=path: path for name, path in pool.whole.items()},
+        **{f"{name} expert": partial(_at, path) for name, path in pool.whole.items()},
         PLAIN: partial(ours, home, {"output": {**NATIVE, "carry": "all"}}),
         "weight average": lambda out: save(pool, mean_of([model.state_dict() for model in models_of(pool)]), out),
         "modekit architecture": partial(ours, home, {"output": {"format": "modekit"}, "modules": "all"}),
@@ -183,7 +188,7 @@ def measure(wheels: Path, folder: Path, seed: int, most: int, without: Sequence[
     rows = {name: make for name, make in ways(scored, home).items() if not any(word in name for word in without)}
     for limit, (name, make) in product(range(STEP, most + STEP, STEP), rows.items()):
         some = {each: asked[: limit // COST[each.split(", ")[1]]] for each, asked in questions.items()}
-        score_row(here, name, make, some | sequences, tokenizer)
+        score_row(here, name, make, {**some, **sequences}, tokenizer)
 
 
 def score_row(here: Path, name: str, make: Callable[[Path], Path], read: Mapping[str, Any], tokenizer: Any) -> None:

@@ -100,7 +100,7 @@ class Routing(_Said):
         return self.reads_averages or self.ngram is not None
 
 
-class Inside(_Said):
+class InsidePlace(_Said):
     """Of one tensor of a place that is itself a mixture, by its name there: the rank and the scale of every expert's change."""
 
     tensor: Annotated[str, Field(max_length=200, pattern=r"^\w+(\.\w+)*$")]
@@ -134,7 +134,7 @@ class Place(_Said):
     rows: Annotated[list[_Rank], _PerExpert] | None = None
     calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
     of_source: bool = False
-    inside: Annotated[list[Inside], Field(max_length=64)] = []
+    inside: Annotated[list[InsidePlace], Field(max_length=64)] = []
 
     def tensor(self, module: str, leaf: str) -> str:
         """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight with `calls`."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from modekit.planning.mixture_config import FORMAT, Inside, MixtureConfig, Place, routing_config
+from modekit.planning.mixture_config import FORMAT, InsidePlace, MixtureConfig, Place, routing_config
 from modekit.planning.modekit_shape import ModekitShape, gate_of, whole_module_unscored
 from modekit.planning.places import Places, PlannedPlace, leaders_of, needs_base, untied
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, low_rank
@@ -157,9 +157,9 @@ class ModekitForm:
             yield self._of_experts(f"{place.module}.lora_A", a, (ranks, inputs), 0, code)
             yield self._of_experts(f"{place.module}.lora_B", b, (outputs, ranks), 1, code)
 
-    def _inside_entry(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> Inside:
+    def _inside_entry(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> InsidePlace:
         scales = [self._change(expert, ref).scale if rank else 1.0 for expert, rank in enumerate(ranks)]
-        return Inside(tensor=place.within(ref.name), ranks=list(ranks), scales=scales)
+        return InsidePlace(tensor=place.within(ref.name), ranks=list(ranks), scales=scales)
 
     def _inside_tensors(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> Iterator[PlannedTensor]:
         """A and B of all adapters' changes of one tensor of a place that is itself a mixture."""
