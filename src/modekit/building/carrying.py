@@ -106,7 +106,7 @@ class Carrying:
             case "embedding":
                 return Fill(beside=self._embedding)
             case "router":
-                return self._router(layer, matrix)
+                return self._reads_stream(layer, self._differences.gates(layer - 1, matrix), self._expert(layer, matrix))
             case "gate_up":
                 return self._ffn("up" if matrix % 2 else "gate", layer, matrix // 2)
             case "gate" | "up" | "down":
@@ -164,7 +164,8 @@ class Carrying:
             made = carried.embedding @ self._embedded(expert).T / np.float32(self._channels.embedding_scale)
             yield weight_of(EMBEDDING), differences.shared(weight_of(EMBEDDING)) + made
         if carried.head is not None:
-            yield weight_of(HEAD), differences.shared_head() + carried.head @ self._read_next(differences.layers, expert)
+            head_VD = differences.shared(differences.head) * differences.shared(weight_of(FINAL_NORM))
+            yield weight_of(HEAD), head_VD + carried.head @ self._read_next(differences.layers, expert)
             yield weight_of(FINAL_NORM), np.ones(self._channels.hidden, np.float32)
 
     def _below(self, channels: slice) -> slice:
@@ -190,10 +191,6 @@ class Carrying:
             return self._down(layer, own_FD, said)
         below = self._gates(layer) if kind == "gate" else self._passed(layer, said)
         return self._reads_stream(layer, own_FD, said)._replace(below=below)
-
-    def _router(self, layer: int, expert: int) -> Fill:
-        """Gates (M, D) of an expert that is a mixture itself."""
-        return self._reads_stream(layer, self._differences.gates(layer - 1, expert), self._expert(layer, expert))
 
     def _reads_stream(self, layer: int, own_XD: Singles | None, said: _Expert) -> Fill:
         """What reads the stream behind attention reads U, too. The further units of up read what is passed on, and those of
@@ -246,8 +243,9 @@ class Carrying:
         return Fill(lambda rows: beside_OX[rows], below)
 
     def _read_expert(self, layer: int, expert: int) -> _Expert:
-        norm, own_norm = self._differences.ffn_norm(max(0, layer - 1), expert)
-        own_norm = norm if layer == 0 else own_norm
+        name = self._differences.ffn_norm_name(max(0, layer - 1))
+        norm = self._differences.shared(name)
+        own_norm = norm if layer == 0 else self._differences.own(name, expert)
         return _Expert(self._written(layer, expert), self._read_next(layer, expert), norm, own_norm)
 
     def _of_attention(self, layer: int, expert: int) -> Singles:

@@ -115,13 +115,8 @@ class Differences:
         """What o is called."""
         return in_layer(layer, weight_of(self._plan.family.parts["o"]))
 
-    def ffn_norm(self, layer: int, expert: int) -> tuple[Singles, Singles]:
-        """Weights (D,) of the norm before the FFN of a layer of the base: the shared ones, and the expert's."""
-        name = self.ffn_norm_name(layer)
-        return self.shared(name), self.own(name, expert)
-
     def ffn_norm_name(self, layer: int) -> str:
-        """What these are called."""
+        """What the weights of the norm before the FFN are called."""
         return in_layer(layer, weight_of(self._widening.after_attention))
 
     def head_rows(self, expert: int, rows: slice) -> Singles:
@@ -129,10 +124,6 @@ class Differences:
         norm = weight_of(FINAL_NORM)
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
         return self.own(self.head, expert, rows) * own_D - self._shared_rows(self.head, rows) * weights_D
-
-    def shared_head(self) -> Singles:
-        """The head of the backbone over a stream of size 1, (V, D)."""
-        return self.shared(self.head) * self.shared(weight_of(FINAL_NORM))
 
     def embedding_rows(self, expert: int, rows: slice) -> Singles:
         """Rows of the embedding's difference, (rows, D)."""
@@ -156,7 +147,8 @@ class Differences:
         if self._routed is None:
             return self.own(in_layer(layer, self._plan.family.mlp[kind]), number)
         expert, inner = divmod(number, self._inner)
-        return self._numbers(own_part(self._plan.sources[1 + expert], self._base, self._routed, layer, kind)(inner), None)
+        given = as_in(self._plan.sources[1 + expert], self._base.tensor(in_layer(layer, self._routed.path(kind))))
+        return self._numbers(own_part(given, kind, inner), None)
 
     def gates(self, layer: int, expert: int) -> Singles:
         """Of an expert that is a mixture itself, (M, D)."""

@@ -16,19 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.files.read import open_regular
 from modekit.files.write import safetensors_header, write_all
 from modekit.sources.contents import CHUNK, OpenFiles, read_header
 from modekit.weights.bases import PassThrough
 from modekit.weights.flat import read_float32
+from modekit.weights.numeric import Singles
 
 CARRIED_FILE, LOST = "carried.safetensors", "lost"
 _LEAST_SAID = 0.001
 _OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs"), ("head", "embedding", "shares")
-
-Singles = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from modekit.text.amounts import SAMPLE_TOKENS
 if TYPE_CHECKING:
     from modekit.evaluation.inspection.result import Inspection, TextTrace
     from modekit.evaluation.inspection.text import UserMessage
-    from modekit.evaluation.inspection.tokens import Word
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,8 @@ def print_trace(trace: TextTrace, *, chat: bool = False) -> None:
     for word in words:
         leader = "" if coloured else f"{letters[word.leader]}{100 * word.weights_E.max():.0f} "
         style = tint(word.leader, float(word.weights_E.max())) if coloured else ""
-        shown.append(Text.assemble((visible(word.text).replace("\n", "\\n"), style), "\n", (f"{leader}{_loss(word)}", "dim")))
+        below = leader + or_dash(word.loss, ".1f")
+        shown.append(Text.assemble((visible(word.text).replace("\n", "\\n"), style), "\n", (below, "dim")))
     out.print(Columns(shown, padding=(0, 1)))
     legend = [
         Text(f" {name} ", style=tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
@@ -132,10 +132,6 @@ def _print_worth(trace: TextTrace) -> None:
     base = "" if trace.base_loss is None else f", of the base model {trace.base_loss:.3f}"
     entropy = f"; entropy {trace.entropy:.2f} of at most {largest:.2f} nats" if largest else ""
     out.print(f"loss {trace.loss:.3f} nats per token{base}{entropy}")
-
-
-def _loss(word: Word) -> str:
-    return or_dash(word.loss, ".1f")
 
 
 def tint(expert: int, strength: float) -> Style:

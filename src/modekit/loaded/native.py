@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -112,15 +112,13 @@ class NativeMixture(LoadedMixture):
                 if hasattr(module, "top_k"):
                     setattr(module, "top_k", chosen)  # noqa: B010
 
-    @contextmanager
-    def forced(self, expert: int) -> Iterator[None]:
+    def forced(self, expert: int) -> AbstractContextManager[None]:
         """The expert's logit is 10,000 and the others' less by twice as much: softmax is exactly one-hot."""
 
         def change(logits: torch.Tensor) -> torch.Tensor:
             return torch.full_like(logits, -_FAR).index_fill(-1, torch.tensor([expert], device=logits.device), _FAR)
 
-        with self._changed_logits(change):
-            yield
+        return self._changed_logits(change)
 
     @contextmanager
     def left_out(self, expert: int) -> Iterator[None]:

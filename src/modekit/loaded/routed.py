@@ -6,7 +6,7 @@ Shape legend: B batch, S sequence, E experts of the recipe, M experts of each, V
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -26,11 +26,9 @@ class RoutedMixture(NativeMixture):
         """Of every layer, (E M, D)."""
         return [next(router.parameters()) for router in self.routers()]
 
-    @contextmanager
-    def forced(self, expert: int) -> Iterator[None]:
+    def forced(self, expert: int) -> AbstractContextManager[None]:
         """Every token speaks for one expert and no other."""
-        with self._evidence(expert, _CHOSEN, others=0.0):
-            yield
+        return self._evidence(expert, _CHOSEN, others=0.0)
 
     @contextmanager
     def left_out(self, expert: int) -> Iterator[None]:

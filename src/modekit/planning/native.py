@@ -47,7 +47,8 @@ class NativeForm:
         self._channels = channels_of(recipe, native, self._dense, self._carried_size())
         self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
-        self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in self._own_paths}
+        paths = self._family.mlp.values() if native.routed is None else native.routed.own
+        self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in paths}
         gate = self._in_base(0, "gate")
         self.router_dtype, self._sizes = code_of(gate), gate.shape
         top_k = recipe.top_k if native.routed is None else whole(self._dense, native.top_k_key)
@@ -59,19 +60,9 @@ class NativeForm:
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
 
-    @property
-    def _gates_in_front(self) -> Iterable[str]:
-        """Modules whose numbers the layer in front has, although what they open is zero."""
-        return ()
-
     def _carried_size(self) -> CarrySize | None:
         """What is carried besides the experts' own."""
         return carried_size(self._recipe, self._sources, self._family, self._dense)
-
-    @property
-    def _own_paths(self) -> Iterable[str]:
-        """Tensors under a layer of the base of which every expert has its own."""
-        return self._family.mlp.values()
 
     @property
     def carried(self) -> set[str]:
@@ -102,7 +93,7 @@ class NativeForm:
             return
         layer, path = split_layer(tensor.name)
         if isinstance(layer, int):
-            if path.startswith(f"{self._family.mlp_module}."):
+            if self._native.routed is None and path.startswith(f"{self._family.mlp_module}."):
                 raise UnsupportedError(
                     "the FFN has a tensor that the native experts do not",
                     where=f"base_model ({self._base.spec}): {tensor.name}",
@@ -139,7 +130,9 @@ class NativeForm:
         else, norms as there.
         """
         assert self._channels is not None
-        kept, within = {*self._channels.widening.norms, *self._gates_in_front}, in_layer(0)
+        # A gate of what all tokens have keeps its numbers, although what it opens is zero.
+        gate = None if self._native.routed is None else self._native.routed.shared_gate
+        kept, within = {*self._channels.widening.norms, gate}, in_layer(0)
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self.mixed and not is_ignored(name):
                 made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in kept else Zeros(ref.shape)
@@ -219,21 +212,15 @@ def native_config(
     `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
     """
     dense = row.family.dense_config(config)
-    native = dict(dense)
-    for key in (*row.dropped, *_NOT_ARCHITECTURE):
-        native.pop(key, None)
-    if not row.writes_head_dim:
-        native.pop("head_dim", None)
-    native.update(row.fixed)
-    native.update(
-        {
-            "architectures": [row.native_class],
-            "model_type": row.native_type,
-            "dtype": dtype,
-            row.num_experts_key: experts,
-            row.top_k_key: top_k,
-            row.width_key: expert_hidden,
-        }
-    )
-    native.update({key: compute(dense) for key, compute in row.computed.items()})
-    return native
+    left_out = {*row.dropped, *_NOT_ARCHITECTURE, *(() if row.writes_head_dim else ("head_dim",))}
+    return {
+        **{key: value for key, value in dense.items() if key not in left_out},
+        **row.fixed,
+        "architectures": [row.native_class],
+        "model_type": row.native_type,
+        "dtype": dtype,
+        row.num_experts_key: experts,
+        row.top_k_key: top_k,
+        row.width_key: expert_hidden,
+        **{key: compute(dense) for key, compute in row.computed.items()},
+    }

@@ -120,8 +120,8 @@ class NativeShape(AnyShape):
     @property
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where they stand: before the FFN of every layer."""
-        module = self.native.family.mlp_module
-        return tuple(RouterPosition(slot.name, layer, module) for layer, slot in enumerate(self.slots))
+        module, router = self.native.family.mlp_module, self.native.router
+        return tuple(RouterPosition(in_layer(layer, router), layer, module) for layer in range(self._layers))
 
     @property
     def routing(self) -> Routing:

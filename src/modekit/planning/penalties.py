@@ -41,46 +41,35 @@ def pairs(experts: int) -> int:
 
 def front_units(channels: Channels, part: FFNKind, of_all: bool) -> tuple[Entry, ...]:
     """Of an expert of the layer in front; `of_all`: of all in one tensor."""
-    tall = channels.expert_hidden + channels.more_units
-    if part == "down":
-        one, height, parts = _down(channels), channels.hidden + channels.spare, [_down(channels)]
-        return _repeated(parts, height, channels.experts * channels.inner) if of_all else one
-    both = {"gate": [_gate(channels)], "up": [_up(channels)], "gate_up": [_gate(channels), _up(channels)]}[part]
-    return _repeated(both, tall, channels.experts * channels.inner) if of_all else both[0]
+    gate, up, down = _units(channels)
+    one = {"gate": [gate], "up": [up], "gate_up": [gate, up], "down": [down]}[part]
+    if not of_all:
+        return one[0]
+    height = channels.hidden + channels.spare if part == "down" else channels.expert_hidden + channels.more_units
+    matrices = enumerate(one * (channels.experts * channels.inner))
+    return tuple((place * height + row, column, value) for place, said in matrices for row, column, value in said)
 
 
-def _repeated(parts: list[tuple[Entry, ...]], height: int, count: int) -> tuple[Entry, ...]:
-    matrices = parts * count
-    entries = ((place, entry) for place, part in enumerate(matrices) for entry in part)
-    return tuple((place * height + row, column, value) for place, (row, column, value) in entries)
-
-
-def _gate(channels: Channels) -> tuple[Entry, ...]:
-    said = (
-        (unit, channels.context.start + average * channels.experts + expert, sign * _SHARP)
-        for unit, pair in enumerate(permutations(range(channels.experts), 2))
+def _units(channels: Channels) -> tuple[tuple[Entry, ...], tuple[Entry, ...], tuple[Entry, ...]]:
+    """Of gate, up and down of one expert."""
+    units, starts = list(enumerate(permutations(range(channels.experts), 2))), _averages(channels)
+    gate = (
+        (unit, start + expert, sign * _SHARP)
+        for unit, pair in units
         for expert, sign in zip(pair, (-1, 1), strict=True)
-        for average in range(len(channels.decays))
+        for start in starts
     )
-    return tuple(said)
+    up = ((unit, channels.constant, _WRITTEN) for unit, _ in units)
+    return tuple(gate), tuple(up), tuple((channels.penalties.start + expert, unit, _WRITTEN) for unit, (expert, _) in units)
 
 
-def _up(channels: Channels) -> tuple[Entry, ...]:
-    return tuple((unit, channels.constant, _WRITTEN) for unit in range(pairs(channels.experts)))
-
-
-def _down(channels: Channels) -> tuple[Entry, ...]:
-    units = enumerate(permutations(range(channels.experts), 2))
-    return tuple((channels.penalties.start + expert, unit, _WRITTEN) for unit, (expert, _) in units)
+def _averages(channels: Channels) -> list[int]:
+    """Where each begins."""
+    return [channels.context.start + average * channels.experts for average in range(len(channels.decays))]
 
 
 def gate_entries(channels: Channels, layer: int) -> tuple[Entry, ...]:
     """Of the gates (E M, D + P) of a layer of the result; in front, whose experts are the same, they read the averages."""
+    starts, factor = ([channels.penalties.start], -_PENALTY) if layer > 0 else (_averages(channels), 1.0)
     rows = range(channels.experts * channels.inner)
-    if layer > 0:
-        return tuple((row, channels.penalties.start + row // channels.inner, -_PENALTY) for row in rows)
-    return tuple(
-        (row, channels.context.start + average * channels.experts + row // channels.inner, 1.0)
-        for row in rows
-        for average in range(len(channels.decays))
-    )
+    return tuple((row, start + row // channels.inner, factor) for row in rows for start in starts)

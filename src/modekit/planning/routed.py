@@ -9,7 +9,7 @@ Shape legend: D hidden size, P channels besides, F hidden units, E experts of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modekit.errors import UnsupportedError
@@ -20,13 +20,13 @@ from modekit.planning.mixture_config import Routing
 from modekit.planning.native import NativeForm, widened
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.penalties import pairs
-from modekit.planning.shape import Parameters, RouterPosition, RouterSlot, Tensors, other_record
+from modekit.planning.shape import Parameters, RouterSlot, Tensors, other_record
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, whole
 from modekit.sources.header import ITEMSIZE, TensorRef
-from modekit.sources.names import in_layer, split_layer
+from modekit.sources.names import in_layer
 from modekit.sources.native import Native, Routed
 from modekit.sources.rows import member_of, rows_of
 from modekit.sources.source import ModelSource
@@ -60,13 +60,6 @@ class RoutedShape(NativeShape):
         """M."""
         assert self.channels is not None
         return self.channels.inner
-
-    @property
-    def positions(self) -> tuple[RouterPosition, ...]:
-        """Of the routers of all layers."""
-        module = self.native.family.mlp_module
-        names = (in_layer(layer, self.native.router) for layer in range(self._layers))
-        return tuple(RouterPosition(name, layer, module) for layer, name in enumerate(names))
 
     @property
     def routing(self) -> Routing:
@@ -111,10 +104,6 @@ class RoutedForm(NativeForm):
             what = "float16 does not hold the penalties that keep a token to one fine-tune"
             raise UnsupportedError(what, where="output.dtype", found="float16", remedy="write output: {dtype: bfloat16}")
 
-    @property
-    def _gates_in_front(self) -> Iterable[str]:
-        return filter(None, [self._routed.shared_gate])
-
     def _carried_size(self) -> CarrySize | None:
         """Nothing where the weights of the chosen do not sum to one. Raises UnsupportedError where that is asked for."""
         if self._routed.sums_to_one(self._dense):
@@ -124,10 +113,6 @@ class RoutedForm(NativeForm):
         if asked == "all" or (asked is None and more):
             raise UnsupportedError(_NOT_ONE, where="output.carry", remedy=f"write output: {{carry: ffn}}, or {_MODEKIT}")
         return None
-
-    @property
-    def _own_paths(self) -> Iterable[str]:
-        return self._routed.own
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this form: what it costs, and what it loses."""
@@ -144,14 +129,6 @@ class RoutedForm(NativeForm):
             yield f"{_NOT_ONE}: what fine-tunes change besides experts and gates is lost"
         if self._routed.shared_down:
             yield "the expert that all tokens have (shared_expert) is the backbone's: what fine-tunes change of it is lost"
-
-    def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        """What the result has of a tensor of the base that is no fine-tune's own."""
-        layer, path = split_layer(tensor.name)
-        if tensor.name in self.mixed or not isinstance(layer, int):
-            yield from super().backbone(tensor)
-        else:
-            yield self._with_channels(replace(tensor, name=in_layer(layer + self._front, path)))
 
     def _with_channels(self, tensor: PlannedTensor) -> PlannedTensor:
         assert self._channels is not None
@@ -176,21 +153,15 @@ class RoutedForm(NativeForm):
         return _cut(self._base.tensor(in_layer(layer, self._routed.path(part))), 0, part)
 
     def _of(self, source: ModelSource, layer: int, part: FFNKind) -> Sequence[Made]:
-        one = own_part(source, self._base, self._routed, layer, part)
-        return [one(number) for number in range(self._inner)]
+        given = as_in(source, self._base.tensor(in_layer(layer, self._routed.path(part))))
+        return [own_part(given, part, number) for number in range(self._inner)]
 
 
-def own_part(source: ModelSource, base: ModelSource, routed: Routed, layer: int, part: FFNKind) -> Callable[[int], Made]:
-    """Number of an expert of a fine-tune's own -> its gate, up or down in a layer of the base."""
-    given = as_in(source, base.tensor(in_layer(layer, routed.path(part))))
-    half = given.shape[1] // 2
+def own_part(given: Copy | Fold, part: FFNKind, number: int) -> Made:
+    """Gate, up or down of one of a fine-tune's own experts, of what it has of the tensor that holds it."""
+    half, ref = given.shape[1] // 2, _cut(given.ref, number, part)
     rows = {"gate": (0, half), "up": (half, 2 * half)}.get(part)
-
-    def one(number: int) -> Made:
-        ref = _cut(given.ref, number, part)
-        return Fold(ref, replace(given.change, member=number, rows=rows)) if isinstance(given, Fold) else Copy(ref)
-
-    return one
+    return Fold(ref, replace(given.change, member=number, rows=rows)) if isinstance(given, Fold) else Copy(ref)
 
 
 def _cut(ref: TensorRef, number: int, part: str) -> TensorRef:

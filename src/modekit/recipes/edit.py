@@ -141,9 +141,12 @@ def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
 
     Raises pydantic's error where the recipe allows nothing.
     """
-    ways = [way for way in _ways(recipe, whole) if not way.says_form or recipe.output.format in ("auto", _form_of(way))]
+    shared, own = _of_whole_models(whole)
+    of_one_router = (Way(shared, "", True, True, whole > 0), Way(own, "", False, True), Way({}))
     found: list[tuple[Recipe, Way]] = []
-    for way in ways:
+    for way in _of_an_open_router(recipe, whole) if recipe.mixture.is_open else of_one_router:
+        if way.says_form and recipe.output.format not in ("auto", "plain" if way.plain else "modekit"):
+            continue
         with suppress(ValidationError):
             found.append((Recipe.model_validate(way.of(recipe)), way))
     settled = [each for each in found if not each[0].mixture.is_open]  # a method that the recipe says stays
@@ -155,13 +158,6 @@ def why_chosen(recipe: Recipe, *, plain: bool) -> str:
     said = as_written(recipe).get("mixture", {})
     ways = (way for way in _of_an_open_router(recipe, 0) if way.plain in (None, plain))
     return next((way.why for way in ways if way.of(recipe)["mixture"] == said), "")
-
-
-def _ways(recipe: Recipe, whole: int) -> tuple[Way, ...]:
-    if recipe.mixture.is_open:
-        return _of_an_open_router(recipe, whole)
-    shared, own = _of_whole_models(whole)
-    return Way(shared, "", True, True, whole > 0), Way(own, "", False, True), Way({})
 
 
 def _of_whole_models(count: int) -> tuple[RecipeData, RecipeData]:
@@ -194,7 +190,3 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
         Way({"method": "linear", **merged}, "none (fixed weights), as no expert has text"),
         Way({"router": {"fit": "random"}, **merged}, "random, as no expert has text"),
     )
-
-
-def _form_of(way: Way) -> str:
-    return "plain" if way.plain else "modekit"

@@ -84,16 +84,11 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     written there. Raises TextError.
     """
     fit = fitting.recipe.mixture.fit
-    if fit is None:
-        return _zero(fitting)
+    if fit is None:  # fixed weights: with top_k = E every expert of a native mixture weighs 1/E
+        return fitting.unfitted([np.zeros(slot.shape, np.float32) for slot in fitting.checkpoint.slots])
     found = SETTERS[fit.name]
     setter: Callable[[Fitting], FittedRouter] = resolve_name(found) if isinstance(found, str) else found
     return setter(fitting)
-
-
-def _zero(fitting: Fitting) -> FittedRouter:
-    """For fixed weights: with top_k = E every expert of a native mixture weighs 1/E."""
-    return fitting.unfitted([np.zeros(slot.shape, np.float32) for slot in fitting.checkpoint.slots])
 
 
 def _random(fitting: Fitting) -> FittedRouter:

@@ -17,7 +17,7 @@ from modekit.sources.config import Config, whole, words
 from modekit.sources.families import DECODERS
 from modekit.sources.family import Family
 from modekit.sources.native import Constant, Native, Rule, Widening, experts_in
-from modekit.sources.routed import ROUTED, WHY_NOT
+from modekit.sources.routed import FUSED_IN_GRANITE, ROUTED, WHY_NOT
 
 
 def heads_fill(native: str) -> Rule:
@@ -31,10 +31,6 @@ def heads_fill(native: str) -> Rule:
 
 
 _ROWS = {family.model_type: family for family in DECODERS}
-
-
-def _score_scale(config: Config) -> float:
-    return float((whole(config, "hidden_size") // whole(config, "num_attention_heads")) ** -0.5)
 
 
 def _row(model_type: str, native_type: str, native_class: str, **says: Any) -> Native:
@@ -72,18 +68,8 @@ _MIXTRAL: dict[str, Any] = {
     "dropped": frozenset({"attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window"}),
     "serves": "vLLM, llama.cpp",
 }
-_FUSED_IN_GRANITE: dict[str, Any] = {
-    "router": "block_sparse_moe.router.layer.weight",
-    "experts": None,
-    "fused": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
-    "router_module": "block_sparse_moe.router",
-    "block_module": "block_sparse_moe",
-    "num_experts_key": "num_local_experts",
-    "writes_head_dim": False,
-    "serves": "vLLM, llama.cpp",
-}
 _GRANITE_MOE: dict[str, Any] = {
-    **_FUSED_IN_GRANITE,
+    **FUSED_IN_GRANITE,
     "native_type": "granitemoe",
     "native_class": "GraniteMoeForCausalLM",
     "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
@@ -97,7 +83,7 @@ NATIVES: tuple[Native, ...] = (
         _ROWS["llama"],
         **_GRANITE_MOE,
         fixed=_NO_FACTORS,
-        computed={"attention_multiplier": _score_scale},
+        computed={"attention_multiplier": lambda c: (whole(c, "hidden_size") // whole(c, "num_attention_heads")) ** -0.5},
         rules=(_NO_MLP_BIAS, _SILU, heads_fill("GraniteMoE")),
     ),
     Native(_ROWS["mistral"], **_MIXTRAL, rules=(_SILU, _ONE_WINDOW)),

@@ -32,6 +32,17 @@ _DEFAULTS = {
     **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "sliding_window": None},
 }
 _QUIET = {"output_router_logits": False}
+FUSED_IN_GRANITE: dict[str, Any] = {
+    "router": "block_sparse_moe.router.layer.weight",
+    "experts": None,
+    "fused": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "router_module": "block_sparse_moe.router",
+    "block_module": "block_sparse_moe",
+    "num_experts_key": "num_local_experts",
+    "writes_head_dim": False,
+    "serves": "vLLM, llama.cpp",
+}
+"""Where Granite keeps experts and router, in either kind of row."""
 
 
 def _is_normed(config: Config) -> bool:
@@ -83,13 +94,7 @@ ROUTED: tuple[Native, ...] = (
             **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"), 1.0),
         },
         ffn="block_sparse_moe",
-        router="block_sparse_moe.router.layer.weight",
-        experts=None,
-        fused=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
-        router_module="block_sparse_moe.router",
-        block_module="block_sparse_moe",
-        num_experts_key="num_local_experts",
-        writes_head_dim=False,
+        **FUSED_IN_GRANITE,
         dropped=frozenset({"num_experts", "sliding_window"}),
         rules=(_SILU, _HEADS_FILL),
         widening=Widening(whole_heads=True),

@@ -152,25 +152,21 @@ def structure(config: Config, *, where: str) -> Structure:
 
 @lru_cache(maxsize=16)
 def _structure(config_json: str, where: str) -> Structure:
-    config: dict[str, Any] = json.loads(config_json)
-    return Structure(_on_meta(config, where), where)
-
-
-def _on_meta(config: Mapping[str, Any], where: str) -> Any:
-    """The causal language model of a config, without numbers."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    config: dict[str, Any] = json.loads(config_json)
     _check_counts(config, where)
     try:
         with torch.device("meta"):
             config_class = CONFIG_MAPPING[config["model_type"]]
             made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
         what = f"transformers cannot make a '{config['model_type']}' model of this config.json"
         raise damaged_model(what, where, f"{type(error).__name__}: {error}"[:300]) from None
+    return Structure(model, where)
 
 
 def _check_counts(config: Config, where: str) -> None:
