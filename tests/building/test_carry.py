@@ -1,4 +1,4 @@
-"""A plain native checkpoint that carries whole experts: each one forced is its own model; `verify` computes it all again."""
+"""A plain checkpoint that carries whole experts: each one forced is its own model; `verify` computes it all again."""
 
 from __future__ import annotations
 

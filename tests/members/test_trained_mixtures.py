@@ -25,7 +25,7 @@ SHORT = {"tokens_per_domain": 200, "keep_tokens": 64, "sequence_length": 32}
 STEPS = {"steps": 4, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
 
 
-def trained(bench: Workshop, router: dict[str, Any], names: int, output: str = "native", **settings: Any) -> Checkpoint:
+def trained(bench: Workshop, router: dict[str, Any], names: int, output: str = "plain", **settings: Any) -> Checkpoint:
     """A mixture of the first experts, trained until it is better."""
     experts = bench.recipe["experts"][:names]
     out = bench.build(experts=experts, mixture={"top_k": 2, "router": router}, output={"format": output})
@@ -44,7 +44,7 @@ def code(bench: Workshop) -> NewExpert:
     return NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
 
 
-@pytest.mark.parametrize("output", ["native", "modekit"])
+@pytest.mark.parametrize("output", ["plain", "modekit"])
 def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, output: str) -> None:
     before = trained(bench, {"fit": "logistic", **SHORT}, 2, output, what=["routers"], learning_rate=0.2)
     assert before.record.router.status == "trained"
@@ -62,7 +62,7 @@ def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, 
     assert is_proven(verify(open_checkpoint(added.folder), reload=False))
 
 
-@pytest.mark.parametrize("output", ["native", "modekit"])
+@pytest.mark.parametrize("output", ["plain", "modekit"])
 def test_trained_experts_stay_as_they_are(bench: Workshop, output: str) -> None:
     before = trained(bench, {"fit": "random"}, 2, output, what=["experts"], backbone_learning_rate=0.05)
     assert before.record.trained

@@ -57,7 +57,7 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
             {"router": {"fit": "logistic"}},
             "router.fit",
         ),
-        ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot have granularity: context"),
+        ({"router": {"fit": "random"}}, {"router": CONTEXT}, "a plain checkpoint cannot have granularity: context"),
         ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Channels besides the base's: how a plain native checkpoint carries a lexical router, and more of its experts than FFNs.
+"""Channels besides the base's: how a plain checkpoint carries a lexical router, and more of its experts than FFNs.
 
 Of P channels behind the base's D, J E carry what a token says of its domain (its row of the table, written into the
 embedding), one a constant, and J E what attention makes of the former: their average over the text so far, which the gates
