@@ -30,7 +30,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("blt", "xlstm", "zamba"), _UNTRIED),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it drafts for another model and reads its keys"),
     "hrm_text": "it has tensors outside of its modules",
-    "jetmoe": "some modules run before the router that decides for them",
     "deepseek_v4": "its files hold a table of integers",
     "minimax": "it has a cache of its own kind",
     "kimi_linear": "not tried: its reference code takes minutes for a small text",

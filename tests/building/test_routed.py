@@ -248,6 +248,14 @@ def test_what_this_form_cannot_say_is_refused(tmp_path: Path, family: str, says:
         make_plan(load_recipe(shop.write(**says)), tmp_path)
 
 
+@pytest.mark.parametrize("top_k", [0, M + 1])
+def test_a_base_whose_tokens_have_more_experts_than_there_are_is_refused(tmp_path: Path, top_k: int) -> None:
+    """Of fine-tunes together there are enough."""
+    shop = moe_shop(tmp_path, "mixtral", copies=True, num_experts_per_tok=top_k)
+    with pytest.raises(UnsupportedError, match=r"more experts than there are, or none"):
+        make_plan(load_recipe(shop.write(output={"format": "plain"})), tmp_path)
+
+
 @pytest.mark.parametrize(("model_type", "why"), [("gpt_oss", "sinks"), ("olmoe", "norms of queries")])
 def test_families_that_have_no_such_form_say_why(tmp_path: Path, model_type: str, why: str) -> None:
     save(tiny_decoder(model_type), tmp_path / "base")

@@ -191,10 +191,12 @@ def test_a_model_that_differs_only_where_no_adapter_reaches(root: Path) -> None:
     refused(root, MismatchError, r"(?s)no linear weight.*norm.weight")
 
 
-def test_mixtures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe"])
+def test_mixtures(tmp_path: Path, model_type: str) -> None:
+    """Whether files hold an expert for itself or all in one tensor."""
     sizes = {"num_local_experts": 2, "num_experts_per_tok": 1}
     for seed, name in enumerate(("base", "tuned")):
-        save(tiny_model("mixtral", seed=seed, **sizes), tmp_path / name)
+        save(tiny_model(model_type, seed=seed, **sizes), tmp_path / name)
     refused(tmp_path, UnsupportedError, "experts of a mixture")
 
 

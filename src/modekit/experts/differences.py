@@ -11,6 +11,7 @@ import numpy as np
 from modekit.errors import MismatchError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
 from modekit.sources.compatible import check_same_architecture, check_sizes
+from modekit.sources.config import is_mixture
 from modekit.sources.contents import OpenFiles, check_floats
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
@@ -65,7 +66,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     names = family.own_names(origin)
     for name in names:
         tuned.matching(origin.tensors[name])
-        if ".experts." in name:
+        if ".experts." in name or (is_mixture(origin.config) and len(origin.tensors[name].shape) == 3):
             raise UnsupportedError(
                 "the experts of a mixture are no linear layers in memory, so an adapter cannot reach them",
                 where=f"{origin.where}: {name}",

@@ -19,6 +19,10 @@ _EVERYWHERE: Rule = (
     lambda c: not c.get("mlp_only_layers") and c.get("decoder_sparse_step", 1) == 1,
     "some layers have a plain FFN (mlp_only_layers, decoder_sparse_step), which has no experts to choose",
 )
+_CHOOSES: Rule = (
+    lambda c: 1 <= whole(c, "num_experts_per_tok") <= Routed.count(c),
+    "a token has more experts than there are, or none (num_experts_per_tok)",
+)
 _ONE_KIND: Rule = (
     lambda c: len(set(words(c, "layer_types"))) < 2,
     "layers differ in their attention window",
@@ -51,6 +55,7 @@ def _is_normed(config: Config) -> bool:
 
 def _row(model_type: str, native_class: str, defaults: dict[str, object], ffn: str = "mlp", **says: Any) -> Native:
     family = Family(model_type, stacks=(Stack(parts=_ATTENTION, ffn=ffn),), defaults={**_DEFAULTS, **defaults})
+    says["rules"] = (_SILU, _CHOOSES, *says.get("rules", ()))
     return Native(family, model_type, native_class, **{"fixed": _QUIET, "serves": "vLLM, llama.cpp", **says})
 
 
@@ -60,7 +65,7 @@ ROUTED: tuple[Native, ...] = (
         {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_key_value_heads": 4, "use_sliding_window": False},
         expert_hidden_key="moe_intermediate_size",
         dropped=frozenset({"num_local_experts"}),
-        rules=(_SILU, _EVERYWHERE),
+        rules=(_EVERYWHERE,),
         widening=Widening(recency=False),  # norms of queries and keys, as in Qwen3
         gguf_differs=((lambda c: not _is_normed(c), "its qwen3moe divides the weights of the chosen experts by their sum"),),
         routed=Routed(sums_to_one=_is_normed),
@@ -72,7 +77,6 @@ ROUTED: tuple[Native, ...] = (
         experts=experts_in("block_sparse_moe", "w1", "w3", "w2"),
         num_experts_key="num_local_experts",
         dropped=frozenset({"attention_bias", "num_experts"}),
-        rules=(_SILU,),
         routed=Routed(),
     ),
     _row(
@@ -80,7 +84,7 @@ ROUTED: tuple[Native, ...] = (
         {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_key_value_heads": 16, "use_sliding_window": False},
         expert_hidden_key="moe_intermediate_size",
         dropped=frozenset({"attention_bias", "num_local_experts"}),
-        rules=(_SILU, _EVERYWHERE, _ONE_KIND, _HEADS_FILL),
+        rules=(_EVERYWHERE, _ONE_KIND, _HEADS_FILL),
         widening=Widening(whole_heads=True),
         gguf_differs=((_is_normed, "its qwen2moe does not divide the weights of the chosen experts by their sum"),),
         routed=Routed(
@@ -96,7 +100,7 @@ ROUTED: tuple[Native, ...] = (
         ffn="block_sparse_moe",
         **FUSED_IN_GRANITE,
         dropped=frozenset({"num_experts", "sliding_window"}),
-        rules=(_SILU, _HEADS_FILL),
+        rules=(_HEADS_FILL,),
         widening=Widening(whole_heads=True),
         routed=Routed(
             *("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj", "block_sparse_moe.router.weight")

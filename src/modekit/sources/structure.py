@@ -45,7 +45,7 @@ _NOT_CALLED = ("dt_proj",)
 """Linear modules whose weights their layer reads past them."""
 INEXACT = {
     "falcon_h1": "the class alone knows a vector by which its recurrence multiplies",
-    "gemma3n_text": "a part of its layers is called by its methods, past its routers",
+    **dict.fromkeys(("gemma3n_text", "jetmoe"), "a part of its layers is called by its methods, past its routers"),
 }
 """Type -> why an expert alone would be another model (tests/sources/test_decoders.py found it)."""
 _Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
