@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from building.test_carry import SIZES
+from command_line import modekit
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -80,7 +81,7 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     monkeypatch.setattr("modekit.building.build.MOST_LOST", 0.01)
     checkpoint, (note,) = built(shop, tmp_path / "OUT")
     assert not checkpoint.shape.plain and checkpoint.record.recipe.mixture.modules == "all"
-    assert note.startswith("a plain checkpoint would lose ") and "--format plain takes it anyway" in note
+    assert note.startswith("a plain checkpoint would lose ") and "{format: plain, carry: all}, takes it anyway" in note
     assert not (checkpoint.folder / CARRIED_FILE).exists() and checkpoint.lost == []
     again, said = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder) and said == ()
@@ -93,3 +94,11 @@ def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Pa
     again, _ = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder)
     check_measure(checkpoint.folder)
+
+
+def test_a_change_of_the_mixture_says_it_too(shop: Workshop, tmp_path: Path) -> None:
+    *experts, last = shop.recipe["experts"][:3]
+    built(shop, tmp_path / "OUT", experts=experts, output={"format": "plain"})
+    model, text = (str(shop.root / last[key]) for key in ("model", "text"))
+    said = modekit("add", str(tmp_path / "OUT"), "--name", last["name"], "--model", model, "--text", text, "--no-measure")
+    assert "this plain checkpoint loses" in said

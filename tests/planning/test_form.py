@@ -82,7 +82,7 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
         monkeypatch.setattr(choice, "disk_of", lambda path: free)
     plan = planned(shop, "fever", "court", mixture={"router": {"buckets": 64}})
     assert not plan.shape.plain and f"more {'memory' if lacking == 'memory' else 'free disk'} than there is" in plan.why
-    assert "--format plain takes it" in plan.why and plan.recipe.output.format == "modekit"
+    assert "format: plain in a recipe, takes it" in plan.why and plan.recipe.output.format == "modekit"
     assert planned(shop, "fever", "court", output={"format": "plain"}).shape.plain
 
 
@@ -101,6 +101,10 @@ def test_full_models_are_measured_unless_the_recipe_says_what_becomes_of_them(sh
     ):
         assert planned(shop, "law", "code", **said).otherwise is None, said
     alone = planned(shop, "ffn", "base_too")
+    assert not any("and lost on this backbone" in note for note in alone.notes)
+    said = {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain"}}
+    (lost,) = (note for note in planned(shop, "law", "ffn", **said).notes if "and lost on this backbone" in note)
+    assert "what law changed outside" in lost and "output: {carry: all} carries the rest" in lost
     assert alone.shape.plain and alone.otherwise is None and alone.recipe.output.carry is None
 
 

@@ -149,6 +149,7 @@ def _change(
             )
     with running() as run:
         done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
+    print_notes(done.notes)
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
     print_done(write.output or folder, f"{said}; {bytes_of(written)} of weights written")

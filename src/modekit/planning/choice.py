@@ -15,20 +15,18 @@ from typing import Literal
 
 from modekit.files.figures import bytes_of
 from modekit.files.output import disk_of
-from modekit.files.read import UNREADABLE, read_text
-from modekit.planning.notes import changed_ffn_alone
+from modekit.files.read import UNREADABLE, read_json, read_text
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import natural_key
-from modekit.sources.source import ModelSource
+from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.weights.flat import stored
 
 MOST_LOST = 0.05
 """Of what an expert changes: a plain checkpoint that loses more of one is not taken."""
-PLAIN = "--format plain"
 _PIECES, _NUMBERS = 64, 2**13  # of a tensor, that are looked at to see whether models differ: all of one that is no larger
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
 
@@ -40,7 +38,8 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     free = disk_of(plain.root / "OUT").free
     lacking = "memory" if plain.bytes_written > _memory() else "free disk" if plain.disk_needed > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
-        return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {PLAIN} takes it")
+        takes = "--format plain, or format: plain in a recipe, takes it"
+        return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {takes}")
     if channels is None or channels.carry is None or channels.carry.is_exact:
         return replace(plain, why=f"{plain.why} ({sizes})")
     measured = f"a plain checkpoint, if the build finds that it keeps {1 - MOST_LOST:.0%} of every expert ({sizes})"
@@ -67,11 +66,22 @@ def whole_models(recipe: Recipe, sources: Sequence[ModelSource], family: Family)
 
 def changes(base: ModelSource, model: ModelSource, family: Family) -> Literal["more", "ffn", "nothing"]:
     """What a full model changes of its base, by a sample of every tensor: its FFNs, more than these, or nothing."""
-    ffn = f".{family.mlp_module}."
+    ffn, is_gone = f".{family.mlp_module}.", any(ref.state is None for ref in model.tensors.values())  # members/change.py
     with OpenFiles() as opened:
-        if not changed_ffn_alone(model) and _differ(opened, base, model, lambda name: ffn not in name):
+        if not _changed_ffn_alone(model) and (is_gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"
+        if is_gone:
+            return "ffn"
         return "ffn" if _differ(opened, base, model, lambda name: ffn in name) else "nothing"
+
+
+def _changed_ffn_alone(source: ModelSource) -> bool:
+    """Whether `modekit specialize` says that it trained nothing but the FFNs."""
+    try:
+        record = read_json(source.folder / SPECIALIST_FILE)
+    except UNREADABLE:
+        return False
+    return isinstance(record, dict) and record.get("specialist") == "mlp"
 
 
 def _differ(opened: OpenFiles, base: ModelSource, model: ModelSource, among: Callable[[str], bool]) -> bool:

@@ -45,6 +45,8 @@ class NativeForm:
         self._count = len(recipe.experts) * self._inner
         self.mixes_more = f"{native.native_type} mixes FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         self._channels = channels_of(recipe, native, self._dense, self._carried_size())
+        if self._channels is not None and native.routed is None:
+            self.mixes_more += "; output: {carry: all} carries the rest"
         self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
         paths = self._family.mlp.values() if native.routed is None else native.routed.own

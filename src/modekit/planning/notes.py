@@ -13,7 +13,7 @@ import numpy as np
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.figures import bytes_of
-from modekit.files.read import UNREADABLE, read_json
+from modekit.planning.choice import changes
 from modekit.planning.shape import AnyShape
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
@@ -21,7 +21,7 @@ from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import is_ignored
-from modekit.sources.source import SPECIALIST_FILE, ModelSource
+from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.flat import stored
 
@@ -38,7 +38,7 @@ def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Colle
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"
         )
-    yield from _lost(recipe, sources, way_out, mixed)
+    yield from _lost(shape, sources, way_out, mixed)
     yield from _of_chats(recipe, vocabulary)
     yield from _beside(sources)
     for key in ("channels", "carry", "rank") if not shape.plain else ():
@@ -106,11 +106,12 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
             )
 
 
-def _lost(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
+def _lost(shape: AnyShape, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
     """A note on the experts of which something is lost, or may be; none on a merged backbone, or when all is mixed."""
-    mixture, lost, models = recipe.mixture, list[str](), list[str]()
+    recipe, lost, models = shape.recipe, list[str](), list[str]()
+    mixture = recipe.mixture
     kept = mixture.backbone.expert if isinstance(mixture.backbone, BackboneExpert) else None
-    ffns = mixture.layers is None and (not isinstance(mixture.modules, list) or "mlp" in mixture.modules)
+    ffns = shape.inner == 1 and mixture.layers is None and (not isinstance(mixture.modules, list) or "mlp" in mixture.modules)
     all_mixed = all(name in mixed or is_ignored(name) for name in sources[0].tensors)
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
@@ -120,7 +121,7 @@ def _lost(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: C
                     f"{len(outside)} of the {len(_changed(source))} tensors that {expert.name} changes ({_kinds(outside)})"
                 )
         elif mixture.backbone == BASE and not (all_mixed or expert.is_base or expert.lora_rank is not None):
-            models += [] if ffns and changed_ffn_alone(source) else [expert.name]
+            models += [] if ffns and changes(sources[0], source, shape.family) != "more" else [expert.name]
     lost += [f"what {', '.join(models)} changed outside of the mixed modules"] if models else []
     if lost:
         yield (
@@ -144,15 +145,6 @@ def _kinds(names: Collection[str]) -> str:
     return ", ".join(
         sorted({f"{module.rpartition('.')[2]} {leaf.removeprefix('weight')}".rstrip() for module, _, leaf in modules})
     )
-
-
-def changed_ffn_alone(source: ModelSource) -> bool:
-    """Whether `modekit specialize` says that it trained nothing but the FFNs."""
-    try:
-        record = read_json(source.folder / SPECIALIST_FILE)
-    except UNREADABLE:
-        return False
-    return isinstance(record, dict) and record.get("specialist") == "mlp"
 
 
 def _twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
