@@ -10,7 +10,6 @@ import torch
 
 from conftest import SMALL, Workshop
 from modekit.architecture.modekit_mixed import Mixed
-from modekit.building.preview import parameters_of
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
@@ -61,7 +60,7 @@ def run_by_a_token(checkpoint: Checkpoint) -> int:
 def test_whoever_is_the_base(shared_workshop: Workshop, tmp_path: Path, place: int, top_k: int) -> None:
     workshop = with_base(borrow(shared_workshop, tmp_path), place)
     checkpoint = built(workshop, top_k=top_k)
-    counted, planned = checkpoint.parameters, parameters_of(make_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path))
+    counted, planned = checkpoint.parameters, make_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path).parameters()
     assert counted.active == counted.dense + planned["router"] + (top_k - 1) * FFN
     assert counted.per_expert == planned["per_expert"] == FFN
     assert (counted.total, counted.active) == (planned["total"], planned["active"])

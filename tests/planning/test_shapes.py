@@ -10,7 +10,6 @@ import pytest
 
 import modekit
 from conftest import Workshop
-from modekit.building.preview import parameters_of
 from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import ModekitMixture
@@ -73,7 +72,7 @@ def test_a_plan_says_what_its_checkpoint_says(shared_workshop: Workshop, tmp_pat
     assert type(ours) is type(theirs) is {"plain": NativeShape, "modekit": ModekitShape}[kind]
     assert ours.plain == (kind == "plain") and dict(ours.config) == dict(theirs.config)
     assert (ours.slots, ours.positions, ours.routing) == (theirs.slots, theirs.positions, theirs.routing)
-    counted, planned = checkpoint.parameters, parameters_of(plan)
+    counted, planned = checkpoint.parameters, plan.parameters()
     assert (counted.total, counted.active) == (planned["total"], planned["active"])
     loaded = mixture_of(load_model(checkpoint.folder), checkpoint)
     assert type(loaded) is {"plain": NativeMixture, "modekit": ModekitMixture}[kind]

@@ -33,7 +33,7 @@ class Preview(BaseModel, frozen=True):
         experts: name -> the model or adapter that it is.
         tensors: their number.
         bytes: written, and of statistics.
-        parameters, memory: see `parameters_of`, `memory_of`.
+        parameters, memory: see `Plan.parameters`, `memory_of`.
         disk: needed and free.
     """
 
@@ -93,21 +93,11 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         tensors=len(plan.tensors),
         shards=len(plan.shards) + 1,
         bytes={"written": plan.bytes_written, "statistics": plan.statistics_bytes()},
-        parameters=parameters_of(plan),
+        parameters=plan.parameters(),
         disk={"needed": plan.disk_needed, "free": disk_of(plan.root / "OUT").free},
         memory=memory_of(plan),
         notes=[*plan.notes, *notes],
     )
-
-
-def parameters_of(plan: Plan) -> dict[str, int]:
-    """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
-    by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
-    for tensor in plan.tensors:
-        by_role[tensor.role] += tensor.numel
-    counted = plan.shape.parameters({tensor.name: tensor.numel for tensor in plan.tensors}, 0)
-    found = {"total": counted.total, "active": counted.active, "per_expert": counted.per_expert}
-    return {**found, "adapters": by_role["adapter"], "backbone": by_role["backbone"], "router": by_role["router"]}
 
 
 def memory_of(plan: Plan) -> dict[str, int]:
@@ -115,7 +105,7 @@ def memory_of(plan: Plan) -> dict[str, int]:
 
     What runs a model, a fit included, holds torch and transformers as well, 0.4 GB.
     """
-    parameters, fit = parameters_of(plan), 0
+    parameters, fit = plan.parameters(), 0
     router, row = plan.recipe.mixture.router, plan.recipe.mixture.fit
     if row is not None and row.reads_text:
         itemsize = 4 if router.compute_dtype == "float32" else 2

@@ -149,6 +149,15 @@ class Plan:
         kept = 16 + 2 * mixture.router.keep_tokens  # sum, mean of negatives, and inputs in float16
         return sum(self.shape.experts * slot.shape[1] * kept for slot in self.slots)
 
+    def parameters(self) -> dict[str, int]:
+        """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
+        by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
+        for tensor in self.tensors:
+            by_role[tensor.role] += tensor.numel
+        counted = self.shape.parameters({tensor.name: tensor.numel for tensor in self.tensors}, 0)
+        found = {"total": counted.total, "active": counted.active, "per_expert": counted.per_expert}
+        return {**found, "adapters": by_role["adapter"], "backbone": by_role["backbone"], "router": by_role["router"]}
+
     def digest(self) -> str:
         """Identity of this build: version, recipe, every planned tensor, and what every source file was when it was planned."""
         identity = {
