@@ -67,7 +67,7 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 
             carried = replace(carried, lost=measure_lost(plan, read, carried, folder / STATISTICS_FOLDER, run))
     write_file(folder / CARRIED_FILE, carried.write)
-    return carried
+    return read_carried(folder)  # rounded as a build that goes on reads it
 
 
 class _Expert(NamedTuple):
