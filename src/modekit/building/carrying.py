@@ -30,6 +30,7 @@ from modekit.checkpoint.carried import CARRIED_FILE, Carried, read_carried
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import UnsupportedError
 from modekit.files.write import write_file
+from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
@@ -54,20 +55,23 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
             where=str(update.checkpoint.folder),
             remedy="build it with the other experts, and train it again",
         )
-    if (folder / CARRIED_FILE).exists():  # of a build that was killed: what it wrote reads and writes these channels
-        return read_carried(folder)
+    if not (folder / CARRIED_FILE).exists():  # else of a build that was killed: what it wrote reads and writes these channels
+        write_file(folder / CARRIED_FILE, _measured(plan, channels.carry, folder / STATISTICS_FOLDER, run).write)
+    return read_carried(folder)  # so that a build that goes on reads the same numbers
+
+
+def _measured(plan: Plan, size: CarrySize, kept: Path, run: Run) -> Carried:
     from modekit.routing.stream import measure_stream
 
-    stream = measure_stream(plan, folder / STATISTICS_FOLDER, run)
+    stream = measure_stream(plan, kept, run)
     with OpenFiles() as opened:
         read = WeightReader(opened, plan.models)
-        carried = carry_bases(Differences(plan, read), channels.carry, stream, run)
-        if not channels.carry.is_exact:
-            from modekit.building.lost import measure_lost
+        carried = carry_bases(Differences(plan, read), size, stream, run)
+        if size.is_exact:
+            return carried
+        from modekit.building.lost import measure_lost
 
-            carried = replace(carried, lost=measure_lost(plan, read, carried, folder / STATISTICS_FOLDER, run))
-    write_file(folder / CARRIED_FILE, carried.write)
-    return read_carried(folder)  # rounded as a build that goes on reads it
+        return replace(carried, lost=measure_lost(plan, read, carried, kept, run))
 
 
 class _Expert(NamedTuple):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences
 from modekit.checkpoint.carried import Carried
-from modekit.evaluation.forced import divergence
+from modekit.evaluation.forced import SAME, divergence
 from modekit.loaded.load import load_model
 from modekit.loaded.passes import predicted_logits
 from modekit.planning.plan import Plan
@@ -33,7 +33,6 @@ from modekit.weights.reading import WeightReader
 
 _TOKENS = 512
 """Of every domain."""
-_SAME = 1e-9  # nats per token: as near as this, models are one
 
 
 def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, run: Run) -> tuple[float, ...]:
@@ -48,9 +47,9 @@ def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, r
         own = _logits(model, text)
         _set(model, experts.carried(expert))
         apart.append((_divergence(own, _logits(model, text)), _divergence(own, of_base[expert])))
-    changed = [total for _, total in apart if total > _SAME]
+    changed = [total for _, total in apart if total > SAME]
     usual = sum(changed) / len(changed) if changed else 1.0
-    return tuple(round(lost / (total if total > _SAME else usual), 4) for lost, total in apart)
+    return tuple(round(lost / (total if total > SAME else usual), 4) for lost, total in apart)
 
 
 class _Experts:

@@ -6,7 +6,7 @@ Shape legend: V vocabulary, D the base's hidden size, P channels besides it, N c
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes
 
 def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
     """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
-    parts, unit = [], _unit(channels, [sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)])
+    parts, unit = [], _unit(channels, (sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)))
     for start, _, sizes_V in _sized_rows(channels, embedding):
         values = unit * channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
         parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
@@ -62,11 +62,11 @@ def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float
     return table_VN
 
 
-def _unit(channels: Channels, sizes: Sequence[npt.NDArray[np.float64]]) -> float:
+def _unit(channels: Channels, sizes: Iterable[npt.NDArray[np.float64]]) -> float:
     """What evidence is multiplied with: where penalties follow from it (planning/penalties.py), the usual size of an embedding,
-    by which the norm behind attention divides it.
+    by which the norm behind attention divides it. Only there the sizes are asked for.
     """
-    return float(np.median(np.concatenate(sizes))) * channels.embedding_scale if channels.inner else 1.0
+    return float(np.median(np.concatenate([*sizes]))) * channels.embedding_scale if channels.inner else 1.0
 
 
 def _sized_rows(

@@ -36,7 +36,7 @@ from modekit.text.sequences import NO_LABEL, Batch, encode, make_batches
 from modekit.text.shipped import shipped_documents
 
 SHIPPED = "general"
-_SAME = 1e-9  # nats per token: models that are no further apart are one, and a share of that means nothing
+SAME = 1e-9  # nats per token: models that are no further apart are one, and a share of that means nothing
 _AT_ONCE = 2**22  # numbers in float64
 
 
@@ -64,7 +64,7 @@ class ForcedExpert:
     @property
     def lost(self) -> float | None:
         """KL(own || forced) / KL(own || base): 0 = the whole expert, 1 = nothing; None where own model and base are one."""
-        return self.kl / self.base_kl if self.base_kl > _SAME else None
+        return self.kl / self.base_kl if self.base_kl > SAME else None
 
 
 @dataclass(frozen=True)

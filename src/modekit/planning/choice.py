@@ -1,7 +1,7 @@
 """The form of a result where a recipe leaves it open: a plain checkpoint wherever it carries what the experts know.
 
 Of adapters of small rank a plain checkpoint carries all, and sizes decide. Of full models it carries the largest part: how much
-is measured at a build (building/differences.py), which takes the modekit architecture where too little is left of an expert.
+is measured at a build (building/lost.py), which takes the modekit architecture where too little is left of an expert.
 """
 
 from __future__ import annotations

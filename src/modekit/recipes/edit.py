@@ -100,8 +100,8 @@ def _omit(mapping: RecipePart, *keys: str) -> RecipeData:
 class Way:
     """What a recipe says of what it leaves open, and why this router.
 
-    `plain`: for such a result alone, or for modekit's alone; `says_form`: the recipe then says so, and with `carries` that more
-    than FFNs is carried.
+    `plain`: whether it serves a plain checkpoint alone, or the modekit architecture alone; None: both. `says_form`: the recipe
+    then names the form, and with `carries` that a plain checkpoint carries more than FFNs.
     """
 
     mixture: RecipeData
@@ -142,7 +142,11 @@ def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
     Raises pydantic's error where the recipe allows nothing.
     """
     shared, own = _of_whole_models(whole)
-    of_one_router = (Way(shared, "", True, True, whole > 0), Way(own, "", False, True), Way({}))
+    of_one_router = (
+        Way(shared, plain=True, says_form=True, carries=whole > 0),
+        Way(own, plain=False, says_form=True),
+        Way({}),
+    )
     found: list[tuple[Recipe, Way]] = []
     for way in _of_an_open_router(recipe, whole) if recipe.mixture.is_open else of_one_router:
         if way.says_form and recipe.output.format not in ("auto", "plain" if way.plain else "modekit"):
@@ -174,16 +178,16 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
     if any(expert.text for expert in recipe.experts):
         why = "lexical, which did best of what a plain checkpoint carries"
         return (
-            Way({"top_k": 1, "router": _TOKENS, **shared}, why, True, True, whole > 0),
-            Way({"top_k": 1, "router": _PAIRS, **own}, _OF_MODEKIT, False, True),
+            Way({"top_k": 1, "router": _TOKENS, **shared}, why, plain=True, says_form=True, carries=whole > 0),
+            Way({"top_k": 1, "router": _PAIRS, **own}, _OF_MODEKIT, plain=False, says_form=True),
             Way({"router": {"fit": "logistic"}, **merged}, "logistic, which did best of linear gates"),
-            *((Way({"top_k": 1, "router": _PAIRS}, _OF_MODEKIT, False, True),) if whole else ()),
+            *((Way({"top_k": 1, "router": _PAIRS}, _OF_MODEKIT, plain=False, says_form=True),) if whole else ()),
         )
     if any(expert.prompts for expert in recipe.experts):
         return (
-            Way({"router": {"fit": "logistic"}, **merged}, _OF_PROMPTS, True),
+            Way({"router": {"fit": "logistic"}, **merged}, _OF_PROMPTS, plain=True),
             Way({"router": context, **merged}, _OF_PROMPTS),
-            Way({"router": _PAIRS, **own}, _OF_MODEKIT, False),
+            Way({"router": _PAIRS, **own}, _OF_MODEKIT, plain=False),
         )
     return (
         Way({"router": arrow, **merged}, "arrow, by the adapters alone, as no expert has text"),

@@ -127,7 +127,11 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
 
 def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
-    return sum(file.stat().st_size for file in _files_of(specs, root) if file.is_file())
+    total = 0
+    for file in _files_of(specs, root):
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def digests_of_text(specs: Sequence[str], root: Path) -> tuple[str, ...]:
