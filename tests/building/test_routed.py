@@ -16,7 +16,6 @@ from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from generated import check_generation
 from modekit.building.build import build
-from modekit.building.preview import parameters_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import lost_of
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -274,9 +273,9 @@ def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
     active = sum(parameter.numel() for parameter in base.parameters()) - routed * (M - TOP_K) // M
     assert f"{active:,} parameters are active" in cost
     written = sum(ref.numel for ref in checkpoint.tensors.values())
-    assert parameters_of(plan)["total"] == written and plan.bytes_written == 4 * written
-    more = len(DOMAINS) * parameters_of(plan)["per_expert"] // (len(DOMAINS) * M) * (len(DOMAINS) * M - TOP_K)
-    assert parameters_of(plan)["active"] == written - more
+    assert plan.parameters()["total"] == written and plan.bytes_written == 4 * written
+    more = len(DOMAINS) * plan.parameters()["per_expert"] // (len(DOMAINS) * M) * (len(DOMAINS) * M - TOP_K)
+    assert plan.parameters()["active"] == written - more
 
 
 def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:
