@@ -209,18 +209,31 @@ def test_more_channels_are_made_when_they_are_needed(tmp_path: Path) -> None:
     check_same(added.folder, joint.folder)
 
 
-def test_an_adapter_that_is_gone_and_needed_is_named(shop: Workshop, tmp_path: Path) -> None:
-    """What DoRA is computed of lies in its own folder alone."""
+def test_of_an_adapter_that_is_gone_the_mixture_has_what_it_keeps_whole(shop: Workshop, tmp_path: Path) -> None:
+    """DoRA's modules, one of which no other adapter changes."""
     for name, parts in (("first", ["q_proj", "up_proj"]), ("second", ["up_proj"]), ("third", ["up_proj"])):
         config = LoraConfig(target_modules=parts, r=4, use_dora=name == "first")
         train_adapter(shop.root / "base", config, tmp_path / name)
     experts = [{"name": name, "adapter": str(tmp_path / name)} for name in ("first", "second", "third")]
-    said = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}, "output": MODEKIT}
-    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    said = {"base_model": "./base", "mixture": {"router": {"fit": "random"}}, "output": MODEKIT}
+    out, wanted = (
+        build(make_plan(parse_recipe({**said, "experts": each}), shop.root), tmp_path / f"of {len(each)}")
+        for each in (experts, experts[:2])
+    )
     (tmp_path / "first").rename(tmp_path / "first.gone")
+    removed = write_change(out, remove_expert(out, "third"), tmp_path / "removed")
+    check_same(removed.folder, wanted.folder)
+
+
+def test_an_adapter_that_is_gone_and_needed_is_named(shop: Workshop, tmp_path: Path) -> None:
+    """What a plain mixture carries of attention is of all at once."""
+    out = built(shop, KINDS["adapters of attention, plain"], WIDE, tmp_path / "OUT")
     kept = tree(out.folder)
-    with pytest.raises(SourceError, match="is missing or has changed since the mixture was built"):
-        write_change(out, remove_expert(out, "third"), tmp_path / "removed")
+    with (
+        gone(shop, "cough"),
+        pytest.raises(SourceError, match=r"is missing or has changed since the mixture was built[^§]*cough"),
+    ):
+        write_change(out, remove_expert(out, "loop"), tmp_path / "removed")
     assert tree(out.folder) == kept and not (tmp_path / "removed").exists()
 
 

@@ -273,6 +273,19 @@ def test_a_mixture_fixed_on_an_adapter_is_the_model_of_peft(
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("saved", [["down_proj"], ["mlp"]])
+def test_what_an_adapter_keeps_whole_is_mixed_beside_what_it_adapts(
+    bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, saved: list[str]
+) -> None:
+    """Where the recipe names no modules."""
+    base = bases("llama")
+    adapter = train(base, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=saved), tmp_path / "law")
+    with quiet():
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    ours = in_mixture(base, adapter, ids, tmp_path / "OUT", "modekit", {"router": {"fit": "random"}})
+    torch.testing.assert_close(ours, logits_of(expected, ids), atol=1e-5, rtol=0)
+
+
 OF_FFNS = ["uneven targets", "biases", "saved FFN", "embedding and head, dora"]
 
 

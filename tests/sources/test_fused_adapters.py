@@ -133,6 +133,15 @@ def test_adapters_and_a_whole_model_of_one_mixture(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(opened(tmp_path / "again")), logits(model), atol=1e-5, rtol=0)
 
 
+def test_experts_that_an_adapter_keeps_whole_are_mixed_beside_what_it_adapts(tmp_path: Path) -> None:
+    adapt(tmp_path, "qwen3_moe", target_modules=["q_proj"], modules_to_save=["experts"])
+    model = mixed(tmp_path)
+    model.use_expert(1)
+    expected = logits(merged(tmp_path, "lora"))
+    assert (expected - logits(opened(tmp_path / "base"))).abs().max() > 0.1
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_an_adapter_leaves_the_mixture_as_it_came(model_type: str, tmp_path: Path) -> None:
     adapt(tmp_path, model_type)

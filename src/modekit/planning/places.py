@@ -315,7 +315,8 @@ def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family
         return set(modules)
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
-            changed = {(layer, module_of(path)) for layer, path in map(split_layer, source.changes) if layer is not None}
+            named = map(split_layer, (*source.changes, *source.replaced))
+            changed = {(layer, module_of(path)) for layer, path in named if layer is not None}
             paths = {(family.stack_of(layer).name, path) for layer, path in changed}
             for stack in family.stacks:
                 wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
