@@ -14,7 +14,7 @@ from modekit.cli.printing import out, print_json, print_next, print_result
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.text.amounts import TABLE_TOKENS
-from modekit.text.documents import check_present
+from modekit.text.documents import find_text
 
 if TYPE_CHECKING:
     from modekit.evaluation.results_folder import Result
@@ -68,7 +68,7 @@ def evaluate(checkpoint: OutFolder, scored: ScoredOptions, labels: LabelOption =
     """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
     given = texts_by_domain(scored.text)
     for name, specs in given.items():
-        check_present(specs, root=Path.cwd(), where=f"--text {name}")
+        find_text(specs, root=Path.cwd(), where=f"--text {name}")
     with running() as run:
         from modekit.evaluation.evaluate import evaluate
 

@@ -9,7 +9,6 @@ from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
-from modekit.sources.digests import known_blake3
 from modekit.sources.family import Reads
 from modekit.text.document import Document, both_kinds, reads_of, text_of
 from modekit.text.records import RECORDS, SEARCHED, SUFFIXES, TextRecord, read_file, read_hub
@@ -93,9 +92,8 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
 
 
 def _records_of(spec: str, *, root: Path, where: str) -> Iterator[TextRecord]:
-    path = locate(spec, root)
+    path = _path_of(spec, root, where)
     if path is None:
-        check_present([spec], root=root, where=where)
         yield from read_hub(spec, where=where)
         return
     files = _files_in(path)
@@ -118,30 +116,21 @@ def is_local(spec: str, root: Path) -> bool:
     return spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or locate(spec, root) is not None
 
 
-def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
-    """Raise TextError when a text on disk is not there; nothing is read."""
+def find_text(specs: Sequence[str], *, root: Path, where: str) -> list[Path | str]:
+    """The files of a text, and its hub data sets by name. Raises TextError for one on disk that is not there; reads nothing."""
+    found: list[Path | str] = []
     for spec in specs:
-        if is_local(spec, root) and locate(spec, root) is None:
-            raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
+        path = _path_of(spec, root, where)
+        found += [spec] if path is None else _files_in(path)
+    return found
 
 
-def bytes_of_text(specs: Sequence[str], root: Path) -> int:
-    """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
-    total = 0
-    for file in _files_of(specs, root):
-        with suppress(OSError):
-            total += file.stat().st_size
-    return total
-
-
-def digests_of_text(specs: Sequence[str], root: Path) -> tuple[str, ...]:
-    """The blake3 of each file on disk, or the names of hub data sets, in order. Raises SourceError."""
-    of_files = map(known_blake3, _files_of(specs, root))
-    return tuple(sorted([*of_files, *(spec for spec in specs if locate(spec, root) is None)]))
-
-
-def _files_of(specs: Sequence[str], root: Path) -> list[Path]:
-    return [file for spec in specs if (path := locate(spec, root)) is not None for file in _files_in(path)]
+def _path_of(spec: str, root: Path, where: str) -> Path | None:
+    """Where a text lies; None of a hub data set. Raises TextError."""
+    path = locate(spec, root)
+    if path is None and is_local(spec, root):
+        raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
+    return path
 
 
 def _files_in(path: Path) -> list[Path]:

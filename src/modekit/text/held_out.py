@@ -31,9 +31,10 @@ from pathlib import Path
 
 from modekit.errors import SourceError, TextError
 from modekit.recipes.recipe import WRITTEN_FOLDER, Expert, Recipe
+from modekit.sources.digests import known_blake3
 from modekit.sources.family import Reads
 from modekit.text.document import Document, check_kind, reads_of
-from modekit.text.documents import bytes_of_text, check_present, digests_of_text, read_documents
+from modekit.text.documents import find_text, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, Split, digests_in, documents_of_split, mark_of
 from modekit.text.written import check_written, is_written
@@ -96,13 +97,13 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
 
     Raises TextError for a text that is not there, whoever would read it.
     """
-    notes, writers, texts = list[str](), list[str](), dict[str, tuple[int, list[str]]]()
+    notes, writers, texts = list[str](), list[str](), dict[str, tuple[int, list[Path | str]]]()
     for place, expert in enumerate(recipe.experts):
         if not expert.writes_text or is_written(expert, root):
-            check_present(expert.texts, root=root, where=_where(expert, place))
-            size = bytes_of_text(expert.texts, root)
-            if expert.text:
-                texts[expert.name] = size, expert.texts
+            found = find_text(expert.texts, root=root, where=_where(expert, place))
+            size = sum(map(_bytes_of, found))
+            if found:
+                texts[expert.name] = size, found
             if 0 < size < _FEWEST_BYTES:
                 notes.append(f"{expert.name}: {size} bytes of text are too little to learn a domain from")
         elif reads == "text":
@@ -116,19 +117,28 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
                 remedy="give parallel text",
             )
     for domain, specs in recipe.eval.items():
-        check_present(specs, root=root, where=f"eval.{domain}")
+        find_text(specs, root=root, where=f"eval.{domain}")
     if writers:
         notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
-    return [*notes, *_one_text(texts, root)]
+    return [*notes, *_one_text(texts)]
 
 
-def _one_text(texts: Mapping[str, tuple[int, Sequence[str]]], root: Path) -> Iterator[str]:
+def _bytes_of(text: Path | str) -> int:
+    """Of a file; one that cannot be looked at, and a hub data set, count nothing."""
+    try:
+        return text.stat().st_size if isinstance(text, Path) else 0
+    except OSError:
+        return 0
+
+
+def _one_text(texts: Mapping[str, tuple[int, Sequence[Path | str]]]) -> Iterator[str]:
     """Experts whose texts are the same files, or copies of them; those of equal size are read."""
     same, sizes = dict[object, list[str]](), [size for size, _ in texts.values()]
-    for name, (size, specs) in texts.items():
+    for name, (size, found) in texts.items():
         if sizes.count(size) > 1:
             with suppress(SourceError):  # a file that cannot be read, which who reads it says
-                same.setdefault(digests_of_text(specs, root), []).append(name)
+                content = sorted(known_blake3(each) if isinstance(each, Path) else each for each in found)
+                same.setdefault(tuple(content), []).append(name)
     are = "have one text: no router can choose between them by it; correct the paths"
     yield from (f"{' and '.join(names)} {are}" for names in same.values() if len(names) > 1)
 

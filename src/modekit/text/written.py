@@ -21,7 +21,7 @@ from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Digest, Label, Number, read_as
 from modekit.files.write import json_bytes, make_folder, remove, write_file
 from modekit.recipes.recipe import Expert, Recipe
-from modekit.text.documents import check_present, stream_records
+from modekit.text.documents import find_text, stream_records
 from modekit.text.records import ID, TextRecord, data_of
 
 _MOST_DOCUMENTS, _FEWEST_DOCUMENTS = 192, 64
@@ -161,7 +161,7 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
             found=str(written_file(expert, root)),
             remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if its fit reads text",
         )
-    check_present(expert.texts, root=root, where=where)
+    find_text(expert.texts, root=root, where=where)
     if expert.writes_text and (known := _wrote(expert, root)) and known[0] < min(_FEWEST_WRITTEN, known[1].documents):
         raise TextError(
             "this expert wrote too little text to learn its domain from",

@@ -15,7 +15,7 @@ from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
 from modekit.text.document import Document, check_kind
-from modekit.text.documents import check_present
+from modekit.text.documents import find_text
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
@@ -54,7 +54,7 @@ def check_given(checkpoint: Checkpoint, texts: Mapping[str, Sequence[str]], root
                 expected=", ".join(checkpoint.names),
                 remedy="name a domain of the mixture; text of no domain goes under generic",
             )
-        check_present(specs, root=root, where=f"--text {name}")
+        find_text(specs, root=root, where=f"--text {name}")
 
 
 def read_texts(

@@ -14,7 +14,7 @@ from modekit.files.typed import shortened
 from modekit.recipes.strict import NAME_RULE, is_name
 from modekit.run import Run
 from modekit.text.document import text_of
-from modekit.text.documents import check_present, stream_records
+from modekit.text.documents import find_text, stream_records
 from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
 
@@ -100,5 +100,5 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path) -> dict[str, s
         if len(specs) > 1 or [each.lower() for each in texts].count(name.lower()) > 1:
             remedy = "give it one text, a folder where there are several files, or rename one"
             raise ModekitError("a domain is named twice", where=f"{WHERE} {name}", found=", ".join(specs), remedy=remedy)
-        check_present(specs, root=root, where=f"{WHERE} {name}")
+        find_text(specs, root=root, where=f"{WHERE} {name}")
     return {name: specs[0] for name, specs in texts.items()}
