@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_json, read_text
 from modekit.sources.config import Config, damaged_model
+from modekit.sources.cuts import other_cuts
+
+if TYPE_CHECKING:
+    from modekit.sources.source import ModelSource
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5."""
@@ -193,6 +197,71 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
         if not same:
             what = f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s"
             raise MismatchError(what, where=where, remedy=readers.remedy)
+
+
+_ONE_TOKENIZER = "train both with one tokenizer that has the tokens of both, or leave one of the experts out"
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """The tokens of several models, the base first.
+
+    Attributes:
+        read: of each; None where neither it nor the base has a tokenizer.
+        largest: number of the model whose tokenizer has the tokens of all.
+        notes: what a user should know of tokenizers that differ, or lack.
+    """
+
+    read: Sequence[ReadTokens | None]
+    largest: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def are_same(self) -> bool:
+        """Whether all have the same tokens."""
+        tokens = [each and each.tokens for each in self.read]
+        return all(each is tokens[0] or each == tokens[0] for each in tokens)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Of the largest; none where no model has a tokenizer."""
+        largest = self.read[self.largest]
+        return {} if largest is None else largest.tokens
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """Some tokens of the largest, for a message."""
+        names = {number: token for token, number in self.tokens.items()}
+        return some_of([f"{names.get(number, '')[:60]!r} {number}" for number in ids], 5)
+
+
+def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
+    """What the tokenizers of models (the base first) have in common.
+
+    A folder without tokenizer files is taken to use the base model's. Raises MismatchError where two of them give an id two
+    tokens, a token two ids, or join tokens otherwise; SourceError for one that cannot be read.
+    """
+    base = sources[0]
+    first = read_tokens(base.folder, where=base.where)
+    found, largest, notes = [first], 0, list[str]()
+    if first is None and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
+        notes.append(f"{base.label}: its folder has no tokenizer, which fit, eval, chat and serve need: put its files there")
+    for number, source in enumerate(sources[1:], 1):
+        where = source.where
+        check_same_pieces(base.folder, source.folder, where=where)
+        read = None if first is None else read_tokens(source.folder, where=where, beside=first.tokens) or first
+        found.append(read)
+        if first is None or read is None or read is first:
+            continue
+        check_alike(first, read, where=where, below=min(first.size, read.size))
+        if first.rest and read.rest and first.rest != read.rest:
+            notes += other_cuts(base.folder, source.folder, where=where, remedy=Readers.remedy)
+        most = found[largest]
+        if largest and most is not None:
+            between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER)
+            check_alike(most, read, where=where, readers=between, below=min(most.size, read.size))
+        if read.size > (most or first).size:
+            largest = number
+    return SharedTokens(found, largest, tuple(notes))
 
 
 _OTHER_TOKENIZER = "give the tokenizer that belongs to the model, or resize the model's embeddings"

@@ -1,22 +1,16 @@
-"""Whose tokenizer a mixture has, and what goes with it; and do two tokenizers of the same tokens cut text alike?"""
+"""Whose tokenizer a mixture has, and what goes with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from modekit.errors import MismatchError
 from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import Config, damaged_model
+from modekit.sources.config import Config
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import Readers, Tokens, chat_template, copied_files, read_beside
-
-if TYPE_CHECKING:
-    from modekit.sources.vocabulary import SharedTokens
-
+from modekit.sources.tokenizer import SharedTokens, Tokens, chat_template, copied_files, read_beside
 
 _GENERATION, _TEMPLATE = "generation_config.json", "chat_template.jinja"
 
@@ -60,11 +54,11 @@ class TokenizerChoice:
 
 def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> TokenizerChoice:
     """The largest tokenizer, its chat template (or else the base's, or an expert's), and every token that ends a text."""
-    owner, read = sources[shared.largest], shared.read[shared.largest]
-    if shared.are_same or read is None:
+    owner = sources[shared.largest]
+    if shared.are_same:
         return TokenizerChoice(sources[0])
-    inside = {*read.tokens.values()}
-    eos = tuple(dict.fromkeys(end for each in (owner, *sources) for end in _ends(each, read.tokens) if end in inside))
+    inside = {*shared.tokens.values()}
+    eos = tuple(dict.fromkeys(end for each in (owner, *sources) for end in _ends(each, shared.tokens) if end in inside))
     said: int | list[int] = eos[0] if len(eos) == 1 else list(eos)
     names = ("bos_token_id", "pad_token_id", "eos_token_id") if not isinstance(owner, AdapterSource) else ()
     settings = {name: owner.config[name] for name in names if name in owner.config} | ({"eos_token_id": said} if eos else {})
@@ -90,43 +84,3 @@ def _ends(source: ModelSource, tokens: Tokens) -> Iterator[int]:
     for config in (read_beside(source.folder, _GENERATION), {} if isinstance(source, AdapterSource) else source.config):
         found = config.get("eos_token_id")
         yield from (each for each in (found if isinstance(found, list) else [found]) if type(each) is int)
-
-
-_PAGE = (
-    "The court held, on 12 May 1998, that section 3(b) doesn't apply; see Smith v. Jones, 410 U.S. 113 (1973).",
-    "def  area(x_1, y):\n\t    return x_1 ** 2 - 0.5e-10*y  # TODO: camelCaseNames, HTTPServer\r\n\r\n",
-    "  Ünïcödé ﬁne café e\u0301 ½ ² “quotes” … naïve İstanbul STRASSE straße   ",
-    "漢字とひらがな 한국어 عربي हिन्दी ไทย Ελληνικά русский 𐍈 🙂👩‍👩‍👧 \u200b\u00a0x",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa 1234567890 00012 ,,,,----==== <tag attr='1'/> a@b.example/c?d=e&f",
-)
-"""Text of many kinds: two tokenizers that cut it alike are taken to cut all text alike."""
-
-
-def other_cuts(base: Path, expert: Path, *, where: str) -> list[str]:
-    """Raise MismatchError where two tokenizer.json with the same tokens cut a page of text otherwise; SourceError for a file
-    that the tokenizers library does not open. A note where only the special tokens that they put around a text differ.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        both = [Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (base, expert)]
-        cuts = [[each.encode(text, add_special_tokens=False).tokens for each in both] for text in _PAGE]
-        around = [" ".join(each.encode(_PAGE[0]).tokens[:2]) for each in both]
-    except Exception as error:  # the library raises Exception itself
-        raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer.json", error) from None
-    for text, (ours, theirs) in zip(_PAGE, cuts, strict=True):
-        if ours != theirs:
-            first = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
-            raise MismatchError(
-                "the expert's tokenizer has the same tokens as the base model's and cuts text otherwise",
-                where=where,
-                found=f"{text[:40]!r}: ... {' '.join(theirs[first : first + 6])}",
-                expected=f"... {' '.join(ours[first : first + 6])}",
-                remedy=Readers().remedy,
-            )
-    if around[0] == around[1]:
-        return []
-    other = (
-        f"puts other special tokens around a text ({around[1]} ...) than the base's ({around[0]} ...), which the mixture has"
-    )
-    return [f"{where}: its tokenizer {other}"]

@@ -19,25 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from modekit.errors import some_of
 from modekit.sources.config import whole
 from modekit.sources.family import Family
 from modekit.sources.grown import Grown, TokenRows
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import (
-    TOKENIZER_FILES,
-    Readers,
-    ReadTokens,
-    Tokens,
-    check_alike,
-    check_ids_fit,
-    check_same_pieces,
-    check_same_tokenizer,
-    read_tokens,
-)
-from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer, other_cuts
-
-_ONE_TOKENIZER = "train both with one tokenizer that has the tokens of both, or leave one of the experts out"
+from modekit.sources.tokenizer import SharedTokens, check_ids_fit, check_same_tokenizer, read_tokens, share_tokens
+from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,32 +54,38 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family) -> Vocabula
     """
     base, unique = sources[0], list(dict.fromkeys(sources))
     if family.pair:
-        for source in unique[1:]:
-            check_same_tokenizer(base.folder, source.folder, where=source.where)
-        where = f"base_model ({base.spec})"
-        check_ids_fit(_tokens(read_tokens(base.folder, where=where)), whole(base.config, "vocab_size"), where=where)
-        return Vocabulary(sources, sources, TokenizerChoice(base))
+        return _of_pairs(sources, unique)
     shared = share_tokens(unique)
     pairs = zip(unique, shared.read, strict=True)
     models = [TokenRows(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
     known = [model.rows or models[0].rows for model in models if model.ids == owner.ids]  # padding of others is no token's row
-    check_ids_fit(_tokens(shared.read[shared.largest]), max(known), where=owner.source.where)
+    check_ids_fit(shared.tokens, max(known), where=owner.source.where)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
         return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
+    return _grown(sources, models, shared, rows)
+
+
+def _of_pairs(sources: tuple[ModelSource, ...], unique: Sequence[ModelSource]) -> Vocabulary:
+    base = unique[0]
+    for source in unique[1:]:
+        check_same_tokenizer(base.folder, source.folder, where=source.where)
+    read = read_tokens(base.folder, where=base.where)
+    check_ids_fit({} if read is None else read.tokens, whole(base.config, "vocab_size"), where=base.where)
+    return Vocabulary(sources, sources, TokenizerChoice(base))
+
+
+def _grown(sources: tuple[ModelSource, ...], models: Sequence[TokenRows], shared: SharedTokens, rows: int) -> Vocabulary:
+    """With as many rows in each model, and the tokenizer that has the tokens of all."""
     for model in models:
         model.check_rows()
-    grown = Grown(models, rows)
-    choice = choose_tokenizer(unique, shared)
+    grown, base = Grown(models, rows), sources[0]
+    choice = choose_tokenizer([model.source for model in models], shared)
     made = {model.source: grown.model(model) for model in models}
     config = {**base.config, "vocab_size": rows, **choice.settings}
     made[base] = replace(made[base], config=config, on_disk=base.on_disk or base.config)
     notes = (*shared.notes, *_notes(models, shared, rows), *choice.notes)
     return Vocabulary(tuple(made[source] for source in sources), sources, choice, True, notes)
-
-
-def _tokens(read: ReadTokens | None) -> Tokens:
-    return {} if read is None else read.tokens
 
 
 def _notes(models: Sequence[TokenRows], shared: SharedTokens, rows: int) -> Iterator[str]:
@@ -106,59 +99,3 @@ def _notes(models: Sequence[TokenRows], shared: SharedTokens, rows: int) -> Iter
         yield f"tokens that the base model lacks, from {', '.join(names)}{which}: {len(tokens)} ({shared.shown(tokens)})"
     sizes = ", ".join(f"{model.source.label} {model.rows:,}" for model in models if model.rows)
     yield f"embedding and head have {rows:,} rows, as many as the largest model's ({sizes})"
-
-
-@dataclass(frozen=True)
-class SharedTokens:
-    """The tokens of several models, the base first.
-
-    Attributes:
-        read: of each; None where neither it nor the base has a tokenizer.
-        largest: number of the model whose tokenizer has the tokens of all.
-        notes: what a user should know of tokenizers that differ, or lack.
-    """
-
-    read: Sequence[ReadTokens | None]
-    largest: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def are_same(self) -> bool:
-        """Whether all have the same tokens."""
-        tokens = [each and each.tokens for each in self.read]
-        return all(each is tokens[0] or each == tokens[0] for each in tokens)
-
-    def shown(self, ids: Sequence[int]) -> str:
-        """Some tokens of the largest, for a message."""
-        names = {number: token for token, number in _tokens(self.read[self.largest]).items()}
-        return some_of([f"{names.get(number, '')[:60]!r} {number}" for number in ids], 5)
-
-
-def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
-    """What the tokenizers of models (the base first) have in common.
-
-    A folder without tokenizer files is taken to use the base model's. Raises MismatchError where two of them give an id two
-    tokens, a token two ids, or join tokens otherwise; SourceError for one that cannot be read.
-    """
-    base = sources[0]
-    first = read_tokens(base.folder, where=base.where)
-    found, largest, notes = [first], 0, list[str]()
-    if first is None and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
-        notes.append(f"{base.label}: its folder has no tokenizer, which fit, eval, chat and serve need: put its files there")
-    for number, source in enumerate(sources[1:], 1):
-        where = source.where
-        check_same_pieces(base.folder, source.folder, where=where)
-        read = None if first is None else read_tokens(source.folder, where=where, beside=first.tokens) or first
-        found.append(read)
-        if first is None or read is None or read is first:
-            continue
-        check_alike(first, read, where=where, below=min(first.size, read.size))
-        if first.rest and read.rest and first.rest != read.rest:
-            notes += other_cuts(base.folder, source.folder, where=where)
-        most = found[largest]
-        if largest and most is not None:
-            between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER)
-            check_alike(most, read, where=where, readers=between, below=min(most.size, read.size))
-        if read.size > (most or first).size:
-            largest = number
-    return SharedTokens(found, largest, tuple(notes))

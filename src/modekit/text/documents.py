@@ -113,7 +113,11 @@ def _records_of(spec: str, *, root: Path, where: str) -> Iterator[TextRecord]:
 
 def is_local(spec: str, root: Path) -> bool:
     """Whether a text is a file or folder, there or not, rather than a hub data set."""
-    return spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or locate(spec, root) is not None
+    return _is_path(spec) or locate(spec, root) is not None
+
+
+def _is_path(spec: str) -> bool:
+    return spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~"))
 
 
 def find_text(specs: Sequence[str], *, root: Path, where: str) -> list[Path | str]:
@@ -128,7 +132,7 @@ def find_text(specs: Sequence[str], *, root: Path, where: str) -> list[Path | st
 def _path_of(spec: str, root: Path, where: str) -> Path | None:
     """Where a text lies; None of a hub data set. Raises TextError."""
     path = locate(spec, root)
-    if path is None and is_local(spec, root):
+    if path is None and _is_path(spec):
         raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
     return path
 
