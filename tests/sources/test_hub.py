@@ -20,7 +20,7 @@ from modekit.errors import SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
-from modekit.sources.source import model_folder
+from modekit.sources.folders import model_folder
 from stand_in_hub import COMMIT, StandIn, point_at, serving
 
 
@@ -70,7 +70,7 @@ def test_a_download_is_reported_and_draws_nothing_of_its_own(
     monkeypatch.setenv("TQDM_POSITION", "-1")  # which makes the library draw where there is no terminal
     told: list[tuple[str, int, int]] = []
     run = Run(progress=lambda *report: told.append(report))
-    folder = model_folder("acme/law-lora", None, root=workshop.root, label="MODEL", run=run)
+    folder, _ = model_folder("acme/law-lora", root=workshop.root, label="MODEL", run=run)
     size = (folder / "adapter_model.safetensors").stat().st_size
     assert ("download", size, size) in told and "it/s" not in (drawn := capfd.readouterr().err) and "B/s" not in drawn
 

@@ -51,9 +51,9 @@ from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.sources.config import Config, settings_digest, whole
+from modekit.sources.config import Config, whole
 from modekit.sources.contents import OpenFiles, read_header
-from modekit.sources.digests import known_blake3
+from modekit.sources.digests import known_blake3, settings_digest
 from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef
 from modekit.sources.names import weight_of
 from modekit.sources.source import ModelSource

@@ -43,10 +43,10 @@ def balance(
     with running() as run:
         from modekit.experts.corpus.balance import BalanceSettings, TextsToBalance, balance
         from modekit.loaded.load import load_tokenizer
-        from modekit.sources.source import model_folder
+        from modekit.sources.folders import model_folder
 
         settings = settings_in(words, BalanceSettings, "data balance")
-        folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
+        folder, _ = model_folder(tokenizer, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, settings, target, replace=replaced_by(said.overwrite), run=run)
     if common().json:
@@ -71,9 +71,9 @@ def make_tokenizer(
     with running() as run:
         from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
         from modekit.loaded.load import load_tokenizer
-        from modekit.sources.source import model_folder
+        from modekit.sources.folders import model_folder
 
-        folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)
+        folder, _ = (None, None) if against is None else model_folder(against, root=Path.cwd(), label="--against", run=run)
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)
         trained = train_tokenizer(mix, vocabulary, target, replace=replaced_by(said.overwrite), run=run)

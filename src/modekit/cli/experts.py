@@ -105,7 +105,7 @@ def specialize(
     words: Words = None,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well; --tags: on several; --teacher: from another model."""
-    from modekit.sources.source import model_folder
+    from modekit.sources.folders import model_folder
 
     settings = settings_in(words, SpecialistSettings, "specialize")
     settings.check(teacher=options.teacher, tags=options.tags, generic=options.generic)
@@ -124,7 +124,7 @@ def specialize(
         train, rank, rate = checked_choice(options.train, settings.rank, settings.learning_rate)
         shared = {key: getattr(settings, key) for key in ("steps", "batch_tokens", "sequence_length", "seed")}
         training = Training(learning_rate=rate, **shared)
-        folder = model_folder(base, None, root=Path.cwd(), label="BASE", run=run)
+        folder, _ = model_folder(base, root=Path.cwd(), label="BASE", run=run)
         generic = Generic(options.generic, settings.generic_share or SHARE) if options.generic else None
         labelled = (
             Labelled(_by_label(text), settings.randomise or 0.0, settings.randomise_to or "all") if options.tags else None
@@ -149,9 +149,9 @@ def _teaching(teacher: str | None, settings: SpecialistSettings, run: Run) -> Te
     if teacher is None:
         return None
     from modekit.experts.distill.teaching import Teaching
-    from modekit.sources.source import model_folder
+    from modekit.sources.folders import model_folder
 
-    folder = model_folder(teacher, None, root=Path.cwd(), label="--teacher", run=run)
+    folder, _ = model_folder(teacher, root=Path.cwd(), label="--teacher", run=run)
     return Teaching(folder, settings.distillation(), settings.mix)
 
 
@@ -201,12 +201,12 @@ def extract(
 ) -> None:
     """Extract a LoRA adapter from a full fine-tune, and show what that loses."""
     from modekit.experts.extract import extract
-    from modekit.sources.source import model_folder
+    from modekit.sources.folders import model_folder
 
     target = writable(output, options.overwrite)
     with running() as run:
-        tuned = model_folder(model, None, root=Path.cwd(), label="MODEL", run=run)
-        origin = model_folder(base, None, root=Path.cwd(), label="--base", run=run)
+        tuned, _ = model_folder(model, root=Path.cwd(), label="MODEL", run=run)
+        origin, _ = model_folder(base, root=Path.cwd(), label="--base", run=run)
         record = extract(tuned, origin, target, rank=options.rank, base_name=base, overwrite=options.overwrite, run=run)
     if common().json:
         print_json({**record.model_dump(mode="json"), "notes": record.notes()})

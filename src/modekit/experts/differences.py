@@ -12,10 +12,10 @@ from modekit.errors import MismatchError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
 from modekit.sources.compatible import check_same_architecture, check_sizes
 from modekit.sources.config import is_mixture
-from modekit.sources.contents import OpenFiles, check_floats
-from modekit.sources.families import own_family
+from modekit.sources.contents import OpenFiles
+from modekit.sources.families import row_of
 from modekit.sources.family import Family
-from modekit.sources.header import TensorRef
+from modekit.sources.header import TensorRef, check_floats
 from modekit.sources.names import is_ignored, module_of, split_layer
 from modekit.sources.source import ModelSource
 from modekit.weights.flat import holds_only_finite, stored
@@ -58,10 +58,10 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     Raises SourceError, MismatchError or UnsupportedError unless both are unquantised models of one architecture.
     """
     # Without a row: compared with the defaults of most families.
-    family = own_family(origin.config, Family(model_type=str(origin.config["model_type"])))
+    family = row_of(origin.config) or Family(model_type=str(origin.config["model_type"]))
     for source in (tuned, origin):
         check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
-        check_sizes(source, own_family(source.config, family))
+        check_sizes(source, row_of(source.config) or family)
     check_same_architecture(origin, tuned, family)
     names = family.own_names(origin)
     for name in names:

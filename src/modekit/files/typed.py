@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -81,3 +82,13 @@ def shortened(text: object) -> str:
     """The first line of what somebody else says, no longer than a line."""
     line = next(iter(str(text).splitlines()), "")
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
+def entries(data: object) -> Iterator[tuple[str, object]]:
+    """Every key and its value in mappings, and in mappings and lists within these."""
+    waiting = [data]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Mapping):
+            yield from each.items()
+        waiting += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()

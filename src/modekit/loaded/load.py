@@ -28,13 +28,14 @@ from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import check_no_code, damaged_model, read_config
+from modekit.sources.config import damaged_model, read_config
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.natives import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
-from modekit.sources.source import ModelSource, is_quantised, open_source
+from modekit.sources.remote_code import check_no_code
+from modekit.sources.source import ModelSource, open_source
 from modekit.sources.tokenizer import PAIR_FILES
 from modekit.sources.towers import may_wrap
 from modekit.weights.folding import folded, reader
@@ -165,8 +166,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
 
 def _read_by_us(folder: Path, run: Run) -> ModelSource | None:
     """A quantised model, or the language model within a wrapper; None of a folder that transformers reads as we do."""
-    quantised = is_quantised(folder)
-    if not quantised and not may_wrap(read_config(folder, where=str(folder))):
+    config = read_config(folder, where=str(folder))
+    quantised = bool(config.get("quantization_config"))
+    if not quantised and not may_wrap(config):
         return None
     source = open_source("model", str(folder), folder, run=run)
     return source if quantised or source.wrapper is not None else None

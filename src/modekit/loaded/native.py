@@ -29,9 +29,10 @@ from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import other_record
 from modekit.run import QUIET, Run
-from modekit.sources.config import check_no_code, whole
+from modekit.sources.config import whole
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import Native
+from modekit.sources.remote_code import check_no_code
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _FAR = 10_000.0  # between two logits: softmax gives the lower one exactly nothing

@@ -25,10 +25,10 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.sources.adapted import Adapted, Parts, wrapped
 from modekit.sources.config import Config, is_mixture
-from modekit.sources.contents import check_floats, read_header
+from modekit.sources.contents import read_header
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
-from modekit.sources.header import TensorRef
+from modekit.sources.header import TensorRef, check_floats
 from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of

@@ -10,11 +10,11 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from modekit.sources.families import row_of
+from modekit.sources.families import is_class_alone
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import concatenated, rows_of, stacked
 from modekit.sources.source import ModelSource
-from modekit.sources.structure import Structure, is_installed, structure
+from modekit.sources.structure import Structure, structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +32,9 @@ def named_by_class(source: ModelSource) -> ModelSource:
 
     Raises as `family_of` does, and UnsupportedError for files that only arithmetic turns into these tensors.
     """
-    config = source.config
-    if row_of(config) is not None or "text_config" in config or not is_installed(str(config.get("model_type"))):
+    if not is_class_alone(source.config):
         return source
-    return replace(source, tensors=_named(structure(config, where=source.where), source.tensors))
+    return replace(source, tensors=_named(structure(source.config, where=source.where), source.tensors))
 
 
 def _named(found: Structure, tensors: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.recipes.layers import Layer, stack_of
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, check_values, is_mixture, words
-from modekit.sources.contents import check_floats
-from modekit.sources.families import own_family
+from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, check_values, is_mixture
+from modekit.sources.families import row_of
 from modekit.sources.family import UNTIE, Family
+from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.pairs import check_same_target
 from modekit.sources.source import ModelSource
@@ -29,7 +29,7 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
     models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
     for source in models:  # before anything is computed from their settings
         if source.config.get("model_type") == family.model_type:  # else that is said below
-            check_sizes(source, own_family(source.config, family))
+            check_sizes(source, row_of(source.config) or family)
     for source in models:
         check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
         if source is not base:
@@ -80,8 +80,8 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
 
 def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    said = [] if family.pair else words(family.dense_config(source.config), "layer_types")
-    kinds: list[object] = [*said] if len(said) == len(layers) else [stack_of(layer)[0] for layer in layers]
+    said = None if family.pair else family.dense_config(source.config).get("layer_types")
+    kinds = said if isinstance(said, list) and len(said) == len(layers) else [stack_of(layer)[0] for layer in layers]
     found: dict[Layer, set[str]] = {layer: set(family.stack_of(layer).mlp.values()) for layer in layers}
     for name in source.tensors:
         layer, path = split_layer(name)

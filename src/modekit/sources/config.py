@@ -1,4 +1,4 @@
-"""config.json of a model, which anyone may have written: read as data, refused where it brings code, values of the right kind.
+"""config.json of a model, which anyone may have written: read as data, with values of the right kind.
 
 After `check_values` the settings that modekit computes with are what their names say: sizes are whole numbers, names are text,
 and nothing is so large that arithmetic with it fails.
@@ -6,14 +6,12 @@ and nothing is so large that arithmetic with it fails.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
-from modekit.run import Run
+from modekit.files.typed import entries
 
 Config = Mapping[str, object]
 """config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
@@ -24,19 +22,6 @@ FROM_GGUF = (
     "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
     "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
 )
-_CODE = frozenset(
-    {
-        *("auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels"),
-        *("configuration_files", "transformers_weights"),  # other files than those that modekit checks
-    }
-)
-"""Keys by which a config makes transformers import, download or read something else, wherever in the config they stand."""
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-"""What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
-_NO_SETTINGS = frozenset(
-    {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision", "quantization_config"}
-)
-
 _KINDS: dict[type, str] = {
     int: "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size num_key_value_heads head_dim "
     "max_position_embeddings sliding_window max_window_layers full_attention_interval linear_conv_kernel_dim "
@@ -111,12 +96,6 @@ def damaged_model(
     return SourceError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 
-def settings_digest(config: Config) -> str:
-    """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
-    said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
 def read_config(folder: Path, *, where: str) -> dict[str, object]:
     """A model's config.json as data, by its folder or the file. Raises SourceError when it is missing or no JSON."""
     try:
@@ -140,33 +119,6 @@ def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
     files = sorted(name for name in names if name.endswith(".gguf"))
     if files:
         raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
-
-
-def check_no_code(config: Config, *, where: str, run: Run) -> None:
-    """Raise SourceError when a config brings Python of its own, or names other code or files, and the user did not accept it.
-
-    For every config that reaches transformers: those of models, and of a mixture itself.
-    """
-    if run.trust_remote_code:
-        return
-    for key, value in entries(config):
-        if key == "auto_map" and value and config.get("model_type") == "modekit":
-            raise SourceError("this is a mixture, not a dense model", where=where, remedy=OF_A_MIXTURE)
-        if key == "auto_map" and value:
-            raise SourceError(
-                "the model brings code of its own (auto_map in config.json)",
-                where=where,
-                found=value,
-                remedy="check that the weights follow the named family, then pass --trust-remote-code",
-            )
-        named = key.lstrip("_").removesuffix("_internal") in _IMPLEMENTATIONS and not _is_plain(value)
-        if named or (key in _CODE and value not in (None, False)):
-            raise SourceError(
-                f"config.json makes transformers use other code or files ({key[:64]})",
-                where=where,
-                found=value,
-                remedy="remove the setting from config.json, or pass --trust-remote-code if you trust what it names",
-            )
 
 
 def is_mixture(config: Config) -> bool:
@@ -209,20 +161,3 @@ def _is_kind(value: object, kind: type, span: tuple[int, int]) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
     return type(value) is kind and (not isinstance(value, list) or all(isinstance(each, str) for each in value))
-
-
-def _is_plain(value: object) -> bool:
-    """Whether an implementation is named by a word, or several by part of the model, and none of them is a repository."""
-    if isinstance(value, dict):
-        return all(isinstance(each, str) and "/" not in each for each in value.values() if each is not None)
-    return value is None or (isinstance(value, str) and "/" not in value)
-
-
-def entries(data: object) -> Iterator[tuple[str, object]]:
-    """Every key and its value in mappings, and in mappings and lists within these."""
-    waiting = [data]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, Mapping):
-            yield from each.items()
-        waiting += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()

@@ -11,16 +11,15 @@ which its header was read is refused, so that what is copied, what is hashed and
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from modekit.errors import SourceError
 from modekit.files.read import FileState, open_regular, parse_json
-from modekit.sources.header import DTYPE_NAMES, TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.quantised import PackedRef
 
 CHUNK = 2**19
@@ -41,29 +40,15 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
             (length,) = struct.unpack("<Q", raw.read(8))
             header = parse_json(raw.read(length).decode("utf-8"))
             header.pop("__metadata__", None)
-            return {name: _tensor(name, said, 8 + length, file, state) for name, said in header.items()}
+            found: dict[str, TensorRef] = {}
+            for name, said in header.items():
+                begin, end = (8 + length + offset for offset in said["data_offsets"])
+                found[name] = TensorRef(name, file, said["dtype"], tuple(said["shape"]), begin, end, state)
+            return found
     except OSError as error:
         raise SourceError("file cannot be read", where=where, found=error.strerror or error, remedy=_AGAIN) from None
     except (SafetensorError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError("safetensors file is damaged, or none", where=where, found=error, remedy=_AGAIN) from None
-
-
-def _tensor(name: str, said: Mapping[str, Any], data_start: int, file: Path, state: FileState) -> TensorRef:
-    begin, end = said["data_offsets"]
-    return TensorRef(name, file, said["dtype"], tuple(said["shape"]), data_start + begin, data_start + end, state)
-
-
-def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
-    """Raise SourceError for a tensor of no float."""
-    for ref in refs:
-        if ref.dtype not in DTYPE_NAMES:
-            raise SourceError(
-                "tensor dtype cannot be mixed",
-                where=f"{where}: {ref.name}",
-                found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES),
-                remedy="save it in bf16, fp16 or fp32",
-            )
 
 
 class WeightFile:

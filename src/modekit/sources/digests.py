@@ -1,7 +1,9 @@
-"""blake3 of whole weight files: one that has not changed since this user's modekit read it is not read again."""
+"""Whether files and settings are what they were: blake3 of weight files, read once while they stay; sha256 of a config."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -13,9 +15,19 @@ from blake3 import blake3
 
 from modekit.files.read import FileState, read_text
 from modekit.files.user_cache import WRONG, file_of, keep_proven
+from modekit.sources.config import Config
 from modekit.sources.contents import WeightFile
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NO_SETTINGS = frozenset(
+    {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision", "quantization_config"}
+)
+
+
+def settings_digest(config: Config) -> str:
+    """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
+    said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:

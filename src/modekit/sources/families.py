@@ -167,12 +167,11 @@ def family_of(config: Config, *, where: str) -> Family:
     row = row_of(config)
     if row is not None:
         return row
-    wraps, model_type = "text_config" in config, str(config.get("model_type"))
-    if not wraps and is_installed(model_type):
+    if is_class_alone(config):
         return structure(config, where=where).family
+    wraps = ": it wraps a language model; give that part alone (its text_config and weights)"
     raise UnsupportedError(
-        f"models of the family '{model_type}' cannot be mixed"
-        + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""),
+        f"models of the family '{config.get('model_type')}' cannot be mixed{wraps if 'text_config' in config else ''}",
         where=where,
         expected=f"a family of {', '.join(sorted({row.model_type for row in FAMILIES}))}",
         remedy="choose a base model of one of these families",
@@ -188,6 +187,6 @@ def row_of(config: Config) -> Family | None:
     return None
 
 
-def own_family(config: Config, other: Family) -> Family:
-    """The row of a dense config, or where there is none another one."""
-    return row_of(config) or other
+def is_class_alone(config: Config) -> bool:
+    """Whether a model is known by its installed class, and by no row."""
+    return row_of(config) is None and "text_config" not in config and is_installed(str(config.get("model_type")))

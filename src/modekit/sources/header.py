@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modekit.errors import SourceError
 from modekit.files.read import FileState
 
 ITEMSIZE = {
@@ -52,3 +54,16 @@ class TensorRef:
     def source_dtype(self) -> str:
         """The dtype that it gets where a recipe says `dtype: source`."""
         return self.dtype
+
+
+def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
+    """Raise SourceError for a tensor of no float."""
+    for ref in refs:
+        if ref.dtype not in DTYPE_NAMES:
+            raise SourceError(
+                "tensor dtype cannot be mixed",
+                where=f"{where}: {ref.name}",
+                found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES),
+                remedy="save it in bf16, fp16 or fp32",
+            )

@@ -9,7 +9,8 @@ from modekit.recipes.recipe import Expert, Recipe, label_of
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
-from modekit.sources.source import ModelSource, local_folder, model_folder, open_source
+from modekit.sources.folders import model_folder
+from modekit.sources.source import ModelSource, open_source
 
 
 def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET) -> tuple[ModelSource, ...]:
@@ -40,14 +41,11 @@ class Opener:
             return base
         if expert.adapter is None:
             return self._model(label, expert.source, expert.revision)
-        folder, commit = self._folder(label, expert.adapter, expert.revision, as_adapter=True)
+        folder, commit = model_folder(
+            expert.adapter, expert.revision, root=self.root, label=label, run=self.run, as_adapter=True
+        )
         return open_adapter(label, expert.adapter, folder, base, revision=commit)
 
     def _model(self, label: str, spec: str, revision: str | None) -> ModelSource:
-        folder, commit = self._folder(label, spec, revision)
+        folder, commit = model_folder(spec, revision, root=self.root, label=label, run=self.run)
         return named_by_class(open_source(label, spec, folder, revision=commit, run=self.run))
-
-    def _folder(self, label: str, spec: str, revision: str | None, *, as_adapter: bool = False) -> tuple[Path, str | None]:
-        """Where a model lies, and its commit on the hub."""
-        folder = model_folder(spec, revision, root=self.root, label=label, run=self.run, as_adapter=as_adapter)
-        return folder, folder.name if local_folder(spec, root=self.root, label=label) is None else None

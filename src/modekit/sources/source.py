@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import FileState
-from modekit.recipes.paths import may_be_hub_id
 from modekit.run import QUIET, Run
-from modekit.sources.config import FROM_GGUF, Config, check_no_code, read_config
+from modekit.sources.config import Config, read_config
 from modekit.sources.contents import read_header
 from modekit.sources.header import TensorRef
-from modekit.sources.towers import WRAPPERS, may_wrap, plain_names, text_config
+from modekit.sources.remote_code import check_no_code
+from modekit.sources.towers import unwrapped
 from modekit.sources.weight_files import weight_files
 
 SPECIALIST_FILE = "specialist.json"
@@ -93,26 +93,12 @@ class ModelSource:
         return other
 
 
-def no_model_folder(path: Path, where: str) -> SourceError:
-    """The error for a path that is no folder: nothing, or a file."""
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file system has
-        is_file = False
-    if is_file:
-        remedy = FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of"
-        return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
-    return SourceError("model folder does not exist", where=where, found=str(path), remedy="correct the path")
-
-
 def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:
     """Read config and headers of a model folder.
 
     Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
     """
     where = f"{label} ({spec})"
-    if not folder.is_dir():
-        raise no_model_folder(folder, where)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
     tensors: dict[str, TensorRef] = {}
@@ -126,60 +112,4 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         what, remedy = "the folder holds both a model and an adapter", "take the adapter's files into a folder of their own"
         raise SourceError(what, where=where, found="adapter_config.json", remedy=remedy)
-    return replace(source_of(label, spec, folder, revision, config, tensors), packed=packed)
-
-
-def source_of(
-    label: str, spec: str, folder: Path, revision: str | None, config: Config, tensors: Mapping[str, TensorRef]
-) -> ModelSource:
-    """A model by its config.json and headers. Raises SourceError, or UnsupportedError, for a wrapper that cannot be read."""
-    plain = ModelSource(label, spec, folder, revision, config, tensors)
-    if not may_wrap(config):
-        return plain
-    names, wraps = plain_names(tensors, where=plain.where), config["model_type"] in WRAPPERS
-    own = {name: replace(tensors[named], name=name) for name, named in names.items()}
-    text = text_config(config, own, where=plain.where) if wraps else config
-    beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
-    if not wraps and own.keys() == tensors.keys():
-        return plain
-    return replace(plain, config=text, tensors=own, wrapper=config, beside=beside)
-
-
-def is_quantised(folder: Path) -> bool:
-    """Whether config.json says so of a model's weights. Raises SourceError."""
-    return bool(read_config(folder, where=str(folder)).get("quantization_config"))
-
-
-def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
-    """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
-
-    Raises SourceError when it is a path to nothing.
-    """
-    try:
-        folder = (root / Path(spec).expanduser()).resolve()
-        if folder.is_dir():
-            return folder
-    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
-        folder = root / spec
-    if not may_be_hub_id(spec):
-        raise no_model_folder(folder, f"{label} ({spec})")
-    return None
-
-
-def model_folder(
-    spec: str, revision: str | None, *, root: Path, label: str, run: Run = QUIET, as_adapter: bool = False
-) -> Path:
-    """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
-    folder = local_folder(spec, root=root, label=label)
-    if folder is None:
-        from modekit.sources.hub import download  # its import takes longer than a whole local plan
-
-        return download(spec, revision, where=f"{label} ({spec})", run=run, as_adapter=as_adapter)
-    if revision is not None:
-        raise SourceError(
-            "a revision has no effect with a folder",
-            where=f"{label} ({spec})",
-            found=revision,
-            remedy="remove revision, or name the model by its hub id",
-        )
-    return folder
+    return unwrapped(ModelSource(label, spec, folder, revision, config, tensors, packed=packed))

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from modekit.errors import UnsupportedError
+from modekit.files.typed import entries
 from modekit.recipes.layers import stack_of
-from modekit.sources.config import Config, damaged_model, entries, no_usable
+from modekit.sources.config import Config, damaged_model, no_usable
 from modekit.sources.family import Family
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.stack import Stack

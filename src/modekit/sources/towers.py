@@ -8,13 +8,16 @@ language model stays behind.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from modekit.errors import UnsupportedError
 from modekit.sources.config import Config, damaged_model, no_usable
-from modekit.sources.families import own_family
-from modekit.sources.family import Family
+from modekit.sources.families import row_of
 from modekit.sources.names import HEAD, weight_of
+
+if TYPE_CHECKING:
+    from modekit.sources.source import ModelSource
 
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
@@ -68,6 +71,20 @@ def may_wrap(config: Config) -> bool:
     return config.get("model_type") in {*WRAPPERS, *_WRAPPED}
 
 
+def unwrapped(source: ModelSource) -> ModelSource:
+    """The language model in files that may be a wrapper's. Raises SourceError, or UnsupportedError, where it cannot be read."""
+    config, tensors = source.config, source.tensors
+    if not may_wrap(config):
+        return source
+    names, wraps = plain_names(tensors, where=source.where), config["model_type"] in WRAPPERS
+    own = {name: replace(tensors[named], name=name) for name, named in names.items()}
+    text = text_config(config, own, where=source.where) if wraps else config
+    beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
+    if not wraps and own.keys() == tensors.keys():
+        return source
+    return replace(source, config=text, tensors=own, wrapper=config, beside=beside)
+
+
 def plain_names(tensors: Iterable[str], *, where: str) -> dict[str, str]:
     """Name of a tensor of the language model -> its name in the file. Raises SourceError where two mean the same."""
     tensors = list(tensors)
@@ -103,6 +120,7 @@ def text_config(config: Config, tensors: Iterable[str], *, where: str) -> Config
             remedy="give the language model alone, as its own class saves it",
         )
     both = {key: config[key] for key in _BOTH if key in config}
-    defaults = own_family({"model_type": kind}, Family("")).defaults
+    row = row_of({"model_type": kind})
+    defaults = {} if row is None else row.defaults
     # Where the files hold a head, transformers keeps it, whatever the two configs say.
     return {**defaults, **both, **inner, "model_type": kind, "tie_word_embeddings": weight_of(HEAD) not in set(tensors)}

@@ -18,7 +18,8 @@ from modekit.errors import TrainingError
 from modekit.files.change import refuse_existing
 from modekit.processes import processes
 from modekit.run import QUIET, Run
-from modekit.sources.source import model_folder, open_source
+from modekit.sources.folders import model_folder
+from modekit.sources.source import open_source
 from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.end_to_end import train_end_to_end
@@ -71,7 +72,7 @@ def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: R
     """The folder of the model that teaches all domains. Raises SourceError, or TrainingError for one of another vocabulary."""
     if settings.teacher is None:
         return None
-    folder = model_folder(settings.teacher, None, root=root, label="teacher", run=run)
+    folder, _ = model_folder(settings.teacher, root=root, label="teacher", run=run)
     where = f"teacher ({settings.teacher})"
     readers = Readers("mixture", "teacher", "use a teacher that has the mixture's tokenizer")
     check_same_tokenizer(checkpoint.folder, folder, where=where, readers=readers)
