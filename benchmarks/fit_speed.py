@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from modekit.planning.mixture_config import averages_of
 from modekit.recipes.mixture import Router
 from modekit.routing.inputs import GateInput, capture_domain
 from modekit.routing.linear import fit_gates
 from modekit.text.sequences import TokenSequence, make_batches
 
-TOKEN = Router().averages
+TOKEN = averages_of(Router())
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from modekit.evaluation.inspection.text import inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import expert_view, mixture_of
+from modekit.planning.mixture_config import averages_of, prefix_of
 from modekit.routing.inputs import GateInput, run_with_inputs
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from pair_models import make_pair_workshop, pair_tokenizer, pairs
@@ -71,7 +72,7 @@ def test_what_is_captured_times_a_gate_is_what_the_router_says(
     def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
         taken.setdefault(slot, {}).update(zip(places_T.tolist(), x_TD @ gates[slot].T, strict=True))
 
-    run_with_inputs(view, sequences, GateInput(router.averages, router.prefix_tokens), consume)
+    run_with_inputs(view, sequences, GateInput(averages_of(router), prefix_of(router)), consume)
     starts = [0, 0]
     for sequence in sequences:
         with torch.inference_mode(), mixture.traced() as trace:

@@ -167,7 +167,10 @@ class MixtureRecord(_Record):
     @property
     def pinned_recipe(self) -> Recipe:
         """The recipe at the commits that its models on the hub had."""
-        return self.recipe.at(*(self.sources[place].revision for place in (0, *self.expert_sources)))
+        base, *commits = (self.sources[place].revision for place in (0, *self.expert_sources))
+        pairs = zip(self.recipe.experts, commits, strict=True)
+        pinned = [each.model_copy(update={"revision": said}) if said and not each.is_base else each for each, said in pairs]
+        return self.recipe.model_copy(update={"revision": base or self.recipe.revision, "experts": pinned})
 
     @model_validator(mode="after")
     def _experts_have_sources(self) -> MixtureRecord:

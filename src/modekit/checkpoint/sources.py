@@ -14,8 +14,8 @@ from modekit.checkpoint.record import SourceRecord
 from modekit.errors import SourceError
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter_config
-from modekit.sources.config import read_config
 from modekit.sources.digests import known_blake3, settings_digest
+from modekit.sources.source import read_config
 from modekit.sources.weight_files import weight_files
 
 _PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"

@@ -28,14 +28,14 @@ from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import damaged_model, read_config
+from modekit.sources.config import damaged_model
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.natives import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.remote_code import check_no_code
-from modekit.sources.source import ModelSource, open_source
+from modekit.sources.source import ModelSource, open_source, read_config
 from modekit.sources.tokenizer import PAIR_FILES
 from modekit.sources.towers import may_wrap
 from modekit.weights.folding import folded, reader

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from modekit.planning.shape import RouterSlot
 from modekit.recipes.fits import ScoreKind
+from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Recipe
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
@@ -236,6 +237,27 @@ def leader_of(slot: RouterSlot) -> str:
     return slot.name.removesuffix(GATE)
 
 
+_CONTEXT_DECAYS = (0.9,)
+"""One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
+_PREFIX = 64  # tokens after which a decision stays, unless a recipe says another number
+
+
+def averages_of(router: Router) -> list[dict[str, float | None]]:
+    """What the gate's parts read; see architecture/modekit_router.py."""
+    if router.row.fading is not None:
+        return [{"decay": decay} for _ in router.orders or [1] for decay in router.decays]
+    if router.granularity == "sequence":
+        return [{"decay": 1.0}]
+    if router.granularity == "token":
+        return [{"decay": None}]
+    return [{"decay": decay or None} for decay in router.decay or _CONTEXT_DECAYS]
+
+
+def prefix_of(router: Router) -> int | None:
+    """Tokens after which the decision stays; None when it never does."""
+    return (router.prefix or _PREFIX) if router.granularity == "sequence" else None
+
+
 def routing_config(recipe: Recipe) -> Routing:
     """`modekit.routing` of config.json; see architecture/modekit_router.py."""
     mixture, router = recipe.mixture, recipe.mixture.router
@@ -246,7 +268,7 @@ def routing_config(recipe: Recipe) -> Routing:
         always_on = AlwaysOnConfig(expert=index, weight=mixture.always_on.weight, **apart)
     given = mixture.weights or dict.fromkeys(recipe.names, 1.0)
     if mixture.method != "linear":
-        read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
+        read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise, "prefix": prefix_of(router)}
         if router.hashes and router.orders is not None:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
             read["orders"] = [order for order in router.orders for _ in router.decays]
@@ -263,5 +285,5 @@ def routing_config(recipe: Recipe) -> Routing:
         weights=[given[name] / sum(given.values()) for name in recipe.names] if mixture.method == "linear" else None,
         always_on=always_on,
         **read,
-        averages=[Average.model_validate(average) for average in router.averages],
+        averages=[Average.model_validate(average) for average in averages_of(router)],
     )

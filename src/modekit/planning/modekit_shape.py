@@ -26,7 +26,8 @@ from modekit.planning.shape import (
 from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.sources.adapter import LowRank
-from modekit.sources.config import Config, check_values, whole
+from modekit.sources.compatible import check_values
+from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import natural_key, split_layer
@@ -247,8 +248,9 @@ def gate_of(
     if router.scope == "feature" and recipe.mixture.fit is not None and weight is not None:
         said["features"] = weight[0]
     if leader == module:
-        width = family.hidden(config) if weight is None else family.width_in(module, weight)
-        said["width"] = router.gate_width(whole(config, "vocab_size")) or width
+        width = family.hidden(config) if weight is None else weight[0 if family.keeps_columns(module) else -1]
+        ids = router.buckets if router.hashes else whole(config, "vocab_size")
+        said["width"] = ids if router.row.reads_ids else width
         said["rows"] = [router.row.rows] * len(recipe.experts)
     return {"router": leader, **said}
 

@@ -22,11 +22,7 @@ def known_fit(value: str) -> str:
 
 
 FitName = Annotated[str, AfterValidator(known_fit)]
-CONTEXT_DECAYS = (0.9,)
-"""One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
 CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/chat.md)
-PREFIX = 64
-"""Tokens after which a decision stays, unless a recipe says another number."""
 
 
 class Router(Strict):
@@ -64,21 +60,10 @@ class Router(Strict):
         """All that is known of the fit."""
         return row_of(self.fit)
 
-    def gate_width(self, vocabulary: int) -> int | None:
-        """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
-        if not self.row.reads_ids:
-            return None
-        return self.buckets if self.hashes else vocabulary
-
     @property
     def hashes(self) -> bool:
         """Whether a lexical router has tables of more than the tokens alone, whose rows are hashed."""
         return self.orders not in (None, [1])
-
-    @property
-    def prefix_tokens(self) -> int | None:
-        """Tokens after which the decision stays; None when it never does."""
-        return (self.prefix or PREFIX) if self.granularity == "sequence" else None
 
     @property
     def scope(self) -> Scope:
@@ -89,17 +74,6 @@ class Router(Strict):
     def decays(self) -> list[float]:
         """Of evidence that fades; none for a fit without any."""
         return [] if self.row.fading is None else self.decay or [self.row.fading]
-
-    @property
-    def averages(self) -> list[dict[str, float | None]]:
-        """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
-        if self.row.fading is not None:
-            return [{"decay": decay} for _ in self.orders or [1] for decay in self.decays]
-        if self.granularity == "sequence":
-            return [{"decay": 1.0}]
-        if self.granularity == "token":
-            return [{"decay": None}]
-        return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]
 
 
 def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import fits_with
 from modekit.recipes.layers import Layers
 from modekit.recipes.mixture import CHOICES, Mixture
-from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
+from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Size, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]
 Format = Literal["auto", "plain", "modekit"]
@@ -28,7 +28,6 @@ _MOST_LABELS = 256  # of an expert
 WRITTEN_FOLDER = "self-text"
 """Beside a recipe: what its experts wrote themselves."""
 _LONGEST_STEM = 64
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _as_list(value: object) -> object:
@@ -38,8 +37,6 @@ def _as_list(value: object) -> object:
 _Said = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[_Said], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
 """Text of a domain: one path, folder or hub data set, or a list of them."""
-_Size = Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)]
-"""In bytes, or like '5GB'."""
 
 
 class Expert(Strict):
@@ -130,7 +127,7 @@ class Output(Strict):
 
     format: Format = "auto"
     dtype: DType = "source"
-    shard_size: _Size = Field(5 * 10**9, gt=0)
+    shard_size: Size = Field(5 * 10**9, gt=0)
     channels: int | None = Field(None, ge=32, le=2**16, multiple_of=32)
     carry: Literal["ffn", "all"] | None = None
     rank: int | None = Field(None, ge=1, le=2**12)
@@ -246,12 +243,6 @@ class Recipe(Strict):
             fits = " or ".join(fits_with("negative_prompts"))
             yield f"'negative_prompts' have no effect without router: {{fit: {fits}}}; remove them"
 
-    def at(self, base: str | None, *experts: str | None) -> Recipe:
-        """The same at these revisions of the models on the hub; None: as it says."""
-        pairs = zip(self.experts, experts, strict=True)
-        pinned = [each.model_copy(update={"revision": said}) if said and not each.is_base else each for each, said in pairs]
-        return self.model_copy(update={"revision": base or self.revision, "experts": pinned})
-
     @property
     def names(self) -> list[str]:
         """Names of the experts in recipe order."""
@@ -288,15 +279,6 @@ class Recipe(Strict):
             said["mixture"]["router"]["fit"] = "logistic"
         canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _parse_size(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"([\d.]+)([KMG]?I?B)", value.upper().replace(" ", ""), re.ASCII)
-    if found is None or found[2] not in _UNITS or found[1].count(".") > 1:
-        raise ValueError(f"'{value[:64]}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def label_of(place: int, expert: Expert) -> str:

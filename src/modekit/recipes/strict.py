@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+from pydantic import BaseModel, BeforeValidator, SerializerFunctionWrapHandler, StringConstraints, model_serializer
 
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
@@ -27,6 +27,22 @@ RecipeData = dict[str, Any]
 RecipePart = Mapping[str, Any]
 """The same, to be read alone."""
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _parse_size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([\d.]+)([KMG]?I?B)", value.upper().replace(" ", ""), re.ASCII)
+    if found is None or found[2] not in _UNITS or found[1].count(".") > 1:
+        raise ValueError(f"'{value[:64]}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+Size = Annotated[int, BeforeValidator(_parse_size, json_schema_input_type=int | str)]
+"""In bytes, or like '5GB'."""
 
 
 def is_name(found: str) -> bool:

@@ -28,6 +28,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.loaded.shapes import expert_view
+from modekit.planning.mixture_config import averages_of, prefix_of
 from modekit.recipes.recipe import Expert
 from modekit.routing.examples import chats_of
 from modekit.routing.fit import Fitting
@@ -274,7 +275,7 @@ def read_domains(fitting: Fitting) -> list[DomainStatistics]:
             for prompt in expert.negative_prompts or []
             for each in encode(tokenizer, [prompt], max_tokens=length, sequence_length=length)
         ]
-        read, keep, advance = GateInput(settings.averages, settings.prefix_tokens), settings.keep_tokens, count.advance
+        read, keep, advance = GateInput(averages_of(settings), prefix_of(settings)), settings.keep_tokens, count.advance
         statistics = capture_domain(
             view, text.sequences, negatives, read=read, keep_tokens=keep, advance=partial(advance, f"read {expert.name}")
         )
@@ -290,8 +291,8 @@ def _how(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, expert: Expert) -
     how: dict[str, object] = {
         "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
         **settings.model_dump(mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}),
-        "averages": settings.averages,
-        "prefix": settings.prefix_tokens,
+        "averages": averages_of(settings),
+        "prefix": prefix_of(settings),
         "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
         **chats_of(tokenizer, expert, settings),
     }

@@ -22,9 +22,8 @@ from modekit.loaded.sampling import Script, Writer, read_texts, rows_at_once
 from modekit.recipes.recipe import Recipe
 from modekit.run import DETAIL, ProgressCount, Run
 from modekit.sources.adapter import CONFIG_FILE, is_adapter, read_adapter_config
-from modekit.sources.config import read_config
 from modekit.sources.digests import known_blake3, settings_digest
-from modekit.sources.source import ModelSource
+from modekit.sources.source import ModelSource, read_config
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Conversation, Document, message_of

@@ -1,7 +1,8 @@
 """Can these models be mixed? Checked from configs and headers, before anything is planned.
 
 Each model must be whole and in a float format; each expert must have the base model's architecture in every setting that
-changes what a tensor means.
+changes what a tensor means. After `check_values` the settings that modekit computes with are what their names say: sizes are
+whole numbers, names are text, and nothing is so large that arithmetic with it fails.
 """
 
 from __future__ import annotations
@@ -9,15 +10,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modekit.errors import MismatchError, SourceError, some_of
+from modekit.files.typed import entries
 from modekit.recipes.layers import Layer, stack_of
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, check_values, is_mixture
+from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, Config, is_mixture, no_usable
 from modekit.sources.families import row_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.pairs import check_same_target
 from modekit.sources.source import ModelSource
+
+_KINDS: dict[type, str] = {
+    int: "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size num_key_value_heads head_dim "
+    "max_position_embeddings sliding_window max_window_layers full_attention_interval linear_conv_kernel_dim "
+    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads d_model decoder_vocab_size "
+    "encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads "
+    "num_layers num_heads d_ff d_kv num_decoder_layers relative_attention_num_buckets relative_attention_max_distance",
+    bool: "use_sliding_window tie_word_embeddings attention_bias mlp_bias use_bias scale_embedding "
+    "share_encoder_decoder_embeddings",
+    str: "hidden_act hidden_activation feed_forward_proj activation_function",
+    float: "rms_norm_eps layer_norm_eps norm_epsilon layer_norm_epsilon rope_theta rope_local_base_freq "
+    "partial_rotary_factor embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale "
+    "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping clip_qkv",
+    list: "layer_types",
+    dict: "rope_parameters rope_scaling",
+}
+"""The settings that anything is computed from; what is not named here is carried as it is."""
+_MAY_BE_0 = ("sliding_window", "max_window_layers")
+_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "full_attention_interval"}
+_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling", "vocab_size"}
+"""`Family.dense_config` has what they mean under other keys; how tokens may differ says vocabulary.py."""
+_COMPARED = [key for keys in _KINDS.values() for key in keys.split() if key not in _MAY_DIFFER | _SAID_OTHERWISE]
+MUST_MATCH = ("model_type", *_COMPARED)
+"""Keys in which an expert must equal the base model; compared after `Family.dense_config`."""
+_NEEDED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
+_NEEDED_OF_A_PAIR = (
+    "d_model vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads "
+    "decoder_attention_heads",
+    "d_model vocab_size num_layers num_heads d_ff d_kv",
+)
+"""Of which a config gives all of one kind: Bart's or T5's."""
 
 
 def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
@@ -118,7 +151,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             remedy="use experts fine-tuned from this base model",
         )
     _check_no_more(base, source, family)
-    ours, theirs = (family.settings(each.config, where=each.where) for each in (base, source))
+    ours, theirs = (family.settings(each.config, MUST_MATCH, where=each.where) for each in (base, source))
     for key in dict.fromkeys([*ours, *theirs]):
         if _plain(ours.get(key)) != _plain(theirs.get(key)):
             raise MismatchError(
@@ -152,3 +185,40 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items() if entry is not None}
     return value or False
+
+
+def check_values(config: Config, *, where: str, pair: bool = False) -> None:
+    """Raise SourceError when a setting is missing that every plan needs, or has a value of another kind than its name says.
+
+    For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
+    names.
+    """
+    where, needed = f"{where}: config.json", (_NEEDED,) if not pair else _NEEDED_OF_A_PAIR
+    for key in min(map(str.split, needed), key=lambda keys: sum(config.get(key) is None for key in keys)):
+        if config.get(key) is None:
+            raise no_usable(key, None, "a whole number", where)
+    for kind, keys in _KINDS.items():
+        for key in keys.split():
+            value = config.get(key)
+            most = 2**20 if pair and key == "max_position_embeddings" else 2**40  # some compute as many sines and cosines
+            if value is not None and not _is_kind(value, kind, (key not in _MAY_BE_0, most)):
+                raise no_usable(key, value, f"{kind.__name__}", where)
+    for key in ("rope_parameters", "rope_scaling"):
+        for name, each in entries(config.get(key)):  # a kind is a word, and a number one that fits a float
+            if (name in ("rope_type", "type") and not isinstance(each, str)) or (isinstance(each, int) and abs(each) > 2**60):
+                raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
+    if pair and config.get("share_encoder_decoder_embeddings") is False:
+        raise SourceError(
+            "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
+            where=where,
+            found="share_encoder_decoder_embeddings: false",
+            remedy="choose a base model that shares its embedding",
+        )
+
+
+def _is_kind(value: object, kind: type, span: tuple[int, int]) -> bool:
+    if kind is int:
+        return type(value) is int and span[0] <= value <= span[1]
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+    return type(value) is kind and (not isinstance(value, list) or all(isinstance(each, str) for each in value))

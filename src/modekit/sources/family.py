@@ -6,12 +6,12 @@ that writes its target; a layer of theirs is called by its stack, such as `encod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.config import MUST_MATCH, Config, no_usable, whole, words
+from modekit.sources.config import Config, no_usable, whole, words
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_ignored, is_looked_up, module_of, split_layer, weight_of
 from modekit.sources.stack import Stack
 
@@ -112,10 +112,10 @@ class Family:
         copies = {**dict.fromkeys((*self.copies, weight_of(HEAD)), weight_of(self.embedding)), **self.ties}
         return {name: copies[name] for name in source.tensors if name in copies and name not in own}
 
-    def settings(self, config: Config, *, where: str) -> Config:
-        """The settings in which an expert must equal its base."""
+    def settings(self, config: Config, must_match: Sequence[str], *, where: str) -> Config:
+        """The settings in which an expert must equal its base: those of every family, and its own."""
         said = self.meant(self.dense_config(config))
-        keys = [*MUST_MATCH, *self.must_match]
+        keys = [*must_match, *self.must_match]
         rope = said.get("rope_parameters")
         if isinstance(rope, Mapping) and rope.get("rope_type") in {"dynamic", "longrope"}:
             keys.append("max_position_embeddings")  # these depend on it
@@ -186,10 +186,6 @@ class Family:
         return {key: value for key, value in full.items() if key not in ("rope_theta", "rope_scaling")}
 
     # --- what follows from the stacks
-
-    def width_in(self, module: str, weight: tuple[int, ...]) -> int:
-        """Width of what a module with a weight of this shape reads."""
-        return weight[0 if self.keeps_columns(module) else -1]
 
     @property
     def reads(self) -> Reads:

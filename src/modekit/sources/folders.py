@@ -7,7 +7,7 @@ from pathlib import Path
 from modekit.errors import SourceError
 from modekit.recipes.paths import may_be_hub_id
 from modekit.run import QUIET, Run
-from modekit.sources.config import FROM_GGUF
+from modekit.sources.weight_files import FROM_GGUF
 
 
 def model_folder(

@@ -19,10 +19,9 @@ from modekit.errors import SourceError
 from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-from modekit.sources.config import refuse_other_kinds
 from modekit.sources.source import SPECIALIST_FILE
 from modekit.sources.tokenizer import COPIED_FILES
-from modekit.sources.weight_files import INDEX_FILE, named_weights, no_weights
+from modekit.sources.weight_files import INDEX_FILE, named_weights, no_weights, refuse_other_kinds
 
 _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, "README.md")
 """Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""

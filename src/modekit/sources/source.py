@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import FileState
+from modekit.files.read import UNREADABLE, FileState, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.config import Config, read_config
+from modekit.sources.config import Config, damaged_model
 from modekit.sources.contents import read_header
 from modekit.sources.header import TensorRef
 from modekit.sources.remote_code import check_no_code
 from modekit.sources.towers import unwrapped
-from modekit.sources.weight_files import weight_files
+from modekit.sources.weight_files import refuse_other_kinds, weight_files
 
 SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
@@ -113,3 +113,17 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
         what, remedy = "the folder holds both a model and an adapter", "take the adapter's files into a folder of their own"
         raise SourceError(what, where=where, found="adapter_config.json", remedy=remedy)
     return unwrapped(ModelSource(label, spec, folder, revision, config, tensors, packed=packed))
+
+
+def read_config(folder: Path, *, where: str) -> dict[str, object]:
+    """A model's config.json as data, by its folder or the file. Raises SourceError when it is missing or no JSON."""
+    try:
+        config = read_json(folder if folder.is_file() else folder / "config.json")
+    except FileNotFoundError:
+        refuse_other_kinds([path.name for path in folder.glob("*")], where=where)
+        raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
+    except UNREADABLE as error:
+        raise damaged_model("config.json cannot be read", where, error) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
+    return config

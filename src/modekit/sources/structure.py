@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +96,7 @@ class ClassFamily(Family):
         """Names of a model's tensors that its class has."""
         return [name for name in source.tensors if name in self.tensors] if self.tensors else super().own_names(source)
 
-    def settings(self, config: Config, *, where: str) -> Config:
+    def settings(self, config: Config, must_match: Sequence[str], *, where: str) -> Config:
         """Every setting that the class has."""
         said = structure(config, where=where).family.defaults
         return {key: value for key, value in said.items() if key != "vocab_size"}

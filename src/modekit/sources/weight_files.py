@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modekit.errors import SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_json
-from modekit.sources.config import damaged_model, refuse_other_kinds
+from modekit.sources.config import damaged_model
 
 _PICKLES = {
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth"),
@@ -16,6 +16,10 @@ _PICKLES = {
 }
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
+FROM_GGUF = (
+    "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
+    "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
+)
 
 
 def named_weights(folder: Path, *, where: str) -> list[Path]:
@@ -38,6 +42,17 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         what, found = "shards named by the index are missing", ", ".join(missing)
         raise SourceError(what, where=where, found=found, remedy="download the model again")
     return files
+
+
+def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
+    """Raise SourceError where the files of a folder that lacks a model, by name, are those of an adapter, or GGUF files."""
+    if "adapter_config.json" in names:
+        its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
+        remedy = "name it as adapter: in place of model: in the recipe" if where.startswith("experts[") else its_base
+        raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    if files:
+        raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
 
 
 def no_weights(names: Collection[str], *, where: str) -> SourceError:
