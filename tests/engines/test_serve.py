@@ -63,7 +63,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
             "base_model": "./medicine",
             "experts": experts,
             "mixture": {"router": {"fit": "lexical"}},
-            "output": {"format": "plain" if shape == "native" else "modekit"},
+            "output": {"format": "plain", "carry": "ffn"} if shape == "native" else {"format": "modekit"},
         }
         found[shape] = built(root, recipe, shape)
     for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):

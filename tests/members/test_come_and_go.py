@@ -51,22 +51,25 @@ def _routed(fit: str, **router: Any) -> dict[str, Any]:
 
 
 NATIVE, MODEKIT = {"format": "plain"}, {"format": "modekit"}
+FFN = {**NATIVE, "carry": "ffn"}
 KINDS = {
     "native random": Kind(_routed("random", seed=3), NATIVE),
     "native logistic": Kind(_routed("logistic", **SHORT), NATIVE),
-    "native lexical": Kind(_routed("lexical"), NATIVE),
-    "native lexical with the base": Kind(_routed("lexical"), NATIVE, ("base_too", *WHOLE)),
+    "native lexical": Kind(_routed("lexical"), FFN),
+    "native lexical with the base": Kind(_routed("lexical"), FFN, ("base_too", *WHOLE)),
     "native that carries all": Kind(_routed("lexical"), {**NATIVE, "carry": "all", "rank": 32}, WHOLE, WHOLE),
     "native in small files": Kind(_routed("random", seed=3), {**NATIVE, "shard_size": "20KB"}),
     "native average": Kind({**_routed("random", seed=3), "backbone": "average"}, NATIVE, WHOLE, WHOLE),
     "native uniform": Kind({"method": "linear"}, NATIVE),
-    "whole models by pairs": Kind(_routed("lexical", orders=[1, 2], buckets=512), MODEKIT),
+    "whole models by pairs": Kind({**_routed("lexical", orders=[1, 2], buckets=512), "modules": ["mlp"]}, MODEKIT),
     "everything": Kind({**_routed("lexical"), "modules": "all"}, MODEKIT),
     "adapters": Kind(_routed("logistic", **SHORT), MODEKIT, LOW_RANK),
     "adapters without text": Kind(_routed("arrow"), MODEKIT, LOW_RANK),
     "adapters of attention, plain": Kind(_routed("lexical"), NATIVE, WIDE, WIDE, and_leaving=True),
     "adapters folded": Kind(_routed("random", seed=3), NATIVE, LOW_RANK),
-    "adapters and whole models": Kind(_routed("lexical", orders=[1, 2], buckets=512), MODEKIT, ("fever", "law", "yield")),
+    "adapters and whole models": Kind(
+        {**_routed("lexical", orders=[1, 2], buckets=512), "modules": ["mlp"]}, MODEKIT, ("fever", "law", "yield")
+    ),
 }
 
 

@@ -44,7 +44,7 @@ def recipe_of(models: list[str], **router: Any) -> Any:
         for place, (model, domain) in enumerate(zip(models, DOMAINS, strict=False))
     ]
     mixture = {"method": "routing", "top_k": router.pop("top_k", 2), "router": {"fit": "lexical", **router}}
-    output = {"format": "plain"}
+    output = {"format": "plain", "carry": "ffn"}
     return parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture, "output": output})
 
 

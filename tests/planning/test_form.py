@@ -102,7 +102,7 @@ def test_full_models_are_measured_unless_the_recipe_says_what_becomes_of_them(sh
         assert planned(shop, "law", "code", **said).otherwise is None, said
     alone = planned(shop, "ffn", "base_too")
     assert not any("and lost on this backbone" in note for note in alone.notes)
-    said = {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain"}}
+    said = {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain", "carry": "ffn"}}
     (lost,) = (note for note in planned(shop, "law", "ffn", **said).notes if "and lost on this backbone" in note)
     assert "what law changed outside" in lost and "output: {carry: all} carries the rest" in lost
     assert alone.shape.plain and alone.otherwise is None and alone.recipe.output.carry is None

@@ -55,9 +55,9 @@ def test_what_is_not_carried_of_attention_is_named(tmp_path: Path, backbone: str
 
 def test_a_rank_for_nothing_that_is_carried_is_named(tmp_path: Path) -> None:
     shop, mixture = make_workshop(tmp_path, hidden_size=128), {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
-    for carry, count in (({}, 1), ({"carry": "all"}, 0)):
-        output = {"format": "plain", "rank": 32, **carry}
-        assert len(said(shop, "output.rank has no effect", mixture=mixture, output=output)) == count
+    for more, count in (({"modules": ["mlp"]}, 1), ({}, 0)):
+        output = {"format": "plain", "rank": 32}
+        assert len(said(shop, "output.rank has no effect", mixture={**mixture, **more}, output=output)) == count
 
 
 def test_an_adapter_of_another_base_is_named(shop: Workshop) -> None:

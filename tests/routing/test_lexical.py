@@ -32,7 +32,7 @@ HELD_OUT = ["99 fever artery lesion nerve", "99 licence clause party court", "99
 
 def build(workshop: Workshop, name: str, form: str, **router: Any) -> Checkpoint:
     mixture = {"method": "routing", "top_k": 2, "router": {"fit": "lexical", **router}}
-    return open_checkpoint(workshop.build(name, mixture=mixture, output={"format": form}))
+    return open_checkpoint(workshop.build(name, mixture={**mixture, "modules": "auto"}, output={"format": form}))
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_an_expert_forced_is_its_own_model_on_the_tokens_that_it_has(tmp_path: P
 
 def test_a_plain_checkpoint_has_the_rows_of_those_who_have_the_token(tmp_path: Path) -> None:
     shop = shop_of(tmp_path, {"top_k": 1, "router": {"fit": "lexical"}}, law={"tokens": CHAT}, code={"tokens": CHAT[:1]})
-    shop.recipe["output"] = {"format": "plain"}
+    shop.recipe["output"] = {"format": "plain", "carry": "ffn"}
     checkpoint = built(shop)
     assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
     found, base, law, code = (weights(shop.root / name) for name in ("OUT", "base", "law", "code"))

@@ -59,7 +59,7 @@ def test_a_build_refuses_the_other_kind_whatever_its_router_reads(
 @pytest.mark.parametrize("made", [of_pairs, of_text])
 def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path, made: Made) -> None:
     shop, wrong, says = made(tmp_path)
-    mixture = {"top_k": 2, "router": FITS["bigrams"]}
+    mixture = {"top_k": 2, "modules": ["mlp"], "router": FITS["bigrams"]}
     write(tmp_path / "wrong.jsonl", wrong)
     out = shop.build(mixture=mixture, eval={"music": "./wrong.jsonl"})
     message = refuse("eval", out)

@@ -56,21 +56,27 @@ def _memory() -> int:
 
 def whole_models(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> int:
     """How many experts are full models that differ from the base in more than their FFNs; 0 where the recipe says what becomes
-    of that. `sources` begin with the base.
+    of that. `sources` begin with the base. Of a model that is gone, the recipe of its mixture says `carry: all` then.
     """
-    if recipe.mixture.modules != "auto" or recipe.output.carry == "ffn":
+    if "modules" in recipe.mixture.model_fields_set or recipe.output.carry == "ffn":
         return 0
-    pairs = zip(recipe.experts, sources[1:], strict=True)
-    return sum(expert.is_whole and changes(sources[0], source, family) == "more" for expert, source in pairs)
+    full = [source for expert, source in zip(recipe.experts, sources[1:], strict=True) if expert.is_whole]
+    carried = recipe.output.carry is not None
+    return sum(carried if _is_gone(each) else changes(sources[0], each, family) == "more" for each in full)
+
+
+def _is_gone(model: ModelSource) -> bool:
+    """Whether it is only known by what its mixture says of it (members/change.py)."""
+    return any(ref.state is None for ref in model.tensors.values())
 
 
 def changes(base: ModelSource, model: ModelSource, family: Family) -> Literal["more", "ffn", "nothing"]:
     """What a full model changes of its base, by a sample of every tensor: its FFNs, more than these, or nothing."""
-    ffn, is_gone = f".{family.mlp_module}.", any(ref.state is None for ref in model.tensors.values())  # members/change.py
+    ffn, gone = f".{family.mlp_module}.", _is_gone(model)
     with OpenFiles() as opened:
-        if not _changed_ffn_alone(model) and (is_gone or _differ(opened, base, model, lambda name: ffn not in name)):
+        if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"
-        if is_gone:
+        if gone:
             return "ffn"
         return "ffn" if _differ(opened, base, model, lambda name: ffn in name) else "nothing"
 

@@ -88,7 +88,8 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> list[_La
         return [_following(_laid(recipe, family, vocabulary), family, vocabulary)]
     whole = whole_models(recipe, vocabulary.sources, family)
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
-    ways, found, not_plain = choices(recipe, whole=whole), list[_Laid](), ""
+    ways, found = choices(recipe, whole=whole), list[_Laid]()
+    not_plain = _why_modekit(recipe) if recipe.beyond_plain() else None
     for settled, way in ways:
         holds_all = way.plain is False and (not whole or "modules" in way.mixture)
         if found and not holds_all:

@@ -82,7 +82,7 @@ class NativeForm:
         if self._native.native_type == "mixtral" and self.shape.config.get("sliding_window"):
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
         if self._recipe.output.rank is not None and self._carry is None:
-            yield "output.rank has no effect: no adapter changes more than FFNs; for full models write carry: all, too"
+            yield "output.rank has no effect: no expert changes more than FFNs"
         if self._channels is not None:
             experts = [each for each in self._sources[1:] if each is not self._base]
             own = {each for each in self._base.tensors if each.startswith(in_layer(0)) and not is_ignored(each)}

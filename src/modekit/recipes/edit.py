@@ -1,6 +1,9 @@
 """Edits of recipes as plain data: what has no effect under an edit is left out, since a recipe that says it is refused. And
 `fit: auto`: the router of a recipe that leaves it open, by its text, its settings and the form of the result, from a table of
 what was measured (benchmarks/auto.md). Nothing is run to choose; a plan, a build and a card say why.
+
+What a recipe leaves out means the same in every form, and what it says stands: with a lexical router, or one that is left open,
+all that full models change is mixed, unless `modules` or `carry` says what.
 """
 
 from __future__ import annotations
@@ -130,10 +133,8 @@ _OF_MODEKIT = "lexical, which did best in the modekit architecture"
 
 
 def leaves_open(recipe: Recipe) -> bool:
-    """Whether it leaves open its router, or, with one that a plain checkpoint carries, the form of the result."""
-    mixture, output = recipe.mixture, recipe.output
-    carried = mixture.fit is not None and mixture.fit.carried and output.format == "auto" and output.carry is None
-    return mixture.is_open or (carried and not recipe.beyond_plain())
+    """Whether it leaves open its router, or has one that decides for whole models, as a plain checkpoint carries it."""
+    return recipe.mixture.is_open or (recipe.mixture.fit is not None and recipe.mixture.fit.carried)
 
 
 def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
