@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modekit.sources.families import FAMILIES
 from modekit.sources.natives import NATIVES
 from modekit.sources.routed import ROUTED
-from modekit.sources.structure import INEXACT
+from modekit.sources.structure import INEXACT, INEXACT_WHOLE
 from modekit.sources.towers import WRAPPERS
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "families.md"
@@ -31,15 +31,12 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it drafts for another model and reads its keys"),
     "hrm_text": "it has tensors outside of its modules",
     "deepseek_v4": "its files hold a table of integers",
-    "minimax": "it has a cache of its own kind",
     "kimi_linear": "not tried: its reference code takes minutes for a small text",
     "cpmant": "large logits differ by 3e-4",
     "dory": "its saved config does not open",
-    "longcat_flash": "each layer is two in one",
     "roformer": "its positions are of no token",
     "zaya": "it has tensors outside of its modules",
     "phi4_multimodal": "vision and speech run beside its layers",
-    "qwen4_exp_text": "a norm runs on keys that are means of several tokens",
     "xlm": "its layers are several lists",
     "prophetnet": "its config has no number of layers",
     "xlnet": "a tensor belongs to no module",
@@ -48,7 +45,7 @@ REFUSED: dict[str, str] = {
 """Type -> why no mixture of it is made, or none was tried."""
 PARTLY = {"qwen3_5_text": "on full attention and FFN"}
 """Type -> which modules of its layers adapters may change, where its row does not name all."""
-NO_WHOLE = dict.fromkeys(PARTLY, "a tensor of its layers is neither weight nor bias")
+NO_WHOLE = {**INEXACT_WHOLE, **dict.fromkeys(PARTLY, "a tensor of its layers is neither weight nor bias")}
 """Type -> why its whole models are not mixed, where its adapters are."""
 WHOLE_FFNS = ("gemma4_text", "glm", "gpt2", "ministral3", "olmoe", "seed_oss", "smollm3")
 """Types without a row whose whole FFNs were tried as experts."""

@@ -26,7 +26,7 @@ from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import family_of
-from modekit.sources.structure import INEXACT, structure
+from modekit.sources.structure import INEXACT, INEXACT_WHOLE, structure
 from tiny_decoders import TYPES, tiny_config, tiny_decoder
 
 FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
@@ -258,6 +258,15 @@ def test_a_class_whose_expert_would_be_another_model_is_refused(model_type: str)
     config = tiny_config(model_type).to_dict()
     with pytest.raises(UnsupportedError, match="cannot be mixed"):
         family_of(config, where="base_model")
+
+
+@pytest.mark.parametrize("model_type", INEXACT_WHOLE)
+def test_a_class_of_which_whole_models_would_be_others_says_what_is_mixed(model_type: str, tmp_path: Path) -> None:
+    save_models(model_type, tmp_path)
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    with pytest.raises(UnsupportedError, match=r"whole models of the family[^§]*write the parts to mix"):
+        mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    mixture(tmp_path, "OUT", experts, modules=["mlp", "q", "k", "v", "o"], router=ONE_ROUTER)
 
 
 @pytest.mark.parametrize("model_type", ["inkling2_text", "inkling2_loop_text"])

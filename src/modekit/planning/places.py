@@ -32,6 +32,7 @@ from modekit.sources.names import (
 )
 from modekit.sources.source import ModelSource
 from modekit.sources.stack import Stack
+from modekit.sources.structure import INEXACT_WHOLE
 
 ATTENTION = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"),
@@ -225,6 +226,12 @@ class Places:
                 what, where = f"the expert has a {LOGITS_BIAS} and the base model none", f"{source.label} ({source.spec})"
                 raise MismatchError(what, where=where, remedy="open the base model with transformers, and save it again")
         modules = {embedding, family.place_of(weight_of(family.head or embedding))}
+        if family.model_type in INEXACT_WHOLE:
+            raise UnsupportedError(
+                f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}",
+                where="mixture.modules",
+                remedy="write the parts to mix: modules: [mlp, q, k, v, o], or give adapters, and leave 'modules' out",
+            )
         if family.derived is not None:
             modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self._unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == family.head, natural_key(module)))

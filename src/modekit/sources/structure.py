@@ -47,8 +47,12 @@ _NOT_CALLED = ("dt_proj",)
 INEXACT = {
     "falcon_h1": "the class alone knows a vector by which its recurrence multiplies",
     **dict.fromkeys(("gemma3n_text", "jetmoe"), "a part of its layers is called by its methods, past its routers"),
+    "longcat_flash": "each of its layers is two in one, and its router is read past its module",
+    "minimax": "it has a cache of its own kind",
 }
-"""Type -> why an expert alone would be another model (tests/sources/test_decoders.py found it)."""
+"""Type -> why an expert alone would be another model, or not write (tests/sources/test_decoders.py found it)."""
+INEXACT_WHOLE = {"qwen4_exp_text": "a norm runs on keys that are means of several tokens"}
+"""Type -> why adapters and FFNs of it are mixed, and whole models are not."""
 _Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
 _Names = Annotated[list[_Name], Field(max_length=512)]
 
