@@ -17,7 +17,7 @@ from modekit.demo.kinds import MIXTURES, Kind
 from modekit.demo.seed import Workers
 from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
 from modekit.errors import ModekitError, OutputError, TextError
-from modekit.recipes.edit import choices
+from modekit.recipes.choices import choices
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run, silent
 from modekit.text.documents import read_documents

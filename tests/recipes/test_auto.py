@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from modekit.errors import RecipeError
-from modekit.recipes.edit import choices, why_chosen
+from modekit.recipes.choices import choices, why_chosen
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 

@@ -11,7 +11,7 @@ from modekit.files.output import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.edit import why_chosen
+from modekit.recipes.choices import why_chosen
 from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE

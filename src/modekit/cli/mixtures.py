@@ -76,7 +76,7 @@ def build(
 
 def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     """Write a mixture, with its progress drawn, and say what it has become and what comes next."""
-    from modekit.recipes.edit import why_chosen
+    from modekit.recipes.choices import why_chosen
     from modekit.sources.config import architecture_of
     from modekit.text.written import little_written
 

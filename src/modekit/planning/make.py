@@ -22,7 +22,7 @@ from modekit.planning.plan import Plan
 from modekit.planning.routed import RoutedForm
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.edit import choices, leaves_open, with_following
+from modekit.recipes.choices import choices, leaves_open, with_following
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource

@@ -22,7 +22,7 @@ MOST_TOKENS = 2**20
 
 
 AUTO = "auto"
-"""In place of a name: recipes/edit.py chooses."""
+"""In place of a name: recipes/choices.py chooses."""
 
 
 @dataclass(frozen=True)

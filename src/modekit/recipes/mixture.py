@@ -201,7 +201,7 @@ class Mixture(Strict):
 
     @property
     def is_open(self) -> bool:
-        """Whether its router is yet to be chosen (recipes/edit.py)."""
+        """Whether its router is yet to be chosen (recipes/choices.py)."""
         return self.method != "linear" and self.router.row.is_open
 
     @property

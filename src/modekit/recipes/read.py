@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from modekit.errors import RecipeError
 from modekit.files.read import read_text
-from modekit.recipes.edit import choices
+from modekit.recipes.choices import choices
 from modekit.recipes.paths import spelled_out
 from modekit.recipes.problems import explain
 from modekit.recipes.recipe import Recipe

@@ -25,7 +25,7 @@ from modekit.evaluation.tables import as_markdown, markdown_table, plain
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
 from modekit.members.licences import Source, facts, sources_of
-from modekit.recipes.edit import why_chosen
+from modekit.recipes.choices import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.config import architecture_of
 from modekit.sources.tokenizer import chat_template

@@ -15,7 +15,8 @@ from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.files.write import json_bytes
 from modekit.planning.make import make_plan
-from modekit.recipes.edit import as_written, changed_mixture, choices, with_following, with_mixture
+from modekit.recipes.choices import choices, with_following
+from modekit.recipes.edit import as_written, changed_mixture, with_mixture
 from modekit.recipes.mixture import CHAT_DECAY
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
