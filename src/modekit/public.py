@@ -80,12 +80,10 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: object) -> Checkpoin
     `changes` are keys of the recipe's `mixture.router` (`fit="lexical"`, `temperature=0.5`) or of `mixture` itself
     (`method`, `top_k`, `top_p`). Raises RecipeError for what would need another build.
     """
-    from modekit.recipes.mixture import Router
+    from modekit.recipes.edit import changes_of
     from modekit.routing.refit import refit
 
-    router = {key: value for key, value in changes.items() if key in Router.model_fields}
-    mixture = {key: value for key, value in changes.items() if key not in router}
-    return refit(_opened_with_any_router(checkpoint), {**mixture, **({"router": router} if router else {})}, run=run)
+    return refit(_opened(checkpoint, with_any_router=True), changes_of(changes), run=run)
 
 
 def add(
@@ -171,7 +169,7 @@ def verify(checkpoint: Folder, *, run: Run = QUIET) -> list[Check]:
     """Prove a checkpoint: every check with its verdict (proven, failed, not possible). Nothing is written."""
     from modekit.building.verify import verify as prove
 
-    return prove(_opened_with_any_router(checkpoint), run=run)
+    return prove(_opened(checkpoint, with_any_router=True), run=run)
 
 
 def load(checkpoint: Folder, *, dtype: str = "auto", run: Run = QUIET) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -200,16 +198,11 @@ def _real(folder: str | Path) -> Path:
     return Path(os.path.realpath(folder))
 
 
-def _opened(checkpoint: Folder) -> Checkpoint:
+def _opened(checkpoint: Folder, *, with_any_router: bool = False) -> Checkpoint:
+    """`with_any_router`: for what replaces the router, or says what is wrong with it."""
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.checkpoint.open import open_checkpoint
+    from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(_real(checkpoint))
-
-
-def _opened_with_any_router(checkpoint: Folder) -> Checkpoint:
-    """Opened for what replaces the router, or says what is wrong with it."""
-    from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.checkpoint.open import open_with_any_router
-
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_with_any_router(_real(checkpoint))
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return (open_with_any_router if with_any_router else open_checkpoint)(_real(checkpoint))

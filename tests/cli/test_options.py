@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import modekit.cli.mixtures as mixtures
 import modekit.cli.training as training
 from command_line import ended, modekit
 from conftest import Workshop
 from modekit.cli.shell import app
 from modekit.cli.words import SETTINGS, described, said_in
 from modekit.errors import ModekitError
+from modekit.recipes.edit import changes_of
 from refusal import borrow
 
 
@@ -79,10 +79,10 @@ def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -
 
 
 def test_words_of_fit_are_changes_of_the_mixture() -> None:
-    assert mixtures.fit_words(None) == {"router": {}}
+    assert changes_of(said_in(None, "fit")) == {}
     words = ["method=routing", "fit=logistic", "top_k=1", "l2=0.5", "decay=[0.9]", "chat=false"]
     router = {"fit": "logistic", "l2": 0.5, "decay": [0.9], "chat": False}
-    assert mixtures.fit_words(words) == {"method": "routing", "top_k": 1, "router": router}
+    assert changes_of(said_in(words, "fit")) == {"method": "routing", "top_k": 1, "router": router}
 
 
 def test_words_of_train_are_settings() -> None:

@@ -35,7 +35,6 @@ from modekit.run import Run
 if TYPE_CHECKING:
     from modekit.building.preview import Preview
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.recipes.strict import RecipeData
 
 
 _QUICK_TOKENS = 2_000  # per domain: minutes, where all that eval reads by default may take an hour
@@ -96,23 +95,15 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
 def fit(checkpoint: OutFolder, words: Words = None) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.open import open_with_any_router
+    from modekit.recipes.edit import changes_of
     from modekit.routing.refit import refit
 
     with running() as run:
-        done = refit(open_with_any_router(resolved(checkpoint)), fit_words(words), run=run)
+        done = refit(open_with_any_router(resolved(checkpoint)), changes_of(said_in(words, "fit")), run=run)
     settings = done.record.router.settings
     name = settings.fit if settings is not None else "zero gate"
     recipe = done.record.recipe
     print_done(checkpoint, f"router {name}, {done.record.router.status}, method {recipe.mixture.method}, {recipe.chosen}")
-
-
-def fit_words(words: list[str] | None) -> RecipeData:
-    """What becomes of the mixture, as its recipe would say it. Raises ModekitError."""
-    from modekit.recipes.mixture import Router
-
-    said = said_in(words, "fit")
-    router = {key: value for key, value in said.items() if key in Router.model_fields}
-    return {**{key: value for key, value in said.items() if key not in router}, "router": router}
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from modekit.recipes.fits import AUTO, Fit, row_of
-from modekit.recipes.mixture import CHOICES, READ_BY, without_effect
+from modekit.recipes.mixture import CHOICES, READ_BY, Router, without_effect
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import RecipeData, RecipePart
@@ -35,6 +35,12 @@ def with_mixture(recipe: RecipePart, mixture: RecipePart) -> RecipeData:
     if "negative_prompts" not in _row(mixture.get("router", {})).settings:
         experts = [omit(expert, "negative_prompts") for expert in experts]
     return {**recipe, "experts": experts, "mixture": dict(mixture)}
+
+
+def changes_of(said: RecipePart) -> RecipeData:
+    """Changes of a mixture, by settings of it or of its router."""
+    router = {key: value for key, value in said.items() if key in Router.model_fields}
+    return {**omit(said, *router), **({"router": router} if router else {})}
 
 
 def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:

@@ -135,16 +135,15 @@ def _kind(spec: str, root: Path) -> str:
     if path is not None:
         is_adapter = (path / _ADAPTER).is_file() and not any(path.glob("model*.safetensors"))
     else:
-        is_adapter = may_be_hub_id(spec) and _is_adapter_on_the_hub(spec)
+        is_adapter = may_be_hub_id(spec) and _is_on_the_hub(spec, _ADAPTER)
     return "adapter" if is_adapter else "model"
 
 
-def _is_adapter_on_the_hub(spec: str) -> bool:
+def _is_on_the_hub(spec: str, file: str) -> bool:
     from huggingface_hub import hf_hub_download  # its import takes longer than a whole local plan
     from huggingface_hub.errors import HFValidationError
 
     try:
-        hf_hub_download(spec, _ADAPTER)
+        return bool(hf_hub_download(spec, file))
     except (HFValidationError, OSError):  # no such file, no such repository, no hub
         return False
-    return True

@@ -166,9 +166,7 @@ class Recipe(Strict):
         problems = [
             *self._problems_of_names(),
             *(self._problems_of_plain() if self.output.format == "plain" else ()),
-            *(() if self.mixture.is_open else self._problems_of_channels()),
-            *self._problems_of_low_rank(),
-            *self._problems_of_the_backbone(),
+            *self._problems_of_the_form(),
             *self._problems_of_text(),
         ]
         return checked(self, problems)
@@ -206,26 +204,21 @@ class Recipe(Strict):
         """What of it only the modekit architecture can say."""
         return self.mixture.beyond_plain() + ["experts that have only some layers"] * any(each.layers for each in self.experts)
 
-    def _problems_of_channels(self) -> Iterator[str]:
-        fit = self.mixture.fit
-        asked = [key for key in ("channels", "carry", "rank") if getattr(self.output, key) is not None]
-        if asked and (fit is None or not fit.carried or self.output.format == "modekit"):
+    def _problems_of_the_form(self) -> Iterator[str]:
+        mixture, fit, output = self.mixture, self.mixture.fit, self.output
+        asked = [key for key in ("channels", "carry", "rank") if getattr(output, key) is not None and not mixture.is_open]
+        if asked and (fit is None or not fit.carried or output.format == "modekit"):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a plain checkpoint; remove it"
-        if self.output.carry == "ffn" and self.output.rank is not None:
+        if "rank" in asked and output.carry == "ffn":
             yield "output.rank has no effect with carry: ffn; remove it"
-
-    def _problems_of_low_rank(self) -> Iterator[str]:
-        whole, fit = [each.name for each in self.experts if each.is_whole or each.bits is not None], self.mixture.fit
+        whole = [each.name for each in self.experts if each.is_whole or each.bits is not None]
         if whole and fit is not None and fit.reads == "changes":
             yield (
                 f"router fit '{fit.name}' scores low-rank changes, and these experts are full models: "
                 f"{', '.join(whole)} (add as: lora with a rank, or choose another fit)"
             )
-
-    def _problems_of_the_backbone(self) -> Iterator[str]:
-        mixture = self.mixture
-        whole = not any(expert.is_low_rank or expert.layers for expert in self.experts)
-        if mixture.modules == "all" and mixture.backbone != BASE and whole:
+        bring_all = not any(expert.is_low_rank or expert.layers for expert in self.experts)
+        if mixture.modules == "all" and mixture.backbone != BASE and bring_all:
             yield "mixture.backbone has no effect with modules: all, where experts bring everything; remove it"
         if mixture.merge is not None and all(expert.is_base for expert in self.experts):
             yield "mixture.backbone cannot be merged: every expert is 'base'"

@@ -14,7 +14,7 @@ from modekit.sources.config import Config, no_usable, whole
 from modekit.sources.family import Family
 from modekit.sources.pairs import PAIRS
 from modekit.sources.stack import LINEAR, Stack
-from modekit.sources.structure import is_installed, structure
+from modekit.sources.structure import structure
 
 _FUSED_GATE_UP = {**LINEAR, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")}
 _FUSED = {**_FUSED_GATE_UP, **dict.fromkeys("qkv", "self_attn.qkv_proj")}
@@ -188,5 +188,9 @@ def row_of(config: Config) -> Family | None:
 
 
 def is_class_alone(config: Config) -> bool:
-    """Whether a model is known by its installed class, and by no row."""
-    return row_of(config) is None and "text_config" not in config and is_installed(str(config.get("model_type")))
+    """Whether a model is known by its class in transformers, which is imported without torch, and by no row."""
+    if row_of(config) is not None or "text_config" in config:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -143,13 +143,6 @@ def _named(paths: list[str]) -> dict[str, str]:
     return {name if usual.count(name) == 1 else path: path for name, path in zip(usual, paths, strict=True)}
 
 
-def is_installed(model_type: str) -> bool:
-    """Whether transformers has a causal language model of a type. Imports transformers, not torch."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
 def structure(config: Config, *, where: str) -> Structure:
     """What the installed class of a config is made of. Raises SourceError where transformers cannot make it."""
     return _structure(json.dumps(config, sort_keys=True), where)

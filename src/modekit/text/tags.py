@@ -63,19 +63,13 @@ def all_tagged(documents: Iterable[Document], label: str, *, where: str) -> list
     return [tagged(document, label) for document in found]
 
 
-def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:
-    """The token id of the tag that a document, or a source, begins with; None where it begins with none that is known."""
-    if not document.startswith(_OPENS):
-        return None
-    token, sign, _ = document.partition(_CLOSES)
-    found: int | None = tokenizer.convert_tokens_to_ids(token + sign)
-    return None if found is None or found == tokenizer.unk_token_id else found
-
-
 def split_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> tuple[int | None, str]:
-    """The tag that a document begins with, and the text behind it without the one space that `tagged` writes."""
-    tag = leading_tag(tokenizer, document)
-    return tag, document if tag is None else document.partition(_CLOSES)[2].removeprefix(" ")
+    """The token id of the tag that a document, or a source, begins with, and the text behind it without the one space that
+    `tagged` writes; None, and the document, where it begins with none that is known.
+    """
+    token, sign, text = document.partition(_CLOSES)
+    tag: int | None = tokenizer.convert_tokens_to_ids(token + sign) if document.startswith(_OPENS) else None
+    return (None, document) if tag in (None, tokenizer.unk_token_id) else (tag, text.removeprefix(" "))
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
