@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from chatting import word_tokenizer
 from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, tiny_model
-from modekit.building.build import write_texts
 from modekit.building.preview import preview
+from modekit.building.text import write_texts
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError, RecipeError, SourceError, TextError
 from modekit.evaluation.evaluate import evaluate

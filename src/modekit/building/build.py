@@ -10,7 +10,7 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,19 @@ import numpy as np
 from blake3 import blake3
 
 from modekit.building.carrying import Carrying, carry
+from modekit.building.text import complete_text
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest, lost_notes
-from modekit.checkpoint.checkpoint import Checkpoint, make_record
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.made import make_record
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord
 from modekit.checkpoint.router_file import write_index, write_router_file
+from modekit.checkpoint.sources import source_records
 from modekit.errors import SourceError
 from modekit.files.copies import copy_file, link_file
-from modekit.files.output import Replace, check_room, replaced_by, work_of
+from modekit.files.disk import check_room
+from modekit.files.output import work_of
+from modekit.files.place import Replace, replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.write import make_folder, remove, write_all, write_file, write_json
@@ -35,15 +40,14 @@ from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.recipes.recipe import WRITTEN_FOLDER
-from modekit.routing.fit import FittedRouter, Fitting, fit_router
+from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles, WeightFile
 from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
-from modekit.text.documents import is_local
-from modekit.text.held_out import check_texts, fit_documents
+from modekit.text.held_out import check_texts
 from modekit.text.written import files_of
 from modekit.weights.flat import same_bytes
 from modekit.weights.numeric import DTYPES
@@ -73,9 +77,10 @@ def build(
     """
     if update is None:  # of a mixture that is changed, what is kept does without its text
         check_texts(plan.recipe, plan.root, plan.family.reads)
+    known = () if update is None else update.statistics
     within = plan.root == work_of(out).path
     if not within:
-        _complete_text(plan, update, run)
+        complete_text(plan, known, run)
     run.begin("check the models")
     _check_copies(plan, update)
     in_place = update is not None and update.is_of(out)
@@ -84,34 +89,12 @@ def build(
     check_room(out, plan.disk_needed)
     with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
         if within:
-            _complete_text(plan, update, run)
+            complete_text(plan, known, run)
         record, notes = _write(plan, stage, within, update, run)
         for file in files_of(plan.recipe, plan.root) if within else ():
             make_folder(stage.folder / WRITTEN_FOLDER)
             copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
     return Checkpoint(out, record, notes=notes)
-
-
-def _complete_text(plan: Plan, update: CheckpointUpdate | None, run: Run) -> None:
-    """Have written what experts write, and read all text on disk that the fit will read, so that what is wrong with it shows
-    before gigabytes are copied. That of experts with kept statistics may be gone.
-    """
-    known = update.statistics if update is not None else ()
-    write_texts(plan, run, but=known)
-    if plan.recipe.mixture.needs_text:
-        run.begin("check the text")
-        for number, expert in enumerate(plan.recipe.experts):
-            if expert.name not in known and all(is_local(spec, plan.root) for spec in expert.texts):
-                fit_documents(expert, plan.root, number, reads=plan.family.reads)
-
-
-def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:
-    """Let the experts of a plan write the text that its recipe asks them for, if it reads any and they are not in `but`."""
-    recipe = plan.recipe
-    if recipe.mixture.needs_text and any(expert.writes_text and expert.name not in but for expert in recipe.experts):
-        from modekit.routing import write_text  # this and others that need torch, as a build without text does not
-
-        write_text.write_texts(recipe, plan.root, plan.sources, run, but=but)
 
 
 def _write(
@@ -193,28 +176,25 @@ def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: Chec
     # Zero gates stand in while the fit reads the staged experts as those of a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
-    unfitted, known = RouterRecord.unfitted(plan.recipe, sha256), update.sources if update is not None else {}
-    record = make_record(plan, stage.out, hashes, unfitted, known, carried_digest(stage.folder))
+    sources = source_records(plan, stage.out, hashes, update.sources if update is not None else {})
+    unfitted = RouterRecord.unfitted(plan.recipe, sha256)
+    record = make_record(plan, stage.out, sources, unfitted, carried_digest(stage.folder))
     checkpoint = Checkpoint(stage.folder, record, plan.shape)
     if update is not None:
         checkpoint = Checkpoint(stage.folder, update.continued(record, checkpoint.tensors), plan.shape)
     stays = update.statistics if update is not None else ()
     run = Run(plan.trust_remote_code, run.progress)
     fitting = Fitting(checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run, stays)
-    fitted = _kept_router(fitting, update) or fit_router(fitting)
+    if update is not None and update.keeps_training:  # the router that it has, with rows for who is new
+        from modekit.routing.linear import trained_gates
+
+        fitted = trained_gates(fitting, update.checkpoint, update.origins)
+    else:
+        fitted = fit_router(fitting)
     record, files = checkpoint.router_files(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
     for name, content in files.items():
         write_file(stage.folder / name, content)
     return record
-
-
-def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRouter | None:
-    """Of a mixture that is changed the router that it has, with rows for who is new; None where a fit sets it."""
-    if update is None or not update.keeps_training:
-        return None
-    from modekit.routing.linear import trained_gates
-
-    return trained_gates(fitting, update.checkpoint, update.origins)
 
 
 def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) -> None:

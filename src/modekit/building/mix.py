@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modekit.errors import MismatchError, RecipeError
-from modekit.files.output import check_room, refuse_entangled, work_of
+from modekit.files.disk import check_room
+from modekit.files.output import work_of
+from modekit.files.place import refuse_entangled
 from modekit.planning.choice import changes
 from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan

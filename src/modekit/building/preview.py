@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from modekit.files.output import disk_of
+from modekit.files.disk import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert

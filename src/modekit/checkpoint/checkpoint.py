@@ -16,7 +16,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,26 +24,22 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
 from modekit.checkpoint.carried import lost_notes, lost_of
-from modekit.checkpoint.evidence import changed_blake3, embedding_writer
+from modekit.checkpoint.evidence_file import changed_blake3, embedding_writer
 from modekit.checkpoint.record import (
     RECORD_FILE,
-    CarryRecord,
-    FileRecord,
     MixtureRecord,
     RouterRecord,
     SourceRecord,
-    TokensRecord,
 )
 from modekit.checkpoint.router_file import Gates, changed_index, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together
-from modekit.files.output import work_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import Content, digest_of_data, json_bytes
 from modekit.planning.channels import Channels
 from modekit.planning.modekit_shape import without_names
-from modekit.planning.plan import ROUTER_FILE, Plan, Shape, open_shape
+from modekit.planning.plan import ROUTER_FILE, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.edit import as_written
@@ -53,10 +48,9 @@ from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.contents import OpenFiles, read_header
-from modekit.sources.digests import known_blake3, settings_digest
+from modekit.sources.digests import known_blake3
 from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef
 from modekit.sources.names import weight_of
-from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import COPIED_FILES
 from modekit.sources.weight_files import INDEX_FILE
 from modekit.weights.flat import read_float32
@@ -274,57 +268,3 @@ def content_of(path: Path, limit: int = 2**32) -> bytes:
         return read_bytes(path, limit)
     except UNREADABLE:
         return b""
-
-
-def make_record(
-    plan: Plan,
-    out: Path,
-    hashes: Mapping[str, str],
-    router: RouterRecord,
-    known: Mapping[ModelSource, SourceRecord] = {},
-    carried: str = "",
-) -> MixtureRecord:
-    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes.
-
-    `known`: records of sources that were read before, and may be gone; `carried`: sha256 of carried.safetensors.
-    """
-    unique, carry = list(dict.fromkeys(plan.sources)), plan.shape.channels and plan.shape.channels.carry
-    return MixtureRecord(
-        format=1,
-        modekit_version=version("modekit"),
-        recipe=plan.recipe,
-        recipe_digest=plan.recipe.digest(),
-        recipe_folder="." if plan.root == work_of(out).path else os.path.relpath(plan.root, out),
-        dense_config=plan.family.dense_config(plan.sources[0].config),
-        native_type=plan.shape.native_type,
-        dense_parameters=plan.sources[0].parameters,
-        expert_sources=[unique.index(source) for source in plan.sources[1:]],
-        sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
-        router=router,
-        tokens=_tokens_record(plan),
-        carry=CarryRecord(**dict(carry), sha256=carried) if carry else None,
-    )
-
-
-def _tokens_record(plan: Plan) -> TokensRecord | None:
-    if plan.vocabulary is None or not plan.vocabulary.is_grown:
-        return None
-    tokenizer = plan.vocabulary.tokenizer
-    return TokensRecord(tokenizer=tokenizer.number, eos=list(tokenizer.eos), written=sorted(tokenizer.written))
-
-
-def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
-    if known is not None:
-        files, config = known.files, known.config
-    else:
-        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
-        config = settings_digest(source.written_config)
-    return SourceRecord(
-        label=source.label,
-        spec=source.spec,
-        revision=source.revision,
-        folder=os.path.relpath(source.folder, out),
-        files=files,
-        config=config,
-        packed=source.packed,
-    )

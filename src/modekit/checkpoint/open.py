@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from modekit.checkpoint.checkpoint import Checkpoint, content_of
-from modekit.checkpoint.evidence import read_evidence
+from modekit.checkpoint.evidence_file import read_evidence
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord
 from modekit.checkpoint.router_file import FIT_ANEW, sha256_of
 from modekit.errors import CheckpointError, UnsupportedError

@@ -1,4 +1,4 @@
-"""The models that a mixture was made from, as they lie there now: what is scored under a name is what was recorded under it.
+"""The models that a mixture was made from: what is recorded of them, and whether they are that still.
 
 A weight file is read again only where its size, times or inode are not those that it had when this user's modekit read it last
 (files/user_cache.py). Settings (config.json, adapter_config.json) are small and always read.
@@ -6,19 +6,47 @@ A weight file is read again only where its size, times or inode are not those th
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import SourceRecord
+from modekit.checkpoint.record import FileRecord, SourceRecord
 from modekit.errors import SourceError
+from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter_config
 from modekit.sources.digests import known_blake3, settings_digest
-from modekit.sources.source import read_config
+from modekit.sources.source import ModelSource, read_config
 from modekit.sources.weight_files import weight_files
 
+Known = Mapping[ModelSource, SourceRecord]
 _PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"
+
+
+def source_records(plan: Plan, out: Path, hashes: Mapping[str, str], known: Known) -> list[SourceRecord]:
+    """Of the models of a plan, each once; folders are relative to `out`. `known`: of those that were read before, and may be
+    gone; of others, `hashes` says the files' blake3.
+    """
+    return [_source_record(source, out, hashes, known.get(source)) for source in dict.fromkeys(plan.sources)]
+
+
+def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
+    if known is not None:
+        files, config = known.files, known.config
+    else:
+        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
+        config = settings_digest(source.written_config)
+    return SourceRecord(
+        label=source.label,
+        spec=source.spec,
+        revision=source.revision,
+        folder=os.path.relpath(source.folder, out),
+        files=files,
+        config=config,
+        packed=source.packed,
+    )
 
 
 def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> str | None:

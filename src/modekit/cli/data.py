@@ -14,7 +14,7 @@ from modekit.cli.shell import Writing, app, common, writable
 from modekit.cli.words import Words, settings_in
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash
-from modekit.files.output import replaced_by
+from modekit.files.place import replaced_by
 
 if TYPE_CHECKING:
     from modekit.experts.corpus.balance import Balanced

@@ -16,7 +16,7 @@ from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_wit
 from modekit.engines.registry import Outtype
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of
-from modekit.files.output import replaced_by
+from modekit.files.place import replaced_by
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint

@@ -21,7 +21,7 @@ from modekit.cli.words import list_settings
 from modekit.errors import InterruptError, ModekitError, some_of
 from modekit.files.change import refuse_existing
 from modekit.files.marker import changed_files
-from modekit.files.output import replaced_by
+from modekit.files.place import replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
 

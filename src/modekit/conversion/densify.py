@@ -39,7 +39,7 @@ from modekit.experts.moving import Save, make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_scores
 from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
-from modekit.files.output import replaced_by
+from modekit.files.place import replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
 from modekit.loaded.experts import load_expert_source

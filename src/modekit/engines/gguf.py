@@ -26,7 +26,7 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.files.change import mend
 from modekit.files.copies import library_writes
 from modekit.files.marker import foreign_files
-from modekit.files.output import Replace
+from modekit.files.place import Replace
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven

@@ -18,7 +18,8 @@ from modekit.evaluation.results_folder import Result, results_path
 from modekit.evaluation.tables import Cell, ResultTable
 from modekit.evaluation.uncertainty import gap_error, mean_error
 from modekit.files.figures import count_of, or_dash
-from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes
+from modekit.files.json import parse_json
+from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import Count, Label, Number
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.recipes.strict import BASE

@@ -24,7 +24,7 @@ from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, p
 from modekit.files.change import mend
 from modekit.files.copies import copy_file
 from modekit.files.marker import foreign_files
-from modekit.files.output import replaced_by
+from modekit.files.place import replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import staging
 from modekit.files.typed import read_as

@@ -24,7 +24,7 @@ from modekit.experts.differences import TensorDifference, check_differs, compare
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
 from modekit.files.change import refuse_existing
 from modekit.files.copies import copy_file
-from modekit.files.output import replaced_by
+from modekit.files.place import replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import write_json
 from modekit.run import QUIET, Run

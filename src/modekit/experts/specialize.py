@@ -27,7 +27,7 @@ from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, diges
 from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
 from modekit.files.marker import Kind
-from modekit.files.output import Replace, replaced_by
+from modekit.files.place import Replace, replaced_by
 from modekit.files.staging import staging
 from modekit.files.typed import as_kind
 from modekit.files.write import digest_of_data, json_bytes, write_file, write_json

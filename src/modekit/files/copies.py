@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modekit.files.read import open_regular
-from modekit.files.write import appearing, create, disk_errors, files_below, is_temporary, make_folder, remove, temporary_in
+from modekit.files.write import appearing, create, files_below, is_temporary, make_folder, remove, temporary_in
+
+_TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Around a library that writes `path` for us: what it makes of a full disk, in classes of its own, is an OSError again.
+
+    safetensors raises SafetensorError and tokenizers Exception with the system's words, torch's writer RuntimeError with words
+    of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        torch_writes = isinstance(error, RuntimeError) and _TORCH_WRITES.search(str(error))
+        if not (number and type(error).__name__ in ("SafetensorError", "Exception")) and not torch_writes:
+            raise
+        code = int(number[1]) if number else errno.EIO
+        said = os.strerror(code) if number else "a file could not be written whole: is the disk full?"
+        raise OSError(code, said, str(path)) from None
 
 
 @contextmanager

@@ -1,12 +1,8 @@
-"""OUT.partial, in which OUT is made, and whether it may be: what lies there, what it is made from, the disk's room.
-
-staging.py says how OUT.partial, the folder beside it in which it is made, is laid out.
-"""
+"""OUT.partial, in which OUT is made (staging.py says how it is laid out), and OUT.training: held by one process at a time."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,19 +10,11 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from modekit.errors import OutputError, some_of
-from modekit.files.marker import CHANGE_LOCK, MARKER, Marker, foreign_files, read_marker
-from modekit.files.write import empty_folder, files_below, is_temporary, remove, remove_if_empty, write_file
-
-Replace = Literal["nothing", "modekit's own", "in place"]
-"""What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
+from modekit.errors import OutputError
+from modekit.files.marker import CHANGE_LOCK, MARKER, Marker, read_marker
+from modekit.files.write import empty_folder, is_temporary, remove, remove_if_empty, write_file
 
 JOURNAL, NEW, OLD = "journal", "new", "old"
-
-
-def replaced_by(overwrite: bool) -> Replace:
-    """What `--overwrite` allows."""
-    return "modekit's own" if overwrite else "nothing"
 
 
 def work_of(out: Path) -> WorkFolder:
@@ -56,60 +44,6 @@ def mend_commit(work: Path, out: Path) -> None:
         remove(old)
     if not new.exists():
         remove(work / JOURNAL)
-
-
-def refuse_what_is_there(out: Path, replace: Replace) -> None:
-    """Raise OutputError when something is at OUT that may not be replaced."""
-    if not os.path.lexists(out) or replace == "in place":
-        return
-    if replace == "nothing":
-        remedy = "choose another folder" + (" or pass --overwrite" if read_marker(out) is not None else "")
-        raise OutputError("the output folder exists", where=str(out), remedy=remedy)
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-        return
-    foreign = foreign_files(out) if out.is_dir() else None
-    if foreign is None or foreign:
-        raise OutputError(
-            "the output path holds something else than what modekit wrote there, so it is not overwritten",
-            where=str(out),
-            found=some_of(foreign, 5) if foreign else "no .modekit, which every folder that modekit makes has",
-            remedy="move it away, or choose another folder",
-        )
-
-
-def check_room(out: Path, needed: int) -> None:
-    """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
-    new = work_of(out).path / NEW
-    for name in files_below(new):
-        with suppress(OSError):  # another command is at it, and will be refused or waited for
-            needed -= (new / name).lstat().st_size
-    disk = disk_of(out)
-    if disk.total and needed > disk.free:  # some file systems do not say how large they are
-        raise OutputError(
-            "the disk has too little free space",
-            where=str(out),
-            found=f"{disk.free:,} bytes free",
-            expected=f"{needed:,} bytes",
-            remedy=f"free {needed - disk.free:,} bytes, or choose a folder on another disk",
-        )
-
-
-def disk_of(out: Path) -> shutil._ntuple_diskusage:
-    """Size and free bytes of the disk that OUT will be on."""
-    return shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
-
-
-def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
-    """Raise OutputError when OUT is, holds, or lies in a folder that the command reads, whatever links lead there."""
-    real = Path(os.path.realpath(out))  # Path.resolve raises where links go round
-    for folder in (Path(os.path.realpath(source)) for source in sources):
-        if real == folder or real in folder.parents or folder in real.parents:
-            raise OutputError(
-                "the output must not touch what it is made from",
-                where=str(out),
-                found=f"it is, holds or lies in {folder}",
-                remedy="choose a folder beside it",
-            )
 
 
 LOCK = "lock"

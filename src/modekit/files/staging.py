@@ -24,10 +24,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modekit.errors import InterruptError, OutputError
-from modekit.files.change import failed, left_of
 from modekit.files.copies import sweep
+from modekit.files.disk import failed, left_of
 from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, Marker, foreign_files
-from modekit.files.output import JOURNAL, NEW, OLD, Lock, Replace, mend_commit, refuse_entangled, refuse_what_is_there, work_of
+from modekit.files.output import JOURNAL, NEW, OLD, Lock, mend_commit, work_of
+from modekit.files.place import Replace, refuse_entangled, refuse_what_is_there
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.write import (
     Entry,

@@ -102,28 +102,6 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
-_TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Around a library that writes `path` for us: what it makes of a full disk, in classes of its own, is an OSError again.
-
-    safetensors raises SafetensorError and tokenizers Exception with the system's words, torch's writer RuntimeError with words
-    of its own.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"os error (\d+)", str(error))
-        torch_writes = isinstance(error, RuntimeError) and _TORCH_WRITES.search(str(error))
-        if not (number and type(error).__name__ in ("SafetensorError", "Exception")) and not torch_writes:
-            raise
-        code = int(number[1]) if number else errno.EIO
-        said = os.strerror(code) if number else "a file could not be written whole: is the disk full?"
-        raise OSError(code, said, str(path)) from None
-
-
 def write_file(path: Path, content: Content, *, sync: bool = True) -> None:
     """Write a file so that it is seen whole or not at all. Raises OSError."""
     with appearing(path, sync=sync) as temporary, create(temporary) as stream:

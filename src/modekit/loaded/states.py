@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modekit.errors import ModekitError, TrainingError
-from modekit.files.copies import new_folder
+from modekit.files.copies import disk_errors, new_folder
 from modekit.files.read import LARGE, open_regular, read_json
 from modekit.files.typed import as_kind, shortened
-from modekit.files.write import appearing, disk_errors, remove, sync_tree, write_file, write_json
+from modekit.files.write import appearing, remove, sync_tree, write_file, write_json
 
 _COMPLETE, _HISTORY = "complete", "history.json"
 STATE_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from modekit.building.build import write_texts
+from modekit.building.text import write_texts
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_weights

@@ -95,7 +95,7 @@ def _plan_of_what_is_there(checkpoint: Checkpoint, sources: tuple[ModelSource, .
     there = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
     planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
     differs = (each for each in there.keys() | planned.keys() if there.get(each) != planned.get(each))
-    same = set(checkpoint.shape.left_out).issuperset(differs) and dict(plan.config) == dict(checkpoint.config)
+    same = set(checkpoint.shape.left_out).issuperset(differs) and dict(plan.shape.config) == dict(checkpoint.config)
     return plan if same else None
 
 
@@ -195,7 +195,7 @@ def _changed_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> str | None:
 
 def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], origins: Origins, before: Plan) -> None:
     """Raise CheckpointError when a tensor that a training moved would be made anew from the sources."""
-    gone = set(range(before.experts)) - set(origins)
+    gone = set(range(before.shape.experts)) - set(origins)
     of_gone = {tensor.name for shard in before.shards for tensor in shard.tensors if tensor.expert in gone}
     lost = sorted(checkpoint.record.trained.keys() - set(names.values()) - of_gone)
     if lost:

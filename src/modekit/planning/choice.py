@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from modekit.files.disk import disk_of
 from modekit.files.figures import bytes_of
-from modekit.files.output import disk_of
 from modekit.files.read import UNREADABLE, read_json, read_text
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe

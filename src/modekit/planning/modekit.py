@@ -80,8 +80,6 @@ class ModekitForm:
                     made = as_in(self._sources[1 + expert], self._original(ref))
                     yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
             yield from self._low_rank_tensors(place)
-            for ref, ranks in place.inside:
-                yield from self._inside_tensors(place, ref, ranks)
             kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
             for number, (expert, bits) in enumerate(kept):
                 pair = self._pair(expert, place.weight)
@@ -89,7 +87,8 @@ class ModekitForm:
                     name = f"{place.module}.differences.{number}.{bit.part}"
                     yield PlannedTensor(name, code, bit.shape, "adapter", bit, expert)
             if added := self._added_biases(place):
-                yield self._of_experts(f"{place.module}.lora_bias", added, (len(added), *next(iter(added.values())).shape))
+                biases = self._of_experts(f"{place.module}.lora_bias", added)
+                yield replace(biases, shape=(len(added), *next(iter(added.values())).shape))
 
     def _shape(self) -> ModekitShape:
         """The base's config.json with what is mixed where under `modekit`."""
@@ -141,7 +140,7 @@ class ModekitForm:
         )
 
     def _low_rank_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
-        """A and B of all experts, each in one tensor."""
+        """A and B of all experts, each in one tensor; then those of the tensors in a place that is itself a mixture."""
         a, b = dict[int, Made](), dict[int, Made]()
         for expert, rank in enumerate(place.ranks):
             change = low_rank(self._sources[1 + expert], weight_of(place.module)) if rank else None
@@ -151,25 +150,21 @@ class ModekitForm:
             elif rank:
                 pair = self._pair(expert, place.weight)
                 a[expert], b[expert] = Delta(*pair, "A", rank), Delta(*pair, "B", rank)
-        if a and place.weight is not None:
-            (outputs, inputs), ranks = place.weight.shape, sum(place.ranks)
-            code = self._adapter_code([*a.values(), *b.values()])
-            yield self._of_experts(f"{place.module}.lora_A", a, (ranks, inputs), 0, code)
-            yield self._of_experts(f"{place.module}.lora_B", b, (outputs, ranks), 1, code)
+        if a:
+            yield from self._both(place.module, a, b)
+        for ref, ranks in place.inside:
+            changes = {expert: self._change(expert, ref) for expert, rank in enumerate(ranks) if rank}
+            a = {expert: Copy(change.a) for expert, change in changes.items()}
+            b = {expert: Copy(change.b) for expert, change in changes.items()}
+            yield from self._both(f"{place.module}.{self._inside_entry(place, ref, ranks).name}", a, b)
+
+    def _both(self, name: str, a: dict[int, Made], b: dict[int, Made]) -> Iterable[PlannedTensor]:
+        code = self._adapter_code([*a.values(), *b.values()])
+        return self._of_experts(f"{name}.lora_A", a, 0, code), self._of_experts(f"{name}.lora_B", b, 1, code)
 
     def _inside_entry(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> InsidePlace:
         scales = [self._change(expert, ref).scale if rank else 1.0 for expert, rank in enumerate(ranks)]
         return InsidePlace(tensor=place.within(ref.name), ranks=list(ranks), scales=scales)
-
-    def _inside_tensors(self, place: PlannedPlace, ref: TensorRef, ranks: tuple[int, ...]) -> Iterator[PlannedTensor]:
-        """A and B of all adapters' changes of one tensor of a place that is itself a mixture."""
-        changes = {expert: self._change(expert, ref) for expert, rank in enumerate(ranks) if rank}
-        a: dict[int, Made] = {expert: Copy(change.a) for expert, change in changes.items()}
-        b: dict[int, Made] = {expert: Copy(change.b) for expert, change in changes.items()}
-        code, total = self._adapter_code([*a.values(), *b.values()]), sum(made.shape[0] for made in a.values())
-        first, name = next(iter(changes.values())), f"{place.module}.{self._inside_entry(place, ref, ranks).name}"
-        yield self._of_experts(f"{name}.lora_A", a, (total, first.a.shape[1]), 0, code)
-        yield self._of_experts(f"{name}.lora_B", b, (first.b.shape[0], total), 1, code)
 
     def _change(self, expert: int, ref: TensorRef) -> LowRank:
         """An adapter's change of a tensor that it is known to change."""
@@ -194,12 +189,10 @@ class ModekitForm:
         ref = self._original(ref)
         return self._sources[1 + expert].matching(ref), ref
 
-    def _of_experts(
-        self, name: str, parts: dict[int, Made], shape: tuple[int, ...], axis: Literal[0, 1] = 0, code: str | None = None
-    ) -> PlannedTensor:
+    def _of_experts(self, name: str, parts: dict[int, Made], axis: Literal[0, 1] = 0, code: str | None = None) -> PlannedTensor:
         """Parts of several experts in one tensor."""
         made = Join(tuple(parts.values()), axis, tuple(parts))
-        return PlannedTensor(name, code or self._adapter_code([*parts.values()]), shape, "adapter", made)
+        return PlannedTensor(name, code or self._adapter_code([*parts.values()]), made.shape, "adapter", made)
 
     def _adapter_code(self, parts: list[Made]) -> str:
         """Their own dtype, so that adapters stay bit for bit; float32 when they differ."""

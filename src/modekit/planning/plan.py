@@ -8,7 +8,6 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
 from modekit.planning.carry import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
@@ -20,6 +19,7 @@ from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config
 from modekit.sources.family import Family
+from modekit.sources.header import FileState
 from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.made import Zeros
@@ -100,11 +100,6 @@ class Plan:
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers."""
         return self.shape.slots
-
-    @property
-    def experts(self) -> int:
-        """How many there are."""
-        return len(self.recipe.experts)
 
     @property
     def router(self) -> tuple[PlannedTensor, ...]:

@@ -61,7 +61,7 @@ class _Finder:
         self._model, self._origins = model, origins
         experts = zip(after.sources[1:], origins, strict=True)
         self._new = {file for source, origin in experts if origin is None for file in source.files} - {*after.sources[0].files}
-        self._same = range(before.experts)
+        self._same = range(before.shape.experts)
         self._inner = after.shape.inner
         self._old = {_key(tensor, self._same, self._inner): tensor for shard in before.shards for tensor in shard.tensors}
 

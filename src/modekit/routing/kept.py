@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import CheckpointError, TextError
-from modekit.files.read import open_regular, parse_json
+from modekit.files.copies import disk_errors
+from modekit.files.json import parse_json
+from modekit.files.read import open_regular
 from modekit.files.typed import shortened
-from modekit.files.write import appearing, disk_errors, make_folder, remove_if_empty
+from modekit.files.write import appearing, make_folder, remove_if_empty
 from modekit.routing.examples import read_examples
 from modekit.routing.fit import Fitting
 from modekit.text.held_out import fit_documents

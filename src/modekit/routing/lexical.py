@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from modekit.architecture.modekit_router import ngram_rows
-from modekit.checkpoint.evidence import evidence_columns, rows_of
+from modekit.checkpoint.evidence import evidence_columns
+from modekit.checkpoint.evidence_file import rows_of
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS

@@ -18,8 +18,9 @@ import numpy as np
 from blake3 import blake3
 
 from modekit.errors import SourceError
-from modekit.files.read import FileState, open_regular, parse_json
-from modekit.sources.header import TensorRef
+from modekit.files.json import parse_json
+from modekit.files.read import open_regular
+from modekit.sources.header import FileState, TensorRef
 from modekit.sources.quantised import PackedRef
 
 CHUNK = 2**19

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from modekit.files.read import FileState, read_text
+from modekit.files.read import read_text
 from modekit.files.user_cache import WRONG, file_of, keep_proven
 from modekit.sources.config import Config
 from modekit.sources.contents import WeightFile
+from modekit.sources.header import FileState
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NO_SETTINGS = frozenset(

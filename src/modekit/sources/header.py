@@ -1,14 +1,16 @@
-"""A tensor in a safetensors file: which, and where its bytes lie (contents.py reads headers and bytes)."""
+"""A tensor in a safetensors file: which, and where its bytes lie (contents.py reads them); and what the file was then."""
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from modekit.errors import SourceError
-from modekit.files.read import FileState
 
 ITEMSIZE = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -18,6 +20,33 @@ ITEMSIZE = {
 }
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
+YOUNG_NS = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What a file was when it was looked at: another state is another file, or other bytes.
+
+    `changed_ns` also changes with a new name or mode of the file, but nobody can put it back: it counts where a later
+    process asks whether these are still the same bytes.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int = field(compare=False)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it changed long enough ago that another change would show: within a tick of the clock it would not."""
+        return max(self.modified_ns, self.changed_ns) < time.time_ns() - YOUNG_NS
+
+    @classmethod
+    def of(cls, file: io.FileIO | Path) -> FileState:
+        """The state of a file, open or not. Raises OSError."""
+        found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True)

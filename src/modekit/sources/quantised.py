@@ -17,7 +17,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from modekit.errors import SourceError
-from modekit.files.read import UNREADABLE, open_regular, parse_json
+from modekit.files.json import parse_json
+from modekit.files.read import UNREADABLE, open_regular
 from modekit.files.typed import as_kind
 from modekit.sources.config import Config, no_usable
 from modekit.sources.header import DTYPE_NAMES, TensorRef

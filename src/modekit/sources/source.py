@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import UNREADABLE, FileState, read_json
+from modekit.files.read import UNREADABLE, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.config import Config, damaged_model
 from modekit.sources.contents import read_header
-from modekit.sources.header import TensorRef
+from modekit.sources.header import FileState, TensorRef
 from modekit.sources.remote_code import check_no_code
 from modekit.sources.towers import unwrapped
 from modekit.sources.weight_files import refuse_other_kinds, weight_files

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modekit.errors import MismatchError, SourceError, some_of
-from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_json, read_text
+from modekit.files.json import parse_json
+from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json, read_text
 from modekit.sources.config import Config, damaged_model
 from modekit.sources.cuts import other_cuts
 

@@ -34,7 +34,7 @@ from modekit.experts.corpus.texts import (
     read_domain,
 )
 from modekit.files.change import refuse_existing
-from modekit.files.output import Replace
+from modekit.files.place import Replace
 from modekit.files.staging import staging
 from modekit.files.write import json_bytes, make_folder, write_file
 from modekit.recipes.paths import locate, name_of

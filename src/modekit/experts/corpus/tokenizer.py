@@ -20,7 +20,7 @@ from modekit.errors import ModekitError
 from modekit.experts.corpus.texts import checked_texts, count_tokens, none_in_split, read_domain
 from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
-from modekit.files.output import Replace
+from modekit.files.place import Replace
 from modekit.files.staging import staging
 from modekit.files.write import write_json
 from modekit.recipes.paths import locate
