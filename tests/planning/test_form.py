@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from adapter_folders import lora, write_adapter
 from conftest import Workshop, make_workshop
 from modekit.planning import choice
+from modekit.planning.changes import changes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import family_of
 from modekit.sources.source import open_source
+from modekit.weights import flat
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +53,16 @@ def test_what_a_model_changes_is_seen(shop: Workshop) -> None:
     base = open_source("base_model", "base", shop.root / "base")
     family = family_of(base.config, where="base")
     for name, expected in (("ffn", "ffn"), ("attention", "more"), ("law", "more"), ("nothing", "nothing")):
-        assert choice.changes(base, open_source(name, name, shop.root / name), family) == expected, name
+        assert changes(base, open_source(name, name, shop.root / name), family) == expected, name
 
 
 def test_of_a_large_tensor_pieces_are_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """All over it: a fine-tune differs everywhere."""
-    monkeypatch.setattr(choice, "_NUMBERS", 4)
-    monkeypatch.setattr(choice, "_PIECES", 8)
+    monkeypatch.setattr(flat, "_NUMBERS", 4)
+    monkeypatch.setattr(flat, "_PIECES", 8)
     base = open_source("base_model", "base", shop.root / "base")
     law = open_source("law", "law", shop.root / "law")
-    assert choice.changes(base, law, family_of(law.config, where="law")) == "more"
+    assert changes(base, law, family_of(law.config, where="law")) == "more"
 
 
 def test_adapters_that_all_fit_are_planned_plain_with_both_sizes(shop: Workshop) -> None:
@@ -122,4 +124,4 @@ def test_numbers_of_other_kinds_differ(tmp_path: Path) -> None:
     halves = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
     save_file(halves, shop.root / "law" / "model.safetensors", metadata={"format": "pt"})
     base, law = (open_source(name, name, shop.root / name) for name in ("base", "law"))
-    assert choice.changes(base, law, family_of(base.config, where="base")) == "more"
+    assert changes(base, law, family_of(base.config, where="base")) == "more"

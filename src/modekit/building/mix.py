@@ -14,7 +14,7 @@ from modekit.errors import MismatchError, RecipeError
 from modekit.files.disk import check_room
 from modekit.files.output import work_of
 from modekit.files.place import refuse_entangled
-from modekit.planning.choice import changes
+from modekit.planning.changes import changes
 from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder, spelled_out

@@ -22,14 +22,14 @@ size, G query heads per key-value head, F hidden units, K units per channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from modekit.errors import UnsupportedError
 from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.penalties import LOUD, front_units, gate_entries
-from modekit.planning.recency import decays_of, distance_scores, time_constant
+from modekit.planning.recency import turns_per_token
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, number, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
@@ -42,6 +42,8 @@ CONSTANT = 4.0
 """Of the constant channel, beside evidence of about that size: quantised together, neither is lost."""
 _DENSE_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _ATTENTION: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
+_LEAST_DECAY = 0.9  # a head whose scores fall faster is no good average of a text
+_FARTHEST = 3_000.0  # tokens per radian of the slowest pair that scores a distance; slower ones would need too large numbers
 MEASURED_TOKENS = 1_024
 """Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
 
@@ -233,23 +235,6 @@ class Channels:
             carried=CarriedPart("router", layer) if carries else None,
         )
 
-    def notes(self, recipe: Recipe, left: Sequence[str]) -> Iterable[str]:
-        """What a user should know of them; `left`: what experts have of their own in a layer that is not carried."""
-        yield (
-            f"the {recipe.mixture.router.fit} router adds {self.spare} channels to the base's {self.hidden} "
-            f"({self.spare / self.hidden:.1%}) and a layer in front; the rest computes the same"
-        )
-        if self.carry is not None:
-            kept = {"attention": True, "head": self.carry.head, "embedding": self.carry.embedding}
-            yield (
-                f"{', '.join(name for name, holds in kept.items() if holds)} of every expert"
-                f"{' (' + ', '.join(left) + ' aside, which all share)' if left else ''}: carried through "
-                f"{self.carry.channels} of these channels and {self.carry.units} hidden units"
-                f"{'' if self.carry.is_exact else '; the build measures what that loses'}"
-            )
-        if recipe.mixture.router.decay is None and self.decays == (1.0,):
-            yield "its evidence does not fade: this architecture averages over all of the text so far"
-
     def _norm_entries(self, layer: int, module: str) -> tuple[Entry, ...]:
         """What norms let through of the channels: evidence to the first attention, averages to every router, and to all what
         they read of what is carried.
@@ -279,12 +264,12 @@ class Channels:
             return tuple(
                 (self.context.start + number, head * self.head_dim + number, written) for number, head in enumerate(heads)
             )
-        taus = [time_constant(decay) for decay in self.decays]
+        taus = [_time_constant(decay) for decay in self.decays]
         reference = next((tau for tau in taus if tau is not None), None)  # that the key is made for; queries make others of it
         if reference is None:  # queries and keys of zero: the mean
             return ()
         sides = [(reference, None)] if part == "k" else [(tau, reference) for tau in taus]
-        return self._rotated([distance_scores(self.turns, self.score_scale, *each) for each in sides])
+        return self._rotated([_distance_scores(self.turns, self.score_scale, *each) for each in sides])
 
     def _rotated(self, heads: list[list[float]]) -> tuple[Entry, ...]:
         """Rows of the new heads that read the constant: a number for each pair, in its first place."""
@@ -312,7 +297,7 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
             remedy="choose another fit, or output: {format: modekit}",
         )
     size, heads, kv_heads = (whole(dense, key) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
-    group, experts, (decays, turns) = heads // kv_heads, len(recipe.experts), decays_of(recipe, native, dense)
+    group, experts, (decays, turns) = heads // kv_heads, len(recipe.experts), _decays_of(recipe, native, dense)
     _check_evidence(experts, len(decays), group, size)
     inner, width_keys = (0, _DENSE_WIDTHS) if native.routed is None else (native.routed.count(dense), (native.width_key,))
     evident = 2 * len(decays) * experts + 1 + (experts if inner else 0)
@@ -337,6 +322,26 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         inner=inner,
         width_keys=width_keys,
     )
+
+
+def _decays_of(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The recipe's, else the fit's own where the architecture can say it, else that of the mean; and the rotary turns."""
+    assert isinstance(native.widening, Widening)
+    turns = turns_per_token(dense) if native.widening.recency else None
+    asked = recipe.mixture.router.decay
+    decays = tuple(recipe.mixture.router.decays)
+    if asked is None and turns is None:
+        return (1.0,), ()
+    for decay in decays:
+        if decay < _LEAST_DECAY or (decay != 1.0 and turns is None):
+            raise UnsupportedError(
+                f"attention of {native.native_type} with this base's norms and rotary embedding cannot fade so",
+                where="mixture.router.decay",
+                found=decay,
+                expected="1.0, the mean of the text so far" if turns is None else f"{_LEAST_DECAY} to 1",
+                remedy="correct the decay, or write output: {format: modekit}",
+            )
+    return decays, tuple(turns or ())
 
 
 def _check_evidence(experts: int, decays: int, group: int, size: int) -> None:
@@ -365,3 +370,22 @@ def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> in
             remedy="leave it out, or write that",
         )
     return asked or fewest
+
+
+def _time_constant(decay: float) -> float | None:
+    """Tokens after which a token counts 1/e; None when it never fades."""
+    return None if decay == 1.0 else -1.0 / math.log(decay)
+
+
+def _distance_scores(turns: Sequence[float], scale: float, tau: float | None, reference: float | None = None) -> list[float]:
+    """One side of the products c_i by which attention, that multiplies scores by `scale`, weighs a distance: of a query for
+    `reference`'s key, or of that key. `turns`: theta_i, in radians per token.
+
+    Turned by the rotary embedding, a constant query and key score the distance d of two tokens: with products c_i of their
+    pairs, sum_i c_i cos(theta_i d) = const - d / tau as far as a text goes (benchmarks/lexical.md).
+    """
+    if tau is None:
+        return [0.0] * len(turns)
+    spacing = math.log(turns[0] / turns[1])
+    products = (2 / math.pi * spacing / turn / scale if 1 / turn <= _FARTHEST else 0.0 for turn in turns)
+    return [math.sqrt(each / (reference or tau)) * ((reference or tau) / tau) for each in products]

@@ -7,27 +7,21 @@ is measured at a build (building/lost.py), which takes the modekit architecture 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from modekit.files.disk import disk_of
 from modekit.files.figures import bytes_of
-from modekit.files.read import UNREADABLE, read_json, read_text
+from modekit.files.read import UNREADABLE, read_text
+from modekit.planning.changes import Changed, is_gone
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
-from modekit.sources.contents import OpenFiles
-from modekit.sources.family import Family
-from modekit.sources.header import TensorRef
-from modekit.sources.names import natural_key
-from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.weights.flat import stored
+from modekit.sources.source import ModelSource
 
 MOST_LOST = 0.05
 """Of what an expert changes: a plain checkpoint that loses more of one is not taken."""
-_PIECES, _NUMBERS = 64, 2**13  # of a tensor, that are looked at to see whether models differ: all of one that is no larger
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -54,7 +48,7 @@ def _memory() -> int:
     return memory
 
 
-def whole_models(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> int:
+def whole_models(recipe: Recipe, sources: Sequence[ModelSource], changed: Changed) -> int:
     """How many experts are full models that differ from the base in more than their FFNs; 0 where the recipe says what becomes
     of that. `sources` begin with the base. Of a model that is gone, the recipe of its mixture says `carry: all` then.
     """
@@ -62,46 +56,22 @@ def whole_models(recipe: Recipe, sources: Sequence[ModelSource], family: Family)
         return 0
     full = [source for expert, source in zip(recipe.experts, sources[1:], strict=True) if expert.is_whole]
     carried = recipe.output.carry is not None
-    return sum(carried if _is_gone(each) else changes(sources[0], each, family) == "more" for each in full)
+    return sum(carried if is_gone(each) else changed(each) == "more" for each in full)
 
 
-def _is_gone(model: ModelSource) -> bool:
-    """Whether it is only known by what its mixture says of it (members/change.py)."""
-    return any(ref.state is None for ref in model.tensors.values())
-
-
-def changes(base: ModelSource, model: ModelSource, family: Family) -> Literal["more", "ffn", "nothing"]:
-    """What a full model changes of its base, by a sample of every tensor: its FFNs, more than these, or nothing."""
-    ffn, gone = f".{family.mlp_module}.", _is_gone(model)
-    with OpenFiles() as opened:
-        if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
-            return "more"
-        if gone:
-            return "ffn"
-        return "ffn" if _differ(opened, base, model, lambda name: ffn in name) else "nothing"
-
-
-def _changed_ffn_alone(source: ModelSource) -> bool:
-    """Whether `modekit specialize` says that it trained nothing but the FFNs."""
-    try:
-        record = read_json(source.folder / SPECIALIST_FILE)
-    except UNREADABLE:
-        return False
-    return isinstance(record, dict) and record.get("specialist") == "mlp"
-
-
-def _differ(opened: OpenFiles, base: ModelSource, model: ModelSource, among: Callable[[str], bool]) -> bool:
-    """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
-    names = [name for name in base.tensors.keys() & model.tensors.keys() if among(name)]
-    for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):
-        one, other = base.tensors[name], model.tensors[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or _pieces_differ(opened, one, other):
-            return True
-    return False
-
-
-def _pieces_differ(opened: OpenFiles, one: TensorRef, other: TensorRef) -> bool:
-    first, second = (stored(opened, each) for each in (one, other))
-    step = max(_NUMBERS, -(-len(first) // _PIECES))
-    parts = (slice(start, min(len(first), start + _NUMBERS)) for start in range(0, len(first), step))
-    return any(first[part].tobytes() != second[part].tobytes() for part in parts)
+def why_modekit(recipe: Recipe) -> str | None:
+    """Why a recipe that does not ask for a native architecture gets none; None where it may."""
+    if recipe.output.format == "plain":
+        return None
+    beyond = recipe.beyond_plain()
+    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+    bits = [expert.name for expert in recipe.experts if expert.bits is not None]
+    if recipe.output.format == "modekit":
+        return "the recipe asks for the modekit architecture"
+    if beyond:
+        return f"only the modekit architecture has {', '.join(beyond)}"
+    if adapters:
+        carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
+        does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
+        return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: plain}} {does}"
+    return f"differences stay in a few bits per number ({', '.join(bits)})" if bits else None

@@ -8,21 +8,23 @@ all tensors are planned. How the experts lie in a plain checkpoint says native.p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from modekit.errors import RecipeError, SourceError, UnsupportedError
-from modekit.planning.choice import choose_form, whole_models
+from modekit.errors import UnsupportedError
+from modekit.planning.changes import Changed, changes
+from modekit.planning.choice import choose_form, whole_models, why_modekit
 from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
-from modekit.planning.notes import check_adapters, notes_of
+from modekit.planning.notes import check_adapters, check_text, notes_of
 from modekit.planning.plan import Plan
+from modekit.planning.recency import fades
 from modekit.planning.routed import RoutedForm
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.choices import choices, leaves_open, with_following
+from modekit.recipes.choices import Way, choices, leaves_open, with_following
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -34,8 +36,6 @@ from modekit.sources.names import natural_key
 from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.sources.tokenizer_choice import TokenizerChoice
 from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merged
 
@@ -57,12 +57,11 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
 def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
     """The same over models that are open."""
     family, vocabulary = _one_vocabulary(sources)
-    *first, last = _settled(recipe, family, vocabulary)
-    plans = list[Plan]()
-    for laid in first:
-        with suppress(UnsupportedError):
-            plans.append(_planned(laid, vocabulary, root, run))
-    plans.append(_planned(last, vocabulary, root, run))
+    changed = cache(lambda model: changes(vocabulary.sources[0], model, family))  # each is looked at once
+    laid, plans = _settled(recipe, family, vocabulary, changed), list[Plan]()
+    for each in laid:
+        with suppress(UnsupportedError) if each is not laid[-1] else nullcontext():
+            plans.append(_planned(each, vocabulary, root, changed, run))
     return choose_form(*plans) if len(plans) > 1 else plans[0]
 
 
@@ -80,56 +79,50 @@ def _with_own_sizes(source: ModelSource) -> ModelSource:
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
-def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> list[_Laid]:
+def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Changed) -> list[_Laid]:
     """With what the recipe leaves open: the router, its decay, the form. A plain result first, then one in the modekit
     architecture, where both hold all of the experts. Raises what the last choice raises.
     """
-    if not leaves_open(recipe):
-        return [_following(_laid(recipe, family, vocabulary), family, vocabulary)]
-    whole = whole_models(recipe, vocabulary.sources, family)
+    is_open = leaves_open(recipe)
+    whole = whole_models(recipe, vocabulary.sources, changed) if is_open else 0
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
-    ways, found = choices(recipe, whole=whole), list[_Laid]()
-    not_plain = _why_modekit(recipe) if recipe.beyond_plain() else None
+    ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
+    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     for settled, way in ways:
-        holds_all = way.plain is False and (not whole or "modules" in way.mixture)
-        if found and not holds_all:
+        if found and not (way.plain is False and (not whole or "modules" in way.mixture)):  # it does not hold all
             continue
         try:
             form, why = _laid(settled, family, vocabulary)
         except UnsupportedError as error:
+            if not found and way is ways[-1][1]:
+                raise
             not_plain = f"{error.what} ({error.found})" if way.plain and error.found else error.what
             continue
-        if way.plain in (None, form.shape.plain):
-            found.append(_following((form, not_plain or why), family, vocabulary))
+        if way.plain in (None, form.shape.plain) or (not found and way is ways[-1][1]):
+            found.append((form, not_plain or why))
             if len(found) == 2 or same_size or not (way.says_form and way.plain):
                 break
-    return found or [_following(_laid(ways[-1][0], family, vocabulary), family, vocabulary)]
-
-
-def _following(laid: _Laid, family: Family, vocabulary: Vocabulary) -> _Laid:
-    """With the decay that a recipe leaves open."""
-    form, why = laid
-    channels, settled = form.shape.channels, form.shape.recipe
-    if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
-        return form, why  # what cannot say that older tokens fade keeps its mean
-    following = with_following(settled)
-    return form if following == settled else _laid(following, family, vocabulary)[0], why
+    return found
 
 
 def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
-    code_of = partial(_code_of, recipe.output.dtype)
-    native, why = _native_form(recipe, vocabulary.sources, family, code_of)
-    form: Form = native or ModekitForm(recipe, vocabulary.sources, family, code_of)
-    check_adapters(recipe, vocabulary.sources, form.mixes_more, form.mixed | form.carried)
+    """In an architecture that other tools know, where one holds it. Raises UnsupportedError when the recipe asks for one in
+    vain, or nothing of an adapter is mixed. The decay that a recipe leaves open follows chats where the tokenizer knows them.
+    """
+    sources, code_of = vocabulary.sources, partial(_code_of, recipe.output.dtype)
+    following = with_following(recipe) if vocabulary.tokenizer.has_template else recipe
+    native, why = _native_form(recipe, following, sources, family, code_of)
+    form: Form = native or ModekitForm(following, sources, family, code_of)
+    check_adapters(recipe, sources, form.mixes_more, form.mixed | form.carried)
     return form, why
 
 
-def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, run: Run) -> Plan:
+def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, changed: Changed, run: Run) -> Plan:
     (form, why), sources = laid, vocabulary.sources
     recipe = form.shape.recipe
-    _check_text(recipe, vocabulary.tokenizer)
+    check_text(recipe, vocabulary.tokenizer)
     tensors = [*_backbone(sources, form, partial(_code_of, recipe.output.dtype)), *form.experts()]
-    notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried)
+    notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried, changed)
     return Plan(
         recipe=recipe,
         root=root,
@@ -175,12 +168,13 @@ def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[T
 
 
 def _native_form(
-    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
+    recipe: Recipe, following: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeForm | None, str]:
-    """In a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
+    """In a native architecture, or None, and why: as the recipe that is `following` where its attention can fade so. Raises
+    UnsupportedError when the recipe asks for one in vain.
+    """
     base, is_asked = sources[0], recipe.output.format == "plain"
-    why_not = None if is_asked else _why_modekit(recipe)
-    if why_not is not None:
+    if (why_not := why_modekit(recipe)) is not None:
         return None, why_not
     native, tried = choose_native(family, base.config)
     if native is None and is_asked:
@@ -192,8 +186,9 @@ def _native_form(
         )
     if native is None:
         return None, " | ".join(tried)
+    follows = following is not recipe and fades(native, family.dense_config(base.config))
     try:
-        form = (RoutedForm if native.routed else NativeForm)(recipe, sources, native, code_of)
+        form = (RoutedForm if native.routed else NativeForm)(following if follows else recipe, sources, native, code_of)
     except UnsupportedError as error:  # it cannot carry the router
         if is_asked or recipe.output.channels is not None:
             raise
@@ -204,40 +199,3 @@ def _native_form(
     if form.carried:
         return form, f"a {name} holds experts of {kind} with their attention, in the router's channels"
     return form, f"whole FFN experts of {kind} with a linear router have an exact native form: {name}"
-
-
-def _why_modekit(recipe: Recipe) -> str | None:
-    """Why a recipe that does not ask for a native architecture gets none; None where it may."""
-    beyond = recipe.beyond_plain()
-    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
-    bits = [expert.name for expert in recipe.experts if expert.bits is not None]
-    if recipe.output.format == "modekit":
-        return "the recipe asks for the modekit architecture"
-    if beyond:
-        return f"only the modekit architecture has {', '.join(beyond)}"
-    if adapters:
-        carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
-        does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
-        return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: plain}} {does}"
-    return f"differences stay in a few bits per number ({', '.join(bits)})" if bits else None
-
-
-def _check_text(recipe: Recipe, tokenizer: TokenizerChoice) -> None:
-    """Raise SourceError where a fit has nothing to read text with, RecipeError where it is to read chats without a template."""
-    folder, spec = tokenizer.source.folder, tokenizer.source.spec
-    if not recipe.mixture.needs_text:
-        return
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise SourceError(
-            "the router fit reads text and the base model has no tokenizer",
-            where=f"base_model ({spec})",
-            expected="tokenizer.json or another of transformers' tokenizer files",
-            remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
-        )
-    if recipe.mixture.router.chat and not tokenizer.has_template:
-        raise RecipeError(
-            "the router is to know chats, and the base model has no chat template",
-            where="mixture.router.chat",
-            found=str(folder),
-            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
-        )

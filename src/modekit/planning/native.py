@@ -10,6 +10,7 @@ from modekit.errors import UnsupportedError
 from modekit.planning.carry import CarrySize, carried_size
 from modekit.planning.channels import channels_of
 from modekit.planning.native_shape import NativeShape
+from modekit.planning.notes import notes_of_channels
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
@@ -87,7 +88,7 @@ class NativeForm:
             experts = [each for each in self._sources[1:] if each is not self._base]
             own = {each for each in self._base.tensors if each.startswith(in_layer(0)) and not is_ignored(each)}
             left = sorted(name for name in own - self.mixed - self.carried if any(touched(each, name) for each in experts))
-            yield from self._channels.notes(self._recipe, [name.removeprefix(in_layer(0)) for name in left])
+            yield from notes_of_channels(self._channels, self._recipe, [name.removeprefix(in_layer(0)) for name in left])
 
     def backbone(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
         """What the result has of a tensor of the base: nothing of the experts' own. Raises UnsupportedError."""

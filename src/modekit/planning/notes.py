@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.files.figures import bytes_of
-from modekit.planning.choice import changes
+from modekit.planning.changes import Changed
+from modekit.planning.channels import Channels
 from modekit.planning.shape import AnyShape
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
@@ -22,13 +23,15 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import is_ignored
 from modekit.sources.source import ModelSource
+from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.tokenizer_choice import TokenizerChoice
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.flat import stored
 
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 
 
-def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Collection[str]) -> Iterator[str]:
+def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], changed: Changed) -> Iterator[str]:
     """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed."""
     recipe, sources = shape.recipe, vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
@@ -38,7 +41,7 @@ def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Colle
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"
         )
-    yield from _lost(shape, sources, way_out, mixed)
+    yield from _lost(shape, sources, way_out, mixed, changed)
     yield from _of_chats(recipe, vocabulary)
     yield from _beside(sources)
     for key in ("channels", "carry", "rank") if not shape.plain else ():
@@ -82,6 +85,24 @@ def _drift(model: ModelSource, base: ModelSource) -> float | None:
     return None
 
 
+def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -> Iterable[str]:
+    """Of a plain checkpoint that has any; `left`: what experts have of their own in a layer that is not carried."""
+    yield (
+        f"the {recipe.mixture.router.fit} router adds {channels.spare} channels to the base's {channels.hidden} "
+        f"({channels.spare / channels.hidden:.1%}) and a layer in front; the rest computes the same"
+    )
+    if channels.carry is not None:
+        kept = {"attention": True, "head": channels.carry.head, "embedding": channels.carry.embedding}
+        yield (
+            f"{', '.join(name for name, holds in kept.items() if holds)} of every expert"
+            f"{' (' + ', '.join(left) + ' aside, which all share)' if left else ''}: carried through "
+            f"{channels.carry.channels} of these channels and {channels.carry.units} hidden units"
+            f"{'' if channels.carry.is_exact else '; the build measures what that loses'}"
+        )
+    if recipe.mixture.router.decay is None and channels.decays == (1.0,):
+        yield "its evidence does not fade: this architecture averages over all of the text so far"
+
+
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     """Whether the router is fitted on chats, too."""
     tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
@@ -106,7 +127,30 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
             )
 
 
-def _lost(shape: AnyShape, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
+def check_text(recipe: Recipe, tokenizer: TokenizerChoice) -> None:
+    """Raise SourceError where a fit has nothing to read text with, RecipeError where it is to read chats without a template."""
+    folder, spec = tokenizer.source.folder, tokenizer.source.spec
+    if not recipe.mixture.needs_text:
+        return
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise SourceError(
+            "the router fit reads text and the base model has no tokenizer",
+            where=f"base_model ({spec})",
+            expected="tokenizer.json or another of transformers' tokenizer files",
+            remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
+        )
+    if recipe.mixture.router.chat and not tokenizer.has_template:
+        raise RecipeError(
+            "the router is to know chats, and the base model has no chat template",
+            where="mixture.router.chat",
+            found=str(folder),
+            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
+        )
+
+
+def _lost(
+    shape: AnyShape, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str], changed: Changed
+) -> Iterator[str]:
     """A note on the experts of which something is lost, or may be; none on a merged backbone, or when all is mixed."""
     recipe, lost, models = shape.recipe, list[str](), list[str]()
     mixture = recipe.mixture
@@ -121,7 +165,7 @@ def _lost(shape: AnyShape, sources: Sequence[ModelSource], way_out: str, mixed: 
                     f"{len(outside)} of the {len(_changed(source))} tensors that {expert.name} changes ({_kinds(outside)})"
                 )
         elif mixture.backbone == BASE and not (all_mixed or expert.is_base or expert.lora_rank is not None):
-            models += [] if ffns and changes(sources[0], source, shape.family) != "more" else [expert.name]
+            models += [] if ffns and changed(source) != "more" else [expert.name]
     lost += [f"what {', '.join(models)} changed outside of the mixed modules"] if models else []
     if lost:
         yield (

@@ -1,58 +1,20 @@
-"""Attention that weighs the newer tokens more: which decays of evidence an architecture can say, and queries and keys that do.
-
-A constant query and a constant key, turned by the rotary embedding, score the distance d of two tokens: with products c_i of
-their pairs, sum_i c_i cos(theta_i d) = const - d / tau as far as a text goes (benchmarks/lexical.md).
-"""
+"""Whether attention of an architecture can weigh the newer tokens more: by the turns of its rotary embedding (channels.py)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from modekit.errors import SourceError, UnsupportedError
-from modekit.recipes.recipe import Recipe
+from modekit.errors import SourceError
 from modekit.sources.config import Config, number, whole
 from modekit.sources.native import Native, Widening
 
-_LEAST_DECAY = 0.9  # a head whose scores fall faster is no good average of a text
-_FARTHEST = 3_000.0  # tokens per radian of the slowest pair that scores a distance; slower ones would need too large numbers
 _LARGEST_HEAD = 2**16
 
 
-def decays_of(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The recipe's, else the fit's own where the architecture can say it, else that of the mean; and the rotary turns."""
-    assert isinstance(native.widening, Widening)
-    turns = turns_per_token(dense) if native.widening.recency else None
-    asked = recipe.mixture.router.decay
-    decays = tuple(recipe.mixture.router.decays)
-    if asked is None and turns is None:
-        return (1.0,), ()
-    for decay in decays:
-        if decay < _LEAST_DECAY or (decay != 1.0 and turns is None):
-            raise UnsupportedError(
-                f"attention of {native.native_type} with this base's norms and rotary embedding cannot fade so",
-                where="mixture.router.decay",
-                found=decay,
-                expected="1.0, the mean of the text so far" if turns is None else f"{_LEAST_DECAY} to 1",
-                remedy="correct the decay, or write output: {format: modekit}",
-            )
-    return decays, tuple(turns or ())
-
-
-def time_constant(decay: float) -> float | None:
-    """Tokens after which a token counts 1/e; None when it never fades."""
-    return None if decay == 1.0 else -1.0 / math.log(decay)
-
-
-def distance_scores(turns: Sequence[float], scale: float, tau: float | None, reference: float | None = None) -> list[float]:
-    """One side of the products c_i by which attention, that multiplies scores by `scale`, weighs a distance: of a query for
-    `reference`'s key, or of that key. `turns`: theta_i, in radians per token.
-    """
-    if tau is None:
-        return [0.0] * len(turns)
-    spacing = math.log(turns[0] / turns[1])
-    products = (2 / math.pi * spacing / turn / scale if 1 / turn <= _FARTHEST else 0.0 for turn in turns)
-    return [math.sqrt(each / (reference or tau)) * ((reference or tau) / tau) for each in products]
+def fades(native: Native, dense: Config) -> bool:
+    """Whether its attention can weigh the newer tokens more."""
+    return isinstance(native.widening, Widening) and native.widening.recency and turns_per_token(dense) is not None
 
 
 def turns_per_token(config: Config) -> list[float] | None:

@@ -49,6 +49,7 @@ class Rows:
         return found
 
 
+_PIECES, _NUMBERS = 64, 2**13  # that are looked at to see whether two differ: all of one that is no larger
 FlatArray: TypeAlias = Rows | Array
 """Of numbers: all of them, or computed where they are asked for."""
 
@@ -106,6 +107,14 @@ def same_bytes(opened: OpenFiles, first: TensorRef, second: TensorRef) -> bool:
         return False
     pairs = zip(_chunks(opened, first), _chunks(opened, second), strict=True)
     return all(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)) for one, other in pairs)
+
+
+def pieces_differ(opened: OpenFiles, one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors of one dtype and shape differ, by a sample of each. Raises SourceError as above."""
+    first, second = (stored(opened, each) for each in (one, other))
+    step = max(_NUMBERS, -(-len(first) // _PIECES))
+    parts = (slice(start, min(len(first), start + _NUMBERS)) for start in range(0, len(first), step))
+    return any(first[part].tobytes() != second[part].tobytes() for part in parts)
 
 
 def _chunks(opened: OpenFiles, ref: TensorRef) -> Iterator[memoryview]:

@@ -1,0 +1,52 @@
+"""What a full model changes of its base, by a sample of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from modekit.files.read import UNREADABLE, read_json
+from modekit.sources.contents import OpenFiles
+from modekit.sources.family import Family
+from modekit.sources.names import natural_key
+from modekit.sources.source import SPECIALIST_FILE, ModelSource
+from modekit.weights.flat import pieces_differ
+
+Change = Literal["more", "ffn", "nothing"]
+"""Its FFNs, more than these, or nothing."""
+Changed = Callable[[ModelSource], Change]
+
+
+def is_gone(model: ModelSource) -> bool:
+    """Whether it is only known by what its mixture says of it (members/change.py)."""
+    return any(ref.state is None for ref in model.tensors.values())
+
+
+def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
+    """What a full model changes of its base, by a sample of every tensor: its FFNs, more than these, or nothing."""
+    ffn, gone = f".{family.mlp_module}.", is_gone(model)
+    with OpenFiles() as opened:
+        if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
+            return "more"
+        if gone:
+            return "ffn"
+        return "ffn" if _differ(opened, base, model, lambda name: ffn in name) else "nothing"
+
+
+def _changed_ffn_alone(source: ModelSource) -> bool:
+    """Whether `modekit specialize` says that it trained nothing but the FFNs."""
+    try:
+        record = read_json(source.folder / SPECIALIST_FILE)
+    except UNREADABLE:
+        return False
+    return isinstance(record, dict) and record.get("specialist") == "mlp"
+
+
+def _differ(opened: OpenFiles, base: ModelSource, model: ModelSource, among: Callable[[str], bool]) -> bool:
+    """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
+    names = [name for name in base.tensors.keys() & model.tensors.keys() if among(name)]
+    for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):
+        one, other = base.tensors[name], model.tensors[name]
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or pieces_differ(opened, one, other):
+            return True
+    return False
