@@ -147,7 +147,7 @@ class Carrying:
         differences, duals_AR = self._differences, self._carried.outputs[layer]
         read_RA = np.zeros(duals_AR.T.shape, np.float32)
         for expert in differences.experts:
-            change = differences.output(layer, expert)
+            change = differences.of(differences.output_projection(layer), expert)
             if change is not None:
                 read_RA += change.under(change.times(duals_AR).T)
         return read_RA
@@ -268,7 +268,7 @@ class Carrying:
         nothing = np.zeros((self._channels.hidden, self._size.outputs), np.float32)
         if layer == 0:
             return nothing if self._carried.embedding is None else self._embedded(expert)
-        change = self._differences.output(layer - 1, expert) if self._size.outputs else None
+        change = self._differences.of(self._differences.output_projection(layer - 1), expert) if self._size.outputs else None
         return nothing if change is None else change.times(self._carried.outputs[layer - 1])
 
     def _embedded(self, expert: int) -> Singles:

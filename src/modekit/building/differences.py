@@ -107,10 +107,6 @@ class Differences:
         """What q, k and v are called."""
         return [in_layer(layer, f"{self._plan.family.parts[part]}.weight") for part in ("q", "k", "v")]
 
-    def output(self, layer: int, expert: int) -> Difference | None:
-        """Of o of a layer of the base."""
-        return self.of(self.output_projection(layer), expert)
-
     def output_projection(self, layer: int) -> str:
         """What o is called."""
         return in_layer(layer, weight_of(self._plan.family.parts["o"]))
@@ -253,7 +249,8 @@ def _stacked(parts: Sequence[Difference | None], columns_IX: Singles, rows: Sequ
 
 def _outputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, float]:
     """G, and the root mean square of P a over that of the stream."""
-    changes = [change for expert in differences.experts if (change := differences.output(layer, expert)) is not None]
+    name = differences.output_projection(layer)
+    changes = [change for expert in differences.experts if (change := differences.of(name, expert)) is not None]
     if not changes:
         return np.zeros((stream.attended.shape[1], size.outputs), np.float32), 1.0
     real, attended_TA = len(stream.attended), _wider_sample(stream.attended, size, size.outputs)

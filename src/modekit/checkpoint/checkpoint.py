@@ -182,14 +182,11 @@ class Checkpoint:
     @property
     def recipe_root(self) -> Path:
         """The folder that the recipe's paths are relative to."""
-        return self._beside(self.record.recipe_folder)
+        return Path(os.path.realpath(self.folder / self.record.recipe_folder))  # Path.resolve raises where links go round
 
     def source_folder(self, source: SourceRecord) -> Path:
         """Where a model that it was made from lay."""
-        return self._beside(source.folder)
-
-    def _beside(self, folder: str) -> Path:
-        return Path(os.path.realpath(self.folder / folder))  # Path.resolve raises where links go round
+        return Path(os.path.realpath(self.folder / source.folder))
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
         where, found = str(self.folder), shortened(error)

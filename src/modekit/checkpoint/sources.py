@@ -33,18 +33,15 @@ def source_records(plan: Plan, out: Path, hashes: Mapping[str, str], known: Know
 
 
 def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
-    if known is not None:
-        files, config = known.files, known.config
-    else:
-        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
-        config = settings_digest(source.written_config)
+    read = source.files if known is None else ()
+    files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in read}
     return SourceRecord(
         label=source.label,
         spec=source.spec,
         revision=source.revision,
         folder=os.path.relpath(source.folder, out),
-        files=files,
-        config=config,
+        files=files if known is None else known.files,
+        config=settings_digest(source.written_config) if known is None else known.config,
         packed=source.packed,
     )
 

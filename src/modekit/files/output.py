@@ -14,7 +14,8 @@ from modekit.errors import OutputError
 from modekit.files.marker import CHANGE_LOCK, MARKER, Marker, read_marker
 from modekit.files.write import empty_folder, is_temporary, remove, remove_if_empty, write_file
 
-JOURNAL, NEW, OLD = "journal", "new", "old"
+JOURNAL, NEW, OLD, LOCK = "journal", "new", "old", "lock"
+_ATTEMPTS = 20
 
 
 def work_of(out: Path) -> WorkFolder:
@@ -44,12 +45,6 @@ def mend_commit(work: Path, out: Path) -> None:
         remove(old)
     if not new.exists():
         remove(work / JOURNAL)
-
-
-LOCK = "lock"
-
-
-_ATTEMPTS = 20
 
 
 class Lock:

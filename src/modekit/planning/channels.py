@@ -326,11 +326,9 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
 
 def _decays_of(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The recipe's, else the fit's own where the architecture can say it, else that of the mean; and the rotary turns."""
-    assert isinstance(native.widening, Widening)
-    turns = turns_per_token(dense) if native.widening.recency else None
-    asked = recipe.mixture.router.decay
+    turns = turns_per_token(dense) if isinstance(native.widening, Widening) and native.widening.recency else None
     decays = tuple(recipe.mixture.router.decays)
-    if asked is None and turns is None:
+    if recipe.mixture.router.decay is None and turns is None:
         return (1.0,), ()
     for decay in decays:
         if decay < _LEAST_DECAY or (decay != 1.0 and turns is None):

@@ -49,6 +49,8 @@ class ModekitShape(AnyShape):
     native_type = None
     routed = None
     channels = None
+    vllm_differs = None
+    left_out = frozenset[str]()
 
     @classmethod
     def opened(cls, config: Config, recipe: Recipe, where: str) -> ModekitShape:
@@ -136,7 +138,7 @@ class ModekitShape(AnyShape):
         return replace(self, config={**self.config, "modekit": said.as_written()}, mixture=said)
 
     def other_tensors(self, recipe: Recipe) -> bool:
-        """By what the recipe's routers read, and what is always on."""
+        """Whether a recipe with the same experts needs other tensors, gates aside: by what routers read and is always on."""
         places = self.mixture.places.items()
         return any(place.base != needs_base(recipe, self.family, module, place.own) for module, place in places)
 

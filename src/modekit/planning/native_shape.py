@@ -103,7 +103,7 @@ class NativeShape(AnyShape):
 
     @property
     def vllm_differs(self) -> str | None:
-        """By the row and the config."""
+        """What vLLM's own class computes otherwise, so that it must run transformers'."""
         return next((what for holds, what in self.native.vllm_differs if holds(self.config)), None)
 
     @property

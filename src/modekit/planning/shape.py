@@ -100,16 +100,6 @@ class AnyShape:
     code_files: ClassVar[tuple[Path, ...]] = ()
 
     @property
-    def vllm_differs(self) -> str | None:
-        """What vLLM's own class computes otherwise, so that it must run transformers'."""
-        return None
-
-    @property
-    def left_out(self) -> set[str]:
-        """Tensors that transformers' class has and the result need not, as they have no number."""
-        return set()
-
-    @property
     def experts(self) -> int:
         """E."""
         return len(self.recipe.experts)
@@ -140,10 +130,6 @@ class AnyShape:
         """The error where config.json promises other tensors than there are."""
         what = "config.json and the weights disagree"
         return CheckpointError(what, where=f"{self.where}: {where}", found=found, remedy=BUILD_AGAIN)
-
-    def other_tensors(self, recipe: Recipe) -> bool:
-        """Whether a recipe with the same experts needs other tensors than these, gates aside."""
-        return False
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that this form cannot say."""

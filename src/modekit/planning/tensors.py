@@ -183,12 +183,10 @@ def _group_of(tensor: PlannedTensor) -> str:
 
 
 def _parts(tensors: Sequence[PlannedTensor], shard_size: int) -> list[tuple[PlannedTensor, ...]]:
-    parts: list[list[PlannedTensor]] = []
-    size = 0
+    parts, size = list[list[PlannedTensor]](), 0
     for tensor in tensors:
         if not parts or size + tensor.nbytes > shard_size:
-            parts.append([])
-            size = 0
+            parts, size = [*parts, []], 0
         parts[-1].append(tensor)
         size += tensor.nbytes
     return [tuple(part) for part in parts]
