@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.sources import digests, header
+from modekit.sources import digests
 from modekit.sources.digests import blake3_of, known_blake3, known_digest
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="permissions are others there")
@@ -19,7 +19,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="permissions are othe
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(header, "YOUNG_NS", -(10**18))  # no file of a test is old
+    monkeypatch.setattr(digests, "YOUNG_NS", -(10**18))  # no file of a test is old
     return tmp_path / "cache"
 
 
@@ -52,7 +52,7 @@ def test_any_change_is_noticed(cache: Path, file: Path) -> None:
 
 def test_of_a_file_that_changed_just_now_nothing_is_kept(cache: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one tick of the clock it may change again, under the same time."""
-    monkeypatch.setattr(header, "YOUNG_NS", 2 * 10**9)
+    monkeypatch.setattr(digests, "YOUNG_NS", 2 * 10**9)
     blake3_of(file)
     assert known_digest(file) is None
     past = time.time() - 10

@@ -17,7 +17,6 @@ from modekit.evaluation.inspection.passes import decisions
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.planning.native import native_config
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import DECODERS, family_of
 from modekit.sources.family import Family
@@ -314,7 +313,7 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     row, other = (choose_native(family_of(config, where="base_model"), config)[0] for config in (full, old))
     assert row is other and row is not None and row.native_type == native
     sizes: dict[str, Any] = {"experts": 2, "top_k": 1, "expert_hidden": 48, "dtype": "float32"}
-    ours, theirs = native_config(row, full, **sizes), native_config(row, old, **sizes)
+    ours, theirs = row.config(full, **sizes), row.config(old, **sizes)
     mentioned = AutoConfig.for_model(native).to_dict().keys() & theirs.keys()
     for key in mentioned - {"rope_parameters"}:
         assert ours[key] == theirs[key], key
@@ -326,7 +325,7 @@ def test_every_default_in_which_the_two_classes_differ_is_written_out(row: Nativ
     dense, native = (AutoConfig.for_model(name).to_dict() for name in (row.family.model_type, row.native_type))
     silent = {key: dense[key] for key in ("model_type", "hidden_size", "intermediate_size", "vocab_size")}
     silent |= {key: dense[key] for key in ("num_hidden_layers", "num_attention_heads")}
-    written = native_config(row, silent, experts=2, top_k=1, expert_hidden=dense["intermediate_size"], dtype="float32")
+    written = row.config(silent, experts=2, top_k=1, expert_hidden=dense["intermediate_size"], dtype="float32")
     meaningless = {
         "architectures",
         "model_type",

@@ -21,6 +21,7 @@ from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN
 from modekit.sources.contents import OpenFiles
+from modekit.sources.digests import is_settled
 from modekit.sources.header import DTYPE_NAMES
 from modekit.weights.numeric import is_finite
 
@@ -95,7 +96,7 @@ def check_router(checkpoint: Checkpoint) -> None:
     with OpenFiles() as opened:
         digest = sha256_of(columns) if trained is None else opened.blake3(embedding)
     _compare(embedding.file, digest, None if is_finite(columns, embedding.dtype) else embedding.name, expected)
-    if state is not None and state.is_settled:
+    if state is not None and is_settled(state):
         keep_proven(claim)
 
 

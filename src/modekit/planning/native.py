@@ -13,7 +13,7 @@ from modekit.planning.native_shape import NativeShape
 from modekit.planning.notes import notes_of_channels
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, touched
 from modekit.recipes.recipe import Recipe
-from modekit.sources.config import Config, whole
+from modekit.sources.config import whole
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native import Native
@@ -22,7 +22,6 @@ from modekit.weights.made import Copy, Join, Made, Padded, Zeros, scaled
 from modekit.weights.padding import FFNKind, Pad
 
 _PARTS: tuple[FFNKind, ...] = ("gate", "up", "down")
-_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
 
 
 class NativeForm:
@@ -56,7 +55,7 @@ class NativeForm:
         self.router_dtype, self._sizes = code_of(gate), gate.shape
         top_k = recipe.top_k if native.routed is None else whole(self._dense, native.top_k_key)
         sizes = {"experts": self._count, "top_k": top_k, "expert_hidden": gate.shape[0]}
-        config = native_config(native, self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
+        config = native.config(self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
         config = config if self._channels is None else self._channels.widened(config)
         self.shape = self.kind(config, recipe, self._base.spec, native, self._channels)
         self._carry = None if self._channels is None else self._channels.carry
@@ -205,25 +204,3 @@ def of_all(name: str, code: str, parts: Sequence[Made | None], matrix: tuple[int
     found, shape = tuple(made for made in parts if made is not None), (len(parts), *matrix)
     made = Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)
     return PlannedTensor(name, code, shape, "expert", made)
-
-
-def native_config(
-    row: Native, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str
-) -> dict[str, object]:
-    """The native config.json: the dense one, renamed and completed.
-
-    `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
-    """
-    dense = row.family.dense_config(config)
-    left_out = {*row.dropped, *_NOT_ARCHITECTURE, *(() if row.writes_head_dim else ("head_dim",))}
-    return {
-        **{key: value for key, value in dense.items() if key not in left_out},
-        **row.fixed,
-        "architectures": [row.native_class],
-        "model_type": row.native_type,
-        "dtype": dtype,
-        row.num_experts_key: experts,
-        row.top_k_key: top_k,
-        row.width_key: expert_hidden,
-        **{key: compute(dense) for key, compute in row.computed.items()},
-    }

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple
@@ -19,6 +20,7 @@ from modekit.sources.config import Config
 from modekit.sources.contents import WeightFile
 from modekit.sources.header import FileState
 
+YOUNG_NS = 2 * 10**9
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NO_SETTINGS = frozenset(
     {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision", "quantization_config"}
@@ -68,8 +70,13 @@ def keep_digest(path: Path, state: FileState, blake3: str) -> None:
     """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
     with suppress(*WRONG):
         now = FileState.of(path)
-        if now == state and now.is_settled:
+        if now == state and is_settled(now):
             keep_proven(_in_state(path, now), blake3)
+
+
+def is_settled(state: FileState) -> bool:
+    """Whether it changed long enough ago that another change would show: within a tick of the clock it would not."""
+    return max(state.modified_ns, state.changed_ns) < time.time_ns() - YOUNG_NS
 
 
 def _in_state(path: Path, state: FileState) -> str:

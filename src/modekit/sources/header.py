@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ ITEMSIZE = {
 }
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
-YOUNG_NS = 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,6 @@ class FileState:
     size: int
     modified_ns: int
     changed_ns: int = field(compare=False)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether it changed long enough ago that another change would show: within a tick of the clock it would not."""
-        return max(self.modified_ns, self.changed_ns) < time.time_ns() - YOUNG_NS
 
     @classmethod
     def of(cls, file: io.FileIO | Path) -> FileState:

@@ -14,6 +14,7 @@ from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]
 """(holds for this dense config, reason shown when it does not)."""
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,22 @@ class Native:
         """Why this row does not fit a dense config; empty when it does."""
         full = self.family.dense_config(config)
         return [reason for holds, reason in self.rules if not holds(full)]
+
+    def config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
+        """The native config.json: the dense one, renamed and completed.
+
+        `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
+        """
+        dense = self.family.dense_config(config)
+        left_out = {*self.dropped, *_NOT_ARCHITECTURE, *(() if self.writes_head_dim else ("head_dim",))}
+        return {
+            **{key: value for key, value in dense.items() if key not in left_out},
+            **self.fixed,
+            "architectures": [self.native_class],
+            "model_type": self.native_type,
+            "dtype": dtype,
+            self.num_experts_key: experts,
+            self.top_k_key: top_k,
+            self.width_key: expert_hidden,
+            **{key: compute(dense) for key, compute in self.computed.items()},
+        }
