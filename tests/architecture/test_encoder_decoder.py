@@ -477,5 +477,5 @@ def test_layers_are_named_with_their_stack(folders: Path, said: list[str], mixed
     mixture = {"layers": said, "router": {"fit": "random"}}
     experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
     plan = make_plan(parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture}, where="test"), folders)
-    found = {slot.name.removeprefix("model.").replace(".layers", "").rpartition(".fc1")[0] for slot in plan.slots}
+    found = {slot.name.removeprefix("model.").replace(".layers", "").rpartition(".fc1")[0] for slot in plan.shape.slots}
     assert found == mixed

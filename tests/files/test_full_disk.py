@@ -14,6 +14,7 @@ import pytest
 from command_line import ended, modekit
 from conftest import Workshop
 from modekit.planning.make import make_plan
+from modekit.planning.room import disk_needed
 from modekit.recipes.read import load_recipe
 from refusal import borrow, refuse, tree
 
@@ -92,7 +93,7 @@ def test_a_build_for_which_there_is_no_room_is_not_begun(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = shop.write()
-    needed, out = make_plan(load_recipe(recipe), shop.root).disk_needed, tmp_path / "OUT"
+    needed, out = disk_needed(make_plan(load_recipe(recipe), shop.root)), tmp_path / "OUT"
     with monkeypatch.context() as patch:
         let_be_free(patch, needed - 1)
         said = refuse("build", recipe, out)

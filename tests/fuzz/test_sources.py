@@ -33,6 +33,7 @@ from transformers import (
 from adapter_folders import PREFIX, UP, write_adapter
 from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, save, tiny_model
+from modekit.building.build import digest_of
 from modekit.building.preview import memory_of
 from modekit.errors import ModekitError, SourceError
 from modekit.planning.make import make_plan
@@ -168,7 +169,7 @@ Target = tuple[st.SearchStrategy[Any], Callable[[Any], object]]
 
 def planned(root: Path, recipe: dict[str, Any]) -> object:
     plan = make_plan(parse_recipe(recipe), root)
-    return plan.digest(), memory_of(plan), plan.parameters(), json.dumps(dict(plan.config))
+    return digest_of(plan), memory_of(plan), plan.parameters(), json.dumps(dict(plan.config))
 
 
 def fuzz_headers(root: Path, recipe: dict[str, Any]) -> Target:

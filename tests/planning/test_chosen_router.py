@@ -9,7 +9,7 @@ import pytest
 
 from adapter_folders import lora, write_adapter
 from conftest import DOMAINS, Workshop, make_workshop
-from modekit.building.build import build
+from modekit.building.build import build, digest_of
 from modekit.building.preview import preview_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def test_a_plan_names_the_router_and_says_why(shop: Workshop, case: Case) -> Non
     chosen = mixture.router.model_dump(exclude_unset=True)
     assert ({} if mixture.method == "linear" else {key: chosen[key] for key in router}) == router
     assert plan.shape.plain == plain and not mixture.is_open and preview_of(plan).router_why
-    assert planned(shop.root, *said).digest() == plan.digest()
+    assert digest_of(planned(shop.root, *said)) == digest_of(plan)
 
 
 @pytest.mark.parametrize(

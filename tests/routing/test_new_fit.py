@@ -20,6 +20,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
+from modekit.planning.room import statistics_bytes
 from modekit.recipes.fits import FITS, Fit
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.schema import schema_text
@@ -49,7 +50,7 @@ def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
     router = {"fit": "favour", "temperature": 0.5}
     path = workshop.write(mixture={"method": "routing", "router": router}, output={"format": form})
     plan = make_plan(load_recipe(path), workshop.root)
-    assert memory_of(plan)["fit"] == 0 and plan.statistics_bytes() == 0
+    assert memory_of(plan)["fit"] == 0 and statistics_bytes(plan) == 0
     checkpoint = build(plan, workshop.root / "OUT")
     assert is_proven(verify(checkpoint))
     gates = open_checkpoint(checkpoint.folder).gates()

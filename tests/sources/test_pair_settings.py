@@ -69,7 +69,7 @@ def test_what_means_the_same_is_no_difference(tmp_path: Path, kind: str, which: 
     say(tmp_path / "base", **base)
     for name in ("one", "two"):
         say(tmp_path / name, **expert)
-    assert planned(tmp_path, {}, "one", "two").slots
+    assert planned(tmp_path, {}, "one", "two").shape.slots
 
 
 def test_a_head_of_its_own_beside_a_base_without_one(tmp_path: Path) -> None:

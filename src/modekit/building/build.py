@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,10 @@ from modekit.files.output import work_of
 from modekit.files.place import Replace, replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
-from modekit.files.write import make_folder, remove, write_all, write_file, write_json
+from modekit.files.write import digest_of_data, make_folder, remove, write_all, write_file, write_json
 from modekit.planning.choice import MOST_LOST
 from modekit.planning.plan import ROUTER_FILE, Plan
+from modekit.planning.room import disk_needed
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.recipes.recipe import WRITTEN_FOLDER
@@ -86,8 +88,8 @@ def build(
     in_place = update is not None and update.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
-    check_room(out, plan.disk_needed)
-    with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
+    check_room(out, disk_needed(plan))
+    with staging(out, digest_of(plan), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
         if within:
             complete_text(plan, known, run)
         record, notes = _write(plan, stage, within, update, run)
@@ -95,6 +97,23 @@ def build(
             make_folder(stage.folder / WRITTEN_FOLDER)
             copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
     return Checkpoint(out, record, notes=notes)
+
+
+def digest_of(plan: Plan) -> str:
+    """Identity of a build: version, recipe, every planned tensor, and what every source file was when it was planned."""
+    states = {**plan.source_states, **({} if plan.reused is None else plan.reused.model.states)}
+    identity = {
+        "modekit": version("modekit"),
+        "recipe": plan.recipe.digest(),
+        "config": dict(plan.shape.config),
+        "tensors": list(map(repr, plan.tensors)),
+        "otherwise": plan.otherwise and digest_of(plan.otherwise),
+        "files": [
+            [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]
+            for file, state in states.items()
+        ],
+    }
+    return digest_of_data(identity)
 
 
 def _write(
@@ -174,8 +193,8 @@ def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: Chec
     """Fit the router over the experts as they are staged, write it beside them, and give the record."""
     remove(stage.folder / RECORD_FILE)  # of a build that was killed here: it is not what this one knows
     # Zero gates stand in while the fit reads the staged experts as those of a finished checkpoint.
-    placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
-    sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
+    placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.shape.slots]
+    sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.shape.slots, placeholder, plan.router_dtype)
     sources = source_records(plan, stage.out, hashes, update.sources if update is not None else {})
     unfitted = RouterRecord.unfitted(plan.recipe, sha256)
     record = make_record(plan, stage.out, sources, unfitted, carried_digest(stage.folder))

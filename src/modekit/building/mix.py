@@ -17,6 +17,7 @@ from modekit.files.place import refuse_entangled
 from modekit.planning.changes import changes
 from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan
+from modekit.planning.room import disk_needed
 from modekit.recipes.paths import from_folder, spelled_out
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Format, Recipe
@@ -65,7 +66,7 @@ def plan_mix(models: Models, out: Path, *, form: Format = "auto", run: Run = QUI
     silent = not any(each.text for each in recipe.experts) and plan.family.reads == "pairs"  # else a tokenizer lacks
     notes = ["none has text or can write it; --text NAME=FILE for each gives a far better router"] if silent else []
     refuse_entangled(out, [model.folder for model in plan.models])
-    check_room(out, plan.disk_needed)
+    check_room(out, disk_needed(plan))
     return plan, [*notes, *check_texts(plan.recipe, root, plan.family.reads)]
 
 

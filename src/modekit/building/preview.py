@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from modekit.files.disk import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
+from modekit.planning.room import disk_needed, statistics_bytes
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.choices import why_chosen
 from modekit.recipes.read import load_recipe
@@ -92,9 +93,9 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         dtype=str(plan.config["dtype"]),
         tensors=len(plan.tensors),
         shards=len(plan.shards) + 1,
-        bytes={"written": plan.bytes_written, "statistics": plan.statistics_bytes()},
+        bytes={"written": plan.bytes_written, "statistics": statistics_bytes(plan)},
         parameters=plan.parameters(),
-        disk={"needed": plan.disk_needed, "free": disk_of(plan.root / "OUT").free},
+        disk={"needed": disk_needed(plan), "free": disk_of(plan.root / "OUT").free},
         memory=memory_of(plan),
         notes=[*plan.notes, *notes],
     )
@@ -112,7 +113,7 @@ def memory_of(plan: Plan) -> dict[str, int]:
         one = parameters["backbone"] + parameters["per_expert"] if plan.shape.plain else parameters["total"]
         width = 12 * plan.family.hidden(plan.config) + whole(plan.config, "vocab_size")
         activations = 16 * router.sequence_length * width * 4
-        fit = one * itemsize + activations + plan.statistics_bytes() * (1 if row.runs_models else 4)
+        fit = one * itemsize + activations + statistics_bytes(plan) * (1 if row.runs_models else 4)
     factored = (
         working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
         for tensor in plan.tensors

@@ -62,7 +62,7 @@ def read_index(folder: Path) -> dict[str, str]:
 def write_index(plan: Plan, folder: Path) -> None:
     """Write the index that tells transformers which file holds which tensor."""
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    write_json(folder / INDEX_FILE, _index(weight_map, plan.slots, plan.bytes_written))
+    write_json(folder / INDEX_FILE, _index(weight_map, plan.shape.slots, plan.bytes_written))
 
 
 def changed_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> bytes:

@@ -123,6 +123,7 @@ def _change(
     """Plan the change, measure the new expert, write the mixture."""
     from modekit.building.build import build
     from modekit.members.change import before_change
+    from modekit.planning.room import bytes_linked
 
     target = resolved(write.output or folder)
     opened = checkpoint_in(folder)
@@ -150,7 +151,7 @@ def _change(
     with running() as run:
         done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
     print_notes(done.notes)
-    written = before.plan.bytes_written - before.plan.bytes_linked
+    written = before.plan.bytes_written - bytes_linked(before.plan)
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
     print_done(write.output or folder, f"{said}; {bytes_of(written)} of weights written")
 

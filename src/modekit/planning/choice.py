@@ -17,6 +17,7 @@ from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_text
 from modekit.planning.changes import Changed, is_gone
 from modekit.planning.plan import Plan
+from modekit.planning.room import disk_needed
 from modekit.recipes.recipe import Recipe
 from modekit.sources.source import ModelSource
 
@@ -30,7 +31,7 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     channels = plain.shape.channels
     sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
     free = disk_of(plain.root / "OUT").free
-    lacking = "memory" if plain.bytes_written > _memory() else "free disk" if plain.disk_needed > free > 0 else None
+    lacking = "memory" if plain.bytes_written > _memory() else "free disk" if disk_needed(plain) > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
         takes = "--format plain, or format: plain in a recipe, takes it"
         return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {takes}")

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
-from modekit.files.write import digest_of_data
 from modekit.planning.carry import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.routed import RoutedShape
-from modekit.planning.shape import RouterSlot
 from modekit.planning.tensors import PlannedTensor, Shard
-from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config
 from modekit.sources.family import Family
@@ -97,20 +93,11 @@ class Plan:
         return self.shape.config
 
     @cached_property
-    def slots(self) -> tuple[RouterSlot, ...]:
-        """The routers in the order of the layers."""
-        return self.shape.slots
-
-    @property
-    def router(self) -> tuple[PlannedTensor, ...]:
-        """The gates."""
-        code = self.router_dtype
-        return tuple(PlannedTensor(slot.name, code, slot.shape, "router", Zeros(slot.shape)) for slot in self.slots)
-
-    @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
-        """All tensors of the result, router last."""
-        return (*(tensor for shard in self.shards for tensor in shard.tensors), *self.router)
+        """All tensors of the result, the gates last."""
+        code, slots = self.router_dtype, self.shape.slots
+        gates = (PlannedTensor(slot.name, code, slot.shape, "router", Zeros(slot.shape)) for slot in slots)
+        return (*(tensor for shard in self.shards for tensor in shard.tensors), *gates)
 
     @cached_property
     def source_states(self) -> dict[Path, FileState | None]:
@@ -122,28 +109,6 @@ class Plan:
         """Size of the weights."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def bytes_linked(self) -> int:
-        """Of those, in files that are taken as they are from a mixture that is there."""
-        files = frozenset() if self.reused is None else self.reused.files
-        return sum(shard.nbytes for shard in self.shards if shard.file in files)
-
-    @property
-    def disk_needed(self) -> int:
-        """Bytes that a build writes: weights that are in no file which is there, and the statistics that it keeps."""
-        own = self.bytes_written - self.bytes_linked + self.statistics_bytes()
-        return own if self.otherwise is None else max(own, self.otherwise.disk_needed)
-
-    def statistics_bytes(self) -> int:
-        """Bytes of the statistics that a fit keeps of all domains."""
-        mixture = self.recipe.mixture
-        if mixture.fit is None or not mixture.needs_text:
-            return 0
-        if not mixture.fit.runs_models:  # token ids, which are the same for all routers
-            return self.shape.experts * 4 * MOST_TOKENS
-        kept = 16 + 2 * mixture.router.keep_tokens  # sum, mean of negatives, and inputs in float16
-        return sum(self.shape.experts * slot.shape[1] * kept for slot in self.slots)
-
     def parameters(self) -> dict[str, int]:
         """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
         by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
@@ -152,18 +117,3 @@ class Plan:
         counted = self.shape.parameters({tensor.name: tensor.numel for tensor in self.tensors}, 0)
         found = {"total": counted.total, "active": counted.active, "per_expert": counted.per_expert}
         return {**found, "adapters": by_role["adapter"], "backbone": by_role["backbone"], "router": by_role["router"]}
-
-    def digest(self) -> str:
-        """Identity of this build: version, recipe, every planned tensor, and what every source file was when it was planned."""
-        identity = {
-            "modekit": version("modekit"),
-            "recipe": self.recipe.digest(),
-            "config": dict(self.shape.config),
-            "tensors": list(map(repr, self.tensors)),
-            "otherwise": self.otherwise and self.otherwise.digest(),
-            "files": [
-                [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]
-                for file, state in {**self.source_states, **({} if self.reused is None else self.reused.model.states)}.items()
-            ],
-        }
-        return digest_of_data(identity)
