@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from modekit.checkpoint.carried import Carried
 from modekit.planning.carry import CarrySize
+from modekit.planning.changes import low_rank, touched
 from modekit.planning.plan import Plan
 from modekit.planning.routed import own_part
-from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
+from modekit.planning.tensors import PlannedTensor, as_in
 from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import TensorRef

@@ -208,7 +208,7 @@ class Checkpoint:
     ) -> tuple[MixtureRecord, dict[str, Content]]:
         """What becomes of the record, and of the files beside it, with another router.
 
-        `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
+        `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence_file.py).
         """
         changed = self.with_recipe(recipe)
         dtype = next(code for code, name in DTYPE_NAMES.items() if name == self.config["dtype"])

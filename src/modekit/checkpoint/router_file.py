@@ -1,4 +1,4 @@
-"""The file of a router's gates: a re-fit rewrites only that, with the index that names it (evidence.py has the rest)."""
+"""The file of a router's gates: a re-fit rewrites only that, with the index that names it (evidence_file.py has the rest)."""
 
 from __future__ import annotations
 

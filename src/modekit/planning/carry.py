@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from modekit.planning.tensors import low_rank, touched
+from modekit.planning.changes import low_rank, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, whole

@@ -1,4 +1,4 @@
-"""What a full model changes of its base, by a sample of every tensor."""
+"""What a full model changes of its base, by a sample of every tensor, and what an adapter does, by its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from modekit.files.read import UNREADABLE, read_json
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Family
 from modekit.sources.names import natural_key
@@ -50,3 +51,20 @@ def _differ(opened: OpenFiles, base: ModelSource, model: ModelSource, among: Cal
         if (one.dtype, one.shape) != (other.dtype, other.shape) or pieces_differ(opened, one, other):
             return True
     return False
+
+
+def touched(source: ModelSource, name: str) -> bool:
+    """Whether an adapter does anything to a tensor of the base; a full model always has its own."""
+    if not isinstance(source, AdapterSource):
+        return True
+    return name in source.changes or name in source.replaced
+
+
+def low_rank(source: ModelSource, weight: str) -> LowRank | None:
+    """The adapter's change of a weight when it can be kept low-rank: plain LoRA on a linear layer, nothing replaced."""
+    bias = weight.removesuffix("weight") + "bias"
+    if not isinstance(source, AdapterSource) or weight in source.replaced or bias in source.replaced:
+        return None
+    change = source.changes.get(weight)
+    plain = isinstance(change, LowRank) and change.magnitude is None and not change.transposed and not change.experts
+    return change if plain else None

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
+from modekit.planning.changes import low_rank
 from modekit.planning.mixture_config import FORMAT, InsidePlace, MixtureConfig, Place, routing_config
 from modekit.planning.modekit_shape import ModekitShape, gate_of, whole_module_unscored
 from modekit.planning.places import Places, PlannedPlace, leaders_of, needs_base, untied
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, low_rank
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family

@@ -8,10 +8,11 @@ from typing import ClassVar, cast
 
 from modekit.errors import UnsupportedError
 from modekit.planning.carry import CarrySize, carried_size
+from modekit.planning.changes import touched
 from modekit.planning.channels import channels_of
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.notes import notes_of_channels
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, touched
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import whole
 from modekit.sources.header import DTYPE_NAMES, TensorRef

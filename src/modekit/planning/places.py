@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.planning.tensors import low_rank, touched
+from modekit.planning.changes import low_rank, touched
 from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from modekit.errors import SourceError
-from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
 from modekit.sources.source import ModelSource
@@ -126,23 +126,6 @@ def as_in(source: ModelSource, ref: TensorRef) -> Copy | Fold:
         return Copy(source.matching(ref))
     given = source.replaced.get(ref.name, ref)
     return Fold(given, source.changes[ref.name]) if ref.name in source.changes else Copy(given)
-
-
-def touched(source: ModelSource, name: str) -> bool:
-    """Whether an adapter does anything to a tensor of the base; a full model always has its own."""
-    if not isinstance(source, AdapterSource):
-        return True
-    return name in source.changes or name in source.replaced
-
-
-def low_rank(source: ModelSource, weight: str) -> LowRank | None:
-    """The adapter's change of a weight when it can be kept low-rank: plain LoRA on a linear layer, nothing replaced."""
-    bias = weight.removesuffix("weight") + "bias"
-    if not isinstance(source, AdapterSource) or weight in source.replaced or bias in source.replaced:
-        return None
-    change = source.changes.get(weight)
-    plain = isinstance(change, LowRank) and change.magnitude is None and not change.transposed and not change.experts
-    return change if plain else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
-from modekit.planning.tensors import as_in, touched
+from modekit.planning.changes import touched
+from modekit.planning.tensors import as_in
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import split_layer
