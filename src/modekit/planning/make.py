@@ -83,11 +83,10 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
     """With what the recipe leaves open: the router, its decay, the form. A plain result first, then one in the modekit
     architecture, where both hold all of the experts. Raises what the last choice raises.
     """
-    is_open = leaves_open(recipe)
+    is_open, not_plain = leaves_open(recipe), why_modekit(recipe) if recipe.beyond_plain() else None
     whole = whole_models(recipe, vocabulary.sources, changed) if is_open else 0
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
     ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
-    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     for settled, way in ways:
         if found and not (way.plain is False and (not whole or "modules" in way.mixture)):  # it does not hold all
             continue

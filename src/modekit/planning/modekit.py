@@ -118,14 +118,16 @@ class ModekitForm:
 
     def _entry(self, place: PlannedPlace, leader: str) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
+        biased = [*self._added_biases(place)]
+        inside = [self._inside_entry(place, ref, ranks).as_written() for ref, ranks in place.inside]
         layer, path = split_layer(place.module)
         kept = [low_rank(source, weight_of(place.module)) for source in self._sources[1:]]
         optional = {
             "bits": list(place.bits) if any(place.bits) else None,
-            "biased": [*self._added_biases(place)],
+            "biased": biased,
             "calls": list(place.calls),
             "of_source": self._family.of_source(place.module),
-            "inside": [self._inside_entry(place, ref, ranks).as_written() for ref, ranks in place.inside],
+            "inside": inside,
             "sequence_axis": 2 if layer is not None and path in self._family.heads_first else None,
         }
         weight = None if place.weight is None else place.weight.shape

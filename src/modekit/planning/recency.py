@@ -10,6 +10,7 @@ from modekit.sources.config import Config, number, whole
 from modekit.sources.native import Native, Widening
 
 _LARGEST_HEAD = 2**16
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def fades(native: Native, dense: Config) -> bool:
@@ -46,13 +47,12 @@ def _turns(rope: Config, size: int) -> list[float] | None:
     if kind == "linear":
         return [angle / number(rope, "factor") for angle in plain]
     if kind == "llama3":
-        return [_llama3(angle, rope) for angle in plain]
+        return [_llama3(angle, *(number(rope, key) for key in _LLAMA3)) for angle in plain]
     return None
 
 
-def _llama3(angle: float, rope: Config) -> float:
-    factor, low, high = (number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    waves = number(rope, "original_max_position_embeddings") * angle / (2 * math.pi)
+def _llama3(angle: float, factor: float, low: float, high: float, longest: float) -> float:
+    waves = longest * angle / (2 * math.pi)
     if waves < low:
         return angle / factor
     if waves > high:
