@@ -85,7 +85,7 @@ SIZES: dict[str, Size] = {
         without=("linear", "noisy", "routing modekit", "routing average"),
     ),
     "small translation": Size(
-        800, PAIR_TRAINING.with_(steps=120, batch_tokens=3_000), fit_tokens=131_072, eval_tokens=16_384, translated=200
+        2_000, PAIR_TRAINING.with_(steps=120, batch_tokens=3_000, learning_rate=3e-3), 131_072, 16_384, translated=200
     ),
     "quick translation": Size(
         8, PAIR_TRAINING.with_(steps=2), 2_048, eval_tokens=1_024, translated=4, without=("bigrams", "bigrams-top-1")
