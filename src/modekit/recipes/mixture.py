@@ -209,23 +209,6 @@ class Mixture(Strict):
         """Whether the router is set from text."""
         return self.fit is not None and self.fit.reads_text
 
-    def beyond_plain(self) -> list[str]:
-        """What of this mixture only the modekit architecture can say."""
-        router = self.router
-        reasons = []
-        if self.modules != "auto" and self.modules != ["mlp"]:
-            reasons.append("modules other than the whole FFN")
-        if self.layers is not None:
-            reasons.append("only some layers")
-        reasons += [key for key in ("top_p", "groups", "threshold", "always_on") if getattr(self, key) is not None]
-        if self.fit is not None:
-            reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
-            reasons += [f"a router per {router.scope}"] if router.scope != "layer" and not self.fit.carried else []
-            reasons += [f"fit: {router.fit}"] if self.fit.native_as is None else []
-            reasons += ["n-grams of a lexical router"] if router.hashes else []
-            reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
-        return reasons
-
     @property
     def merge(self) -> BackboneMerge | None:
         """The backbone merge with its settings, or None when the backbone is copied from one model."""

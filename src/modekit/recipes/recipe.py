@@ -197,12 +197,22 @@ class Recipe(Strict):
     def _problems_of_plain(self) -> Iterator[str]:
         for name in (expert.name for expert in self.experts if expert.is_low_rank):
             yield f"experts '{name}': experts are whole in output.format plain; remove as: lora or bits"
-        if self.beyond_plain():
-            yield f"output.format plain cannot say {', '.join(self.beyond_plain())}; use modekit or auto"
+        if beyond := self.beyond_plain():
+            yield f"output.format plain cannot say {', '.join(beyond)}; use modekit or auto"
 
     def beyond_plain(self) -> list[str]:
         """What of it only the modekit architecture can say."""
-        return self.mixture.beyond_plain() + ["experts that have only some layers"] * any(each.layers for each in self.experts)
+        mixture, fit, router = self.mixture, self.mixture.fit, self.mixture.router
+        reasons = ["modules other than the whole FFN"] if mixture.modules not in ("auto", ["mlp"]) else []
+        reasons += ["only some layers"] if mixture.layers is not None else []
+        reasons += [key for key in ("top_p", "groups", "threshold", "always_on") if getattr(mixture, key) is not None]
+        if fit is not None:
+            reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
+            reasons += [f"a router per {router.scope}"] if router.scope != "layer" and not fit.carried else []
+            reasons += [f"fit: {router.fit}"] if fit.native_as is None else []
+            reasons += ["n-grams of a lexical router"] if router.hashes else []
+            reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
+        return reasons + ["experts that have only some layers"] * any(each.layers for each in self.experts)
 
     def _problems_of_the_form(self) -> Iterator[str]:
         mixture, fit, output = self.mixture, self.mixture.fit, self.output

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +24,7 @@ from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.sources.adapted import Adapted, Parts, wrapped
-from modekit.sources.config import Config, is_mixture
+from modekit.sources.config import Config, damaged_model, is_mixture
 from modekit.sources.contents import read_header
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
@@ -205,9 +205,8 @@ def _settings(config: Config, *, where: str) -> LoraSettings:
     return settings
 
 
-def _damaged(what: str, where: str, found: object = None, expected: object = None) -> SourceError:
-    """The error of an adapter that contradicts itself."""
-    return SourceError(what, where=where, found=found, expected=expected, remedy="download or save the adapter again")
+_damaged = partial(damaged_model, remedy="download or save the adapter again")
+"""The error of an adapter that contradicts itself."""
 
 
 class _Reading:

@@ -63,11 +63,12 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
     for source in models:  # before anything is computed from their settings
         if source.config.get("model_type") == family.model_type:  # else that is said below
             check_sizes(source, row_of(source.config) or family)
+    layers = family.layers(family.with_sizes(base.config))
     for source in models:
         check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
         if source is not base:
             check_same_architecture(base, source, family)
-        check_complete(source, family, family.layers(family.with_sizes(base.config)))
+        check_complete(source, family, layers)
     if family.pair:
         check_same_target(sources)
 
