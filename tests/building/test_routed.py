@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -29,7 +30,9 @@ from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.routing.stream import measure_stream
 from modekit.routing.text_router import TextRouter
+from modekit.run import QUIET
 from tiny_decoders import tiny_decoder
 
 M, TOP_K = 4, 2
@@ -272,6 +275,7 @@ def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
     routed = sum(parameter.numel() for parameter in base.parameters() if parameter.ndim == 3)
     active = sum(parameter.numel() for parameter in base.parameters()) - routed * (M - TOP_K) // M
     assert f"{active:,} parameters are active" in cost
+    assert checkpoint.parameters.idle == routed * (M - TOP_K) // M
     written = sum(ref.numel for ref in checkpoint.tensors.values())
     assert plan.parameters()["total"] == written and plan.bytes_written == 4 * written
     more = len(DOMAINS) * plan.parameters()["per_expert"] // (len(DOMAINS) * M) * (len(DOMAINS) * M - TOP_K)
@@ -320,3 +324,16 @@ def test_both_levels_are_inspected(shop: Workshop, checkpoint: Checkpoint) -> No
     route = TextRouter(checkpoint)
     said = [json.loads((shop.root / "text" / f"{name}.jsonl").read_text().splitlines()[0])["text"] for name in DOMAINS]
     assert [route.decide(text).expert for text in said] == list(DOMAINS)
+
+
+def test_a_base_of_16_bits_runs_as_in_32(tmp_path: Path) -> None:
+    """Bit for bit, though it is held in its own: what is carried does not depend on it."""
+    shop = moe_shop(tmp_path, "qwen3")
+    of_stream = list[list[np.ndarray]]()
+    for dtype in (torch.bfloat16, torch.float32):
+        for name in ("base", *DOMAINS):
+            loaded(tmp_path / name).to(dtype).save_pretrained(tmp_path / name)
+        plan = make_plan(load_recipe(shop.write(output={"format": "plain", "carry": "all"})), tmp_path)
+        stream = measure_stream(plan, tmp_path / "none", QUIET)
+        of_stream.append([stream.last, *(part for layer in stream.layers for part in layer)])
+    assert all(np.array_equal(first, second) for first, second in zip(*of_stream, strict=True))

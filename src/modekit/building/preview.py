@@ -120,4 +120,5 @@ def memory_of(plan: Plan) -> dict[str, int]:
         for part in tensor.made.parts
         if isinstance(part, Delta) and part.rank
     )
-    return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": plan.bytes_written}
+    base = 4 * plan.sources[0].parameters * bool(plan.shape.channels and plan.shape.channels.carry)  # it runs, in float32
+    return {"build": _BUILD_FLOOR + max((*factored, base)), "fit": fit, "load": plan.bytes_written}

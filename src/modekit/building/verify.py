@@ -208,9 +208,9 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         if not (checkpoint.record.router.evidence or checkpoint.carrier[1].name in checkpoint.record.trained):
             return Check("router", "not possible", f"{RECORD_FILE} does not say which table the embedding carries: {again}")
         evidence = ", its table in the embedding as recorded"
-    shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
-    status = checkpoint.record.router.status
-    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, {recipe.chosen}{evidence}")
+    shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots}))
+    gates = f"{len(checkpoint.slots)} gates of {shapes}" if shapes else "the experts' own gates"
+    return Check("router", "proven", f"{gates}, {checkpoint.record.router.status}, {recipe.chosen}{evidence}")
 
 
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:

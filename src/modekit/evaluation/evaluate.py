@@ -93,7 +93,7 @@ def _run(
                 scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
-        parameters = (sizes.dense, sizes.dense) if job.dense else (sizes.total, sizes.active)
+        parameters = (sizes.dense, sizes.dense - sizes.idle) if job.dense else (sizes.total, sizes.active)
         rows.append(Row(job.name, job.kind, *parameters, scores, identity))
         del model
     return rows

@@ -51,7 +51,7 @@ class NativeMixture(LoadedMixture):
         return [layer.get_submodule(self.native.router_module) for layer in decoder_layers(self.model)]
 
     def gates(self) -> list[nn.Parameter]:
-        shape = (len(self.checkpoint.names), int(self.model.config.hidden_size))
+        shape = (len(self.checkpoint.names) * self.checkpoint.shape.inner, int(self.model.config.hidden_size))
         return [next(parameter for parameter in router.parameters() if parameter.shape == shape) for router in self.routers()]
 
     def experts(self) -> Iterator[nn.Parameter]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import nn
 
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.native import NativeMixture
@@ -21,10 +20,6 @@ _CHOSEN, _NEVER = 16.0, 1_000.0
 
 class RoutedMixture(NativeMixture):
     """A mixture of fine-tunes of one mixture, as transformers loads it."""
-
-    def gates(self) -> list[nn.Parameter]:
-        """Of every layer, (E M, D)."""
-        return [next(router.parameters()) for router in self.routers()]
 
     def forced(self, expert: int) -> AbstractContextManager[None]:
         """Every token speaks for one expert and no other."""

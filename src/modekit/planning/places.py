@@ -227,11 +227,8 @@ class Places:
                 raise MismatchError(what, where=where, remedy="open the base model with transformers, and save it again")
         modules = {embedding, family.place_of(weight_of(family.head or embedding))}
         if family.model_type in INEXACT_WHOLE:
-            raise UnsupportedError(
-                f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}",
-                where="mixture.modules",
-                remedy="write the parts to mix: modules: [mlp, q, k, v, o], or give adapters, and leave 'modules' out",
-            )
+            what = f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}"
+            raise UnsupportedError(what, where="mixture.modules", remedy="write modules: [mlp, q, k, v, o], or give adapters")
         if family.derived is not None:
             modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self._unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == family.head, natural_key(module)))
@@ -323,8 +320,7 @@ def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             named = map(split_layer, (*source.changes, *source.replaced))
-            changed = {(layer, module_of(path)) for layer, path in named if layer is not None}
-            paths = {(family.stack_of(layer).name, path) for layer, path in changed}
+            paths = {(family.stack_of(layer).name, module_of(path)) for layer, path in named if layer is not None}
             for stack in family.stacks:
                 wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
                 inside = {path for name, path in paths if name == stack.name and path.startswith(f"{stack.ffn}.")}

@@ -79,8 +79,10 @@ class RoutedShape(NativeShape):
         native, layers, count = self.native, range(self._layers), self.experts * self.inner
         names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
         one = sum(sizes[in_layer(layer, name)] for layer in layers for name in names) // (count if native.fused else 1)
-        total, chosen = sum(sizes.values()), whole(self.config, native.top_k_key)
-        return Parameters(total, one * self.inner, total - one * (count - chosen), dense)
+        total, chosen, channels = sum(sizes.values()), whole(self.config, native.top_k_key), self.channels
+        assert channels is not None
+        idle = 3 * channels.hidden * channels.expert_hidden * channels.layers * (self.inner - chosen)
+        return Parameters(total, one * self.inner, total - one * (count - chosen), dense, idle)
 
 
 class RoutedForm(NativeForm):

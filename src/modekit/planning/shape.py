@@ -71,12 +71,13 @@ class RouterPosition:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are: in all, of each expert's own, active per token at most, and of a dense model of the family."""
+    """In all; of each expert's own; active per token at most; of a model like the base, and idle there, if it is a mixture."""
 
     total: int
     per_expert: int
     active: int
     dense: int
+    idle: int = 0
 
 
 def unread(name: str, file: Path, dtype: str, shape: tuple[int, ...]) -> TensorRef:

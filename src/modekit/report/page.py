@@ -83,7 +83,7 @@ def _keys(checkpoint: Checkpoint, content: Content) -> list[tuple[str, str, str]
             said = "nats per token" if of_base is None else f"base model {of_base:.3f}, nats per token"
             found.append(("Mean held-out loss", f"{loss:.3f}", said))
     found.append(("Parameters", count_of(size.total), f"{size.total / size.dense:.2f} times the base model"))
-    return [*found, ("Active per token", count_of(size.active), f"{size.active / size.dense:.2f} times the base model")]
+    return [*found, ("Active per token", count_of(size.active), f"{size.active / (size.dense - size.idle):.2f} times the base")]
 
 
 def _legend(table: ResultTable) -> str:

@@ -108,7 +108,7 @@ def _size(checkpoint: Checkpoint) -> Section:
     gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
     rows = [
         ["parameters", count_of(size.total), f"{size.total / size.dense:.2f}"],
-        ["active per token", count_of(size.active), f"{size.active / size.dense:.2f}"],
+        ["active per token", count_of(size.active), f"{size.active / (size.dense - size.idle):.2f}"],
         [f"gates of {len(checkpoint.slots)} routers", count_of(gates), ""],
         ["weights on disk", bytes_of(weights), ""],
         ["statistics on disk", bytes_of(sum(path.stat().st_size for path in kept)), ""],

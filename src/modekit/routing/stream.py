@@ -39,7 +39,7 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     """
     channels, base = plan.shape.channels, plan.sources[0]
     assert channels is not None
-    model = load_model(base.folder, run=run)
+    model = _base_of(plan, run)
     sequences = [each for own in beginnings(plan, kept, model.get_input_embeddings().weight.shape[0], run) for each in own]
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
@@ -56,15 +56,26 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
             where=f"base_model ({base.spec})",
             remedy="the model is damaged: save or download it again",
         )
-    ids = np.concatenate([np.asarray(each.ids, np.int64) for each in sequences])
     return Stream(
         tuple(
             LayerStream(sizes[first].numpy(), sizes[second].numpy(), samples[first].numpy(), samples[third].numpy())
             for first, second, third in zip(before, after, output, strict=True)
         ),
         samples[_LAST].numpy(),
-        np.bincount(ids, minlength=whole(plan.config, "vocab_size")),
+        np.bincount([token for each in sequences for token in each.ids], minlength=whole(plan.config, "vocab_size")),
     )
+
+
+def _base_of(plan: Plan, run: Run) -> PreTrainedModel:
+    """The base, whose layers run in float32; where its files have 16 bits, one of them has more while it runs."""
+    halves = {ref.dtype for ref in plan.sources[0].tensors.values()} == {"BF16"}
+    model = load_model(plan.sources[0].folder, dtype=torch.bfloat16 if halves else torch.float32, run=run)
+    for layer in decoder_layers(model) if halves else ():
+        layer.register_forward_pre_hook(lambda each, *_: each.float() and None)
+        layer.register_forward_hook(lambda each, *_: each.bfloat16() and None)
+    for part in (model.get_input_embeddings(), model.get_submodule(_LAST)):
+        part.float()
+    return model
 
 
 class _Taps:
