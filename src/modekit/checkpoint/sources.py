@@ -34,6 +34,7 @@ def source_records(plan: Plan, out: Path, hashes: Mapping[str, str], known: Know
 
 def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
     read = source.files if known is None else ()
+    said = next((each for each in (source.wrapper, source.on_disk) if each is not None), source.config)  # as it stands
     files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in read}
     return SourceRecord(
         label=source.label,
@@ -41,7 +42,7 @@ def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], kn
         revision=source.revision,
         folder=os.path.relpath(source.folder, out),
         files=files if known is None else known.files,
-        config=settings_digest(source.written_config) if known is None else known.config,
+        config=settings_digest(said) if known is None else known.config,
         packed=source.packed,
     )
 

@@ -121,12 +121,14 @@ class ModekitForm:
         biased = [*self._added_biases(place)]
         inside = [self._inside_entry(place, ref, ranks).as_written() for ref, ranks in place.inside]
         layer, path = split_layer(place.module)
+        parts = {} if layer is None else self._family.stack_of(layer).parts
+        cross = {parts.get("cross_k"), parts.get("cross_v")}  # which run on the encoder's output
         kept = [low_rank(source, weight_of(place.module)) for source in self._sources[1:]]
         optional = {
             "bits": list(place.bits) if any(place.bits) else None,
             "biased": biased,
             "calls": list(place.calls),
-            "of_source": self._family.of_source(place.module),
+            "of_source": path in cross,
             "inside": inside,
             "sequence_axis": 2 if layer is not None and path in self._family.heads_first else None,
         }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.config import Config, no_usable, whole, words
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_ignored, is_looked_up, module_of, split_layer, weight_of
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_ignored, is_looked_up, module_of, weight_of
 from modekit.sources.stack import Stack
 
 if TYPE_CHECKING:
@@ -243,11 +243,6 @@ class Family:
     def in_layer(self, layer: Layer, path: str = "") -> str:
         """3, mlp.up_proj -> model.layers.3.mlp.up_proj; encoder.3, fc1 -> model.encoder.layers.3.fc1."""
         return f"{self.stack_of(layer).layers}{stack_of(layer)[1]}.{path}"
-
-    def of_source(self, module: str) -> bool:
-        """Whether a module of a decoder's layer runs on the encoder's output."""
-        layer, path = split_layer(module)
-        return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
 
 def rope_parameters(config: Config, default_theta: float | None) -> dict[str, object]:

@@ -48,11 +48,6 @@ class ModelSource:
         return f"{self.label} ({self.spec})"
 
     @property
-    def written_config(self) -> Config:
-        """config.json as it stands."""
-        return next((each for each in (self.wrapper, self.on_disk) if each is not None), self.config)
-
-    @property
     def parameters(self) -> int:
         """Numbers in its tensors."""
         return sum(ref.numel for ref in self.tensors.values())
