@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from adapter_folders import lora, write_adapter
 from conftest import Workshop, make_workshop
+from modekit.building.preview import memory_of
 from modekit.planning import choice
 from modekit.planning.changes import changes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
+from modekit.planning.room import bytes_to_carry
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import family_of
 from modekit.sources.source import open_source
@@ -26,6 +28,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     shop = make_workshop(tmp_path_factory.mktemp("form"), num_hidden_layers=1)
     for seed, name in enumerate(("fever", "court")):
         write_adapter(shop.root / name, lora("self_attn.q_proj", 32, 32, layers=1, seed=seed))
+    for seed, name in enumerate(("cough", "oath")):
+        write_adapter(shop.root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
     for name, part in (("ffn", "mlp.up_proj.weight"), ("attention", "self_attn.o_proj.weight"), ("nothing", "")):
         tensors = load_file(shop.root / "base" / "model.safetensors")
         for key, tensor in tensors.items():
@@ -40,7 +44,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def expert(name: str) -> dict[str, Any]:
-    what = "adapter" if name in ("fever", "court") else "model"
+    what = "adapter" if name in ("fever", "court", "cough", "oath") else "model"
     return {"name": name, what: "base" if name == "base_too" else f"./{name}", "text": "./text/law.jsonl"}
 
 
@@ -82,10 +86,24 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
     else:
         free = choice.disk_of(shop.root)._replace(free=1_000)
         monkeypatch.setattr(choice, "disk_of", lambda path: free)
-    plan = planned(shop, "fever", "court", mixture={"router": {"buckets": 64}})
+    plan = planned(shop, "cough", "oath", mixture={"router": {"buckets": 64}})
     assert not plan.shape.plain and f"more {'memory' if lacking == 'memory' else 'free disk'} than there is" in plan.why
     assert "format: plain in a recipe, takes it" in plan.why and plan.recipe.output.format == "modekit"
-    assert planned(shop, "fever", "court", output={"format": "plain"}).shape.plain
+    assert planned(shop, "cough", "oath", output={"format": "plain"}).shape.plain
+
+
+@pytest.mark.parametrize("names", [("law", "fever"), ("fever", "court")])
+def test_a_base_that_does_not_fit_this_machine_is_not_run(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    """In float32, beside logits of a text: no full model is measured, and no stream."""
+    plain = planned(shop, *names)
+    base = load_file(shop.root / "base" / "model.safetensors")
+    assert plain.shape.plain and bytes_to_carry(plain) > sum(4 * tensor.numel() for tensor in base.values()) + 4 * 512 * 97
+    assert memory_of(plain)["build"] > bytes_to_carry(plain) and bytes_to_carry(planned(shop, "ffn", "base_too")) == 0
+    monkeypatch.setattr(choice, "_memory", lambda: bytes_to_carry(plain) - 1)
+    plan = planned(shop, *names)
+    assert not plan.shape.plain and plan.otherwise is None and "there is less memory: nothing was measured" in plan.why
 
 
 def test_full_models_are_measured_unless_the_recipe_says_what_becomes_of_them(shop: Workshop) -> None:

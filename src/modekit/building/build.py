@@ -125,13 +125,15 @@ def _write(
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
     more = plan.shape.channels is not None and plan.shape.channels.carry is not None
-    carried, notes = carry(plan, stage.folder, update, run) if more else None, list[str]()
+    carried, notes, asked = carry(plan, stage.folder, update, run) if more else None, list[str](), plan
     if carried is not None and plan.otherwise is not None and max(carried.lost) > MOST_LOST:
         notes += lost_notes(plan.recipe.names, carried.lost, would=True)
         plan, carried = plan.otherwise, None
         remove(stage.folder / CARRIED_FILE)
     elif carried is not None:
         notes += lost_notes(plan.recipe.names, carried.lost)
+    if asked.otherwise is not None:
+        notes += (each for each in plan.tell() if each not in asked.notes)
     inspector = Inspector(plan, update.hashes if update is not None else {})
     try:
         write_shards(plan, stage, carried, run)

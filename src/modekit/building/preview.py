@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from modekit.files.disk import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.room import disk_needed, statistics_bytes
+from modekit.planning.room import bytes_to_carry, disk_needed, statistics_bytes
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.choices import why_chosen
 from modekit.recipes.read import load_recipe
@@ -120,5 +120,4 @@ def memory_of(plan: Plan) -> dict[str, int]:
         for part in tensor.made.parts
         if isinstance(part, Delta) and part.rank
     )
-    base = 4 * plan.sources[0].parameters * bool(plan.shape.channels and plan.shape.channels.carry)  # it runs, in float32
-    return {"build": _BUILD_FLOOR + max((*factored, base)), "fit": fit, "load": plan.bytes_written}
+    return {"build": _BUILD_FLOOR + max(*factored, bytes_to_carry(plan), 0), "fit": fit, "load": plan.bytes_written}

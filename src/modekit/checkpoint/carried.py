@@ -109,7 +109,7 @@ def lost_notes(names: Sequence[str], lost: Sequence[float], *, would: bool = Fal
     most = sorted(zip(lost, names, strict=False), reverse=True)
     said = ", ".join(f"{share:.1%} of {name}" for share, name in most if share >= _LEAST_SAID)
     if would:
-        takes = "--format plain, or output: {format: plain, carry: all}, takes it anyway"
+        takes = "--format plain, or format: plain in a recipe, takes it all the same"
         yield f"a plain checkpoint would lose {said} of what they change: modekit architecture ({takes})"
     elif lost:
         yield f"this plain checkpoint loses {said or 'less than 0.1% of any expert'}, of what they change of the base"

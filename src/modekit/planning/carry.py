@@ -20,6 +20,8 @@ from modekit.sources.source import ModelSource
 
 STREAM_TOKENS = 4_096
 """Of all domains together: the beginnings of their text, which the base reads at a build that carries more than FFNs."""
+LOST_TOKENS = 512
+"""Of every domain, on which is measured what of full models is carried."""
 BLOCK = 32
 """Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
 TERMS, EXACT_TERMS = 2, 3
@@ -66,8 +68,8 @@ def blocks_of(channels: int) -> int:
 
 def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config) -> CarrySize | None:
     """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more."""
-    fit, output = recipe.mixture.fit, recipe.output
-    if fit is None or not fit.carried or output.carry == "ffn":
+    output = recipe.output
+    if not recipe.mixture.is_carried or output.carry == "ffn":
         return None
     experts = [source for source, expert in zip(sources[1:], recipe.experts, strict=True) if not expert.is_base]
     changing = [source for source in experts if isinstance(source, AdapterSource) and reaches(source, sources[0], family)]

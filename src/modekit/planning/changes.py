@@ -29,9 +29,7 @@ def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
     with OpenFiles() as opened:
         if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"
-        if gone:
-            return "ffn"
-        return "ffn" if _differ(opened, base, model, lambda name: ffn in name) else "nothing"
+        return "ffn" if gone or _differ(opened, base, model, lambda name: ffn in name) else "nothing"
 
 
 def _changed_ffn_alone(source: ModelSource) -> bool:

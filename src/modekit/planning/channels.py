@@ -287,12 +287,12 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
 
     Raises UnsupportedError where the architecture, the number of experts or `output.channels` do not allow them.
     """
-    fit, widening = recipe.mixture.fit, native.widening
-    if fit is None or not fit.carried:
+    widening = native.widening
+    if not recipe.mixture.is_carried:
         return None
     if isinstance(widening, str):
         raise UnsupportedError(
-            f"{native.native_type} cannot carry a {fit.name} router: {widening}",
+            f"{native.native_type} cannot carry a {recipe.mixture.router.fit} router: {widening}",
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )

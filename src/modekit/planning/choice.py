@@ -17,7 +17,7 @@ from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_text
 from modekit.planning.changes import Changed, is_gone
 from modekit.planning.plan import Plan
-from modekit.planning.room import disk_needed
+from modekit.planning.room import bytes_to_carry, disk_needed
 from modekit.recipes.recipe import Recipe
 from modekit.sources.source import ModelSource
 
@@ -30,8 +30,11 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     """Of a plan in each form that which is built, with `otherwise` where the build must measure first."""
     channels = plain.shape.channels
     sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
-    free = disk_of(plain.root / "OUT").free
-    lacking = "memory" if plain.bytes_written > _memory() else "free disk" if disk_needed(plain) > free > 0 else None
+    free, memory, to_carry = disk_of(plain.root / "OUT").free, _memory(), bytes_to_carry(plain)
+    if to_carry > memory:
+        needs = f"a build of a plain checkpoint runs the base in float32 ({bytes_of(to_carry)})"
+        return replace(other, why=f"{needs}, and there is less memory: nothing was measured ({sizes})")
+    lacking = "memory" if plain.bytes_written > memory else "free disk" if disk_needed(plain) > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
         takes = "--format plain, or format: plain in a recipe, takes it"
         return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {takes}")
@@ -56,23 +59,20 @@ def whole_models(recipe: Recipe, sources: Sequence[ModelSource], changed: Change
     if "modules" in recipe.mixture.model_fields_set or recipe.output.carry == "ffn":
         return 0
     full = [source for expert, source in zip(recipe.experts, sources[1:], strict=True) if expert.is_whole]
-    carried = recipe.output.carry is not None
-    return sum(carried if is_gone(each) else changed(each) == "more" for each in full)
+    return sum(recipe.output.carry is not None if is_gone(each) else changed(each) == "more" for each in full)
 
 
 def why_modekit(recipe: Recipe) -> str | None:
     """Why a recipe that does not ask for a native architecture gets none; None where it may."""
     if recipe.output.format == "plain":
         return None
-    beyond = recipe.beyond_plain()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
     bits = [expert.name for expert in recipe.experts if expert.bits is not None]
     if recipe.output.format == "modekit":
         return "the recipe asks for the modekit architecture"
-    if beyond:
+    if beyond := recipe.beyond_plain():
         return f"only the modekit architecture has {', '.join(beyond)}"
     if adapters:
-        carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
-        does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
+        does = "carries them in a plain checkpoint" if recipe.mixture.is_carried else "folds their FFNs into whole experts"
         return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: plain}} {does}"
     return f"differences stay in a few bits per number ({', '.join(bits)})" if bits else None

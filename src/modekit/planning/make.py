@@ -24,7 +24,7 @@ from modekit.planning.recency import fades
 from modekit.planning.routed import RoutedForm
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.choices import Way, choices, leaves_open, with_following
+from modekit.recipes.choices import Way, choices, with_following
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -83,7 +83,8 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
     """With what the recipe leaves open: the router, its decay, the form. A plain result first, then one in the modekit
     architecture, where both hold all of the experts. Raises what the last choice raises.
     """
-    is_open, not_plain = leaves_open(recipe), why_modekit(recipe) if recipe.beyond_plain() else None
+    is_open = recipe.mixture.is_open or recipe.mixture.is_carried
+    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     whole = whole_models(recipe, vocabulary.sources, changed) if is_open else 0
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
     ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
@@ -99,7 +100,7 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
             continue
         if way.plain in (None, form.shape.plain) or (not found and way is ways[-1][1]):
             found.append((form, not_plain or why))
-            if len(found) == 2 or same_size or not (way.says_form and way.plain):
+            if len(found) == 2 or same_size or not (way.output and way.plain):
                 break
     return found
 

@@ -145,7 +145,7 @@ class NativeShape(AnyShape):
 
     def other_tensors(self, recipe: Recipe) -> bool:
         """Whether a router needs other channels, or makes something else of them in the first attention."""
-        router = [each.mixture.router for each in (recipe, self.recipe) if each.mixture.fit and each.mixture.fit.carried]
+        router = [each.mixture.router for each in (recipe, self.recipe) if each.mixture.is_carried]
         return len(router) == 1 or len({tuple(each.decays) for each in router}) > 1
 
     def check(self, tensors: Tensors) -> None:

@@ -74,8 +74,8 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know. Made when somebody asks, as it reads a little of each model."""
-        return tuple(self.tell())
+        """What a user should know, whichever form it takes. Made when somebody asks, as it reads a little of each model."""
+        return tuple(each for each in self.tell() if self.otherwise is None or each in self.otherwise.notes)
 
     @property
     def models(self) -> tuple[ModelSource, ...]:

@@ -1,9 +1,11 @@
-"""The room that a plan takes on the disk."""
+"""The room that a plan takes on the disk, and a build in memory."""
 
 from __future__ import annotations
 
+from modekit.planning.carry import LOST_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.fits import MOST_TOKENS
+from modekit.sources.config import whole
 
 
 def disk_needed(plan: Plan) -> int:
@@ -27,3 +29,11 @@ def statistics_bytes(plan: Plan) -> int:
         return plan.shape.experts * 4 * MOST_TOKENS
     kept = 16 + 2 * mixture.router.keep_tokens  # sum, mean of negatives, and inputs in float16
     return sum(plan.shape.experts * slot.shape[1] * kept for slot in plan.shape.slots)
+
+
+def bytes_to_carry(plan: Plan) -> int:
+    """Bytes of memory in which a build runs the base in float32, beside logits and copies of its head, for what is carried."""
+    channels, words = plan.shape.channels, whole(plan.config, "vocab_size")
+    if channels is None or channels.carry is None:
+        return 0
+    return 4 * (plan.sources[0].parameters + 4 * words * (channels.hidden + LOST_TOKENS))

@@ -181,5 +181,5 @@ def _routed(native: Native) -> Routed:
 def _beyond(recipe: Recipe) -> list[str]:
     """What of a recipe this form cannot say."""
     mixture = recipe.mixture
-    found = [] if mixture.fit is not None and mixture.fit.carried else ["a router other than fit: lexical"]
+    found = [] if mixture.is_carried else ["a router other than fit: lexical"]
     return found + [f"top_k: {mixture.top_k}"] * (mixture.top_k not in (None, 1)) + ["weights"] * (mixture.weights is not None)

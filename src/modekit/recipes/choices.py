@@ -8,7 +8,7 @@ all that full models change is mixed, unless `modules` or `carry` says what.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
@@ -22,38 +22,30 @@ from modekit.recipes.strict import RecipeData
 class Way:
     """What a recipe says of what it leaves open, and why this router.
 
-    `plain`: whether it serves a plain checkpoint alone, or the modekit architecture alone; None: both. `says_form`: the recipe
-    then names the form, and with `carries` that a plain checkpoint carries more than FFNs.
+    `plain`: whether it serves a plain checkpoint alone, or the modekit architecture alone; None: both. `output`: the form that
+    the recipe then names, if any, and that it carries more than FFNs.
     """
 
     mixture: RecipeData
     why: str = ""
     plain: bool | None = None
-    says_form: bool = False
-    carries: bool = False
+    output: RecipeData = field(default_factory=dict)
 
     def of(self, recipe: Recipe) -> RecipeData:
         """The recipe in this way; its own settings stay."""
         said = as_written(recipe)
-        given, output = said.get("mixture", {}), said.get("output", {})
+        given, output = said.get("mixture", {}), omit(said.get("output", {}), *(["format"] if self.output else []))
         decides = "router" in self.mixture or recipe.mixture.is_open
         router = {**self.mixture.get("router", {}), **omit(given.get("router", {}), *(["fit"] if decides else []))}
         chooses = {*CHOICES} & given.keys() or given.get("method", "routing") != "routing"
         mixture = {**omit(self.mixture, *(["top_k"] if chooses else [])), **omit(given, "router")}
-        if self.says_form:
-            output = {**({"carry": "all"} if self.carries else {}), **output, "format": "plain" if self.plain else "modekit"}
-        parts = {"mixture": {**mixture, **({"router": router} if router else {})}, "output": output}
+        parts = {"mixture": {**mixture, **({"router": router} if router else {})}, "output": {**self.output, **output}}
         return {**said, **{key: part for key, part in parts.items() if part or key in said}}
 
 
-_TOKENS, _PAIRS = {"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}
+_TOKENS, _PAIRS, _MODEKIT = {"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}, {"format": "modekit"}
 _OF_PROMPTS = "logistic, which did best of what is set from prompts"
 _OF_MODEKIT = "lexical, which did best in the modekit architecture"
-
-
-def leaves_open(recipe: Recipe) -> bool:
-    """Whether it leaves open its router, or has one that decides for whole models, as a plain checkpoint carries it."""
-    return recipe.mixture.is_open or (recipe.mixture.fit is not None and recipe.mixture.fit.carried)
 
 
 def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
@@ -61,15 +53,11 @@ def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
 
     Raises pydantic's error where the recipe allows nothing.
     """
-    shared, own = _of_whole_models(whole)
-    of_one_router = (
-        Way(shared, plain=True, says_form=True, carries=whole > 0),
-        Way(own, plain=False, says_form=True),
-        Way({}),
-    )
+    shared, plain, own = _of_whole_models(whole)
+    of_one_router = Way(shared, plain=True, output=plain), Way(own, plain=False, output=_MODEKIT), Way({})
     found: list[tuple[Recipe, Way]] = []
     for way in _of_an_open_router(recipe, whole) if recipe.mixture.is_open else of_one_router:
-        if way.says_form and recipe.output.format not in ("auto", "plain" if way.plain else "modekit"):
+        if way.output and recipe.output.format not in ("auto", way.output["format"]):
             continue
         with suppress(ValidationError):
             found.append((Recipe.model_validate(way.of(recipe)), way))
@@ -84,24 +72,25 @@ def why_chosen(recipe: Recipe, *, plain: bool) -> str:
     return next((way.why for way in ways if way.of(recipe)["mixture"] == said), "")
 
 
-def _of_whole_models(count: int) -> tuple[RecipeData, RecipeData]:
-    """What a plain checkpoint of so many says, and one in the modekit architecture. Several share what their average has;
-    beside one, adapters and the base stay exact on the base (benchmarks/whole.md).
+def _of_whole_models(count: int) -> tuple[RecipeData, RecipeData, RecipeData]:
+    """What a plain checkpoint of so many says of mixture and output, and one in the modekit architecture. Several share what
+    their average has; beside one, adapters and the base stay exact on the base (benchmarks/whole.md).
     """
-    return {"backbone": "average"} if count > 1 else {}, {"modules": "all"} if count else {}
+    plain = {"format": "plain", **({"carry": "all"} if count else {})}
+    return {"backbone": "average"} if count > 1 else {}, plain, {"modules": "all"} if count else {}
 
 
 def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
-    shared, own = _of_whole_models(whole)
+    shared, plain, own = _of_whole_models(whole)
     merged: RecipeData = {"backbone": "average"} if whole else {}
     arrow, context = {"fit": "arrow", "granularity": "context"}, {"fit": "logistic", "granularity": "context"}
     if any(expert.text for expert in recipe.experts):
         why = "lexical, which did best of what a plain checkpoint carries"
         return (
-            Way({"top_k": 1, "router": _TOKENS, **shared}, why, plain=True, says_form=True, carries=whole > 0),
-            Way({"top_k": 1, "router": _PAIRS, **own}, _OF_MODEKIT, plain=False, says_form=True),
+            Way({"top_k": 1, "router": _TOKENS, **shared}, why, plain=True, output=plain),
+            Way({"top_k": 1, "router": _PAIRS, **own}, _OF_MODEKIT, plain=False, output=_MODEKIT),
             Way({"router": {"fit": "logistic"}, **merged}, "logistic, which did best of linear gates"),
-            *((Way({"top_k": 1, "router": _PAIRS}, _OF_MODEKIT, plain=False, says_form=True),) if whole else ()),
+            *((Way({"top_k": 1, "router": _PAIRS}, _OF_MODEKIT, plain=False, output=_MODEKIT),) if whole else ()),
         )
     if any(expert.prompts for expert in recipe.experts):
         return (
@@ -118,8 +107,8 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
 
 def with_following(recipe: Recipe) -> Recipe:
     """The recipe, of a base with a chat template, with a decay that follows chats where a lexical router has none."""
-    fit, router = recipe.mixture.fit, recipe.mixture.router
-    if fit is None or not fit.carried or router.decay is not None or router.chat is False:
+    router = recipe.mixture.router
+    if not recipe.mixture.is_carried or router.decay is not None or router.chat is False:
         return recipe
     mixture = recipe.mixture.model_copy(update={"router": router.model_copy(update={"decay": [CHAT_DECAY]})})
     return recipe.model_copy(update={"mixture": mixture})

@@ -205,6 +205,11 @@ class Mixture(Strict):
         return self.method != "linear" and self.router.row.is_open
 
     @property
+    def is_carried(self) -> bool:
+        """Whether a plain checkpoint carries to its router what that reads."""
+        return self.fit is not None and self.fit.carried
+
+    @property
     def needs_text(self) -> bool:
         """Whether the router is set from text."""
         return self.fit is not None and self.fit.reads_text

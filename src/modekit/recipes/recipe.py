@@ -217,7 +217,7 @@ class Recipe(Strict):
     def _problems_of_the_form(self) -> Iterator[str]:
         mixture, fit, output = self.mixture, self.mixture.fit, self.output
         asked = [key for key in ("channels", "carry", "rank") if getattr(output, key) is not None and not mixture.is_open]
-        if asked and (fit is None or not fit.carried or output.format == "modekit"):
+        if asked and (output.format == "modekit" or not mixture.is_carried):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a plain checkpoint; remove it"
         if "rank" in asked and output.carry == "ffn":
             yield "output.rank has no effect with carry: ffn; remove it"

@@ -71,11 +71,11 @@ def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
         asked = _first_possible(checkpoint, asked)
         changed["mixture"] = as_written(asked)["mixture"]
     _check_same_tensors(checkpoint, asked)
-    fit, new = checkpoint.record.recipe.mixture.fit, asked.mixture.fit
-    if new is not None and new.carried and (fit is None or not fit.carried):
+    is_new = not checkpoint.record.recipe.mixture.is_carried
+    if is_new and asked.mixture.is_carried:
         changed["mixture"].setdefault("modules", "auto")  # what is not said would mean whole models now
     recipe = parse_recipe(changed, where=str(checkpoint.folder))
-    if (fit is None or not fit.carried) and chat_template(checkpoint.folder):  # else what is not said is what it was
+    if is_new and chat_template(checkpoint.folder):  # else what is not said is what it was
         recipe = with_following(recipe)
     return checkpoint.shape.pinned(recipe)
 
