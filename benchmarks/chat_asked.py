@@ -31,7 +31,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.recipes.recipe import Expert, place_of_base
+from modekit.recipes.recipe import Expert
 from modekit.text.chat import needed_template
 from modekit.text.document import Conversation, Document, Message, message_of, text_of
 from modekit.text.held_out import HeldOutText
@@ -102,8 +102,12 @@ def who_leads(
     return [row_of(kind, asked, leaders, checkpoint.names) for kind in dict.fromkeys(each.kind for each in asked)]
 
 
+def _place_of_base(experts: Sequence[Expert]) -> int | None:
+    return next((place for place, expert in enumerate(experts) if expert.is_base), None)
+
+
 def questions_of_text(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int, seed: int) -> Iterator[Question]:
-    base = place_of_base(checkpoint.record.recipe.experts)
+    base = _place_of_base(checkpoint.record.recipe.experts)
     said = {text.name: list(said_in(text.documents, count, seed)) for text in texts}
     for text in texts:
         own = text.expert if text.expert is not None else base
@@ -140,7 +144,7 @@ def place_of(domain: str, experts: Sequence[Expert]) -> int | None:
     """An expert of this name, else the base for what is general, else the first one with the domain in its name."""
     named = next((place for place, expert in enumerate(experts) if expert.name == domain), None)
     if named is not None or domain == GENERAL:
-        return place_of_base(experts) if named is None else named
+        return _place_of_base(experts) if named is None else named
     words = {domain.casefold(), *ALIKE.get(domain, ())}
     for place, expert in enumerate(experts):
         if not expert.is_base and words & set(re.split(r"[\W\d_]+", expert.name.casefold())):

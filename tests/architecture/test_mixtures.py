@@ -85,7 +85,7 @@ LOW_RANK: list[dict[str, Any]] = [BASE, PLAIN, UNEVEN, PART]
 
 def named(family: Family, *parts: str) -> list[str]:
     """Last names of the modules that hold these parts."""
-    return sorted({family.parts[part].rpartition(".")[2] for part in parts if part in family.parts})
+    return sorted({family.decoder.parts[part].rpartition(".")[2] for part in parts if part in family.decoder.parts})
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def bench_of(model_type: str) -> Bench:
     for seed, name in enumerate(("base", "one", "two")):
         save(tiny_model(model_type, seed=seed, **overrides), root / name)
         made[name] = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32).eval()
-    every = named(family, *family.parts)
+    every = named(family, *family.decoder.parts)
     adapters: dict[str, dict[str, Any]] = {
         "plain": {"r": 3, "lora_alpha": 7, "target_modules": every},
         "uneven": {
@@ -194,13 +194,15 @@ def mixed_modules(bench: Bench, recipe: dict[str, Any]) -> dict[str, str]:
     if modules == "decoder":
         names = [name for name, module in base.named_modules() if list(module.parameters(recurse=False))]
         first = "model.layers.0.input_layernorm"
-        first = first if first in names else f"model.layers.0.{family.parts['q']}"
+        first = first if first in names else f"model.layers.0.{family.decoder.parts['q']}"
         within = [name for name in names if name not in {"model.embed_tokens", "lm_head"}]
         return dict.fromkeys([first, *filter(is_changed, within)], "model")
     if modules == "auto":
         low = [other for kind, other in zip(kinds, dense, strict=True) if kind not in FULL]
         changed = [
-            part for part in family.parts if any(differs(base, each, n) for each in low for n in paths(base, family, part))
+            part
+            for part in family.decoder.parts
+            if any(differs(base, each, n) for each in low for n in paths(base, family, part))
         ]
         modules = [*changed, *(["mlp"] if not changed or any(kind in FULL for kind in kinds) else [])]
     if "mlp" in modules and (per in {"projection", "feature"} or any("adapter" in kind or "as" in kind for kind in kinds)):
@@ -208,7 +210,7 @@ def mixed_modules(bench: Bench, recipe: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for layer in mixture.get("layers", range(3)):
         for part in ("q", "k", "v", "o", "mlp", "gate", "up", "down"):
-            path = "mlp" if part == "mlp" else family.parts.get(part)
+            path = "mlp" if part == "mlp" else family.decoder.parts.get(part)
             name = f"model.layers.{layer}.{path}"
             if part in modules and path is not None and has(base, name) and is_changed(name):
                 block = "attention" if part in "qkvo" else "ffn"
@@ -231,7 +233,7 @@ def has(model: PreTrainedModel, name: str) -> bool:
 
 
 def paths(base: PreTrainedModel, family: Family, part: str) -> list[str]:
-    return [name for layer in range(3) if has(base, name := f"model.layers.{layer}.{family.parts[part]}")]
+    return [name for layer in range(3) if has(base, name := f"model.layers.{layer}.{family.decoder.parts[part]}")]
 
 
 def differs(base: PreTrainedModel, other: PreTrainedModel, name: str) -> bool:
@@ -521,14 +523,19 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
     family, names = BY_TYPE[model_type], [expert["name"] for expert in experts]
     modules = draw(
         st.sampled_from(
-            ["auto", "auto", *(["some"] * 3 if family.parts else []), *(["all", "decoder"] if model_type not in NO_ALL else [])]
+            [
+                "auto",
+                "auto",
+                *(["some"] * 3 if family.decoder.parts else []),
+                *(["all", "decoder"] if model_type not in NO_ALL else []),
+            ]
         )
     )
     whole = modules in {"all", "decoder"}
     if modules == "some":
-        wanted = draw(st.lists(st.sampled_from([*family.parts]), min_size=1, max_size=4, unique=True))
-        shared = {family.parts[part] for part in wanted}
-        modules = [part for part in family.parts if family.parts[part] in shared]
+        wanted = draw(st.lists(st.sampled_from([*family.decoder.parts]), min_size=1, max_size=4, unique=True))
+        shared = {family.decoder.parts[part] for part in wanted}
+        modules = [part for part in family.decoder.parts if family.decoder.parts[part] in shared]
         if draw(st.booleans()) or not {"q", "v", "down"} & set(modules) or not {"o", "gate", "up"} & set(modules):
             modules = ["mlp", *(part for part in modules if part in "qkvo"), *(["o"] if "o" not in modules else [])]
     mixture: dict[str, Any] = {

@@ -129,7 +129,7 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(case: tuple[Path,
     other = dict(loaded(root / "other").named_parameters())
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():
-            if any(name.endswith(suffix) for suffix in checkpoint.shape.native.family.mlp.values()):
+            if any(name.endswith(suffix) for suffix in checkpoint.shape.native.family.decoder.mlp.values()):
                 parameter.copy_(other[name])
     expected = logits_of(by_hand, ids)
     mixture = loaded(root / "OUT")

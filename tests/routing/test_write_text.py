@@ -34,7 +34,7 @@ from modekit.routing.token_text import load_token_text
 from modekit.run import QUIET, Run
 from modekit.text import written
 from modekit.text.held_out import RecipeTexts, fit_documents
-from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, written_file
+from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, texts_of, written_file
 from refusal import tree
 
 BEGIN, END = 1, 2
@@ -259,7 +259,7 @@ def test_a_recipe_says_self_alone_and_keeps_it_elsewhere(tmp_path: Path) -> None
     (tmp_path / "self").mkdir()
     assert from_folder(said, tmp_path, tmp_path / "below")["experts"][0]["text"] == "self"
     recipe = parse_recipe(said, where="here")
-    assert recipe.experts[0].writes_text and recipe.experts[0].texts[0].startswith("./self-text/law-")
+    assert recipe.experts[0].writes_text and texts_of(recipe.experts[0])[0].startswith("./self-text/law-")
     with pytest.raises(RecipeError, match="cannot be combined"):
         parse_recipe({**said, "experts": [{**expert, "text": ["self", "./law.jsonl"]}]}, where="here")
 

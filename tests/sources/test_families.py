@@ -145,7 +145,7 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tupl
     other = dict(AutoModelForCausalLM.from_pretrained(root / "other", dtype=torch.float32).named_parameters())
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():
-            if any(name.endswith(suffix) for suffix in checkpoint.shape.native.family.mlp.values()):
+            if any(name.endswith(suffix) for suffix in checkpoint.shape.native.family.decoder.mlp.values()):
                 parameter.copy_(other[name])
     expected = logits_of(by_hand, ids)
     assert not torch.allclose(expected, logits_of(root / "base", ids), atol=1e-2)

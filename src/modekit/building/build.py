@@ -41,7 +41,6 @@ from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.room import disk_needed
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.edit import RECIPE_FILE, as_file
-from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -50,7 +49,7 @@ from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
 from modekit.text.held_out import check_texts
-from modekit.text.written import files_of
+from modekit.text.written import WRITTEN_FOLDER, files_of
 from modekit.weights.flat import same_bytes
 from modekit.weights.numeric import DTYPES
 from modekit.weights.reading import WeightReader, check_finite
@@ -259,7 +258,7 @@ def _copy(ref: TensorRef, opened: OpenFiles, stream: io.FileIO) -> None:
     source, position = opened.file(ref), ref.start
     while position < ref.end:
         try:
-            sent = os.sendfile(stream.fileno(), source.descriptor, position, ref.end - position)
+            sent = os.sendfile(stream.fileno(), source.stream.fileno(), position, ref.end - position)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _NOT_IN_THE_KERNEL:
                 raise

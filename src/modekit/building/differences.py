@@ -106,11 +106,11 @@ class Differences:
 
     def projections(self, layer: int) -> list[str]:
         """What q, k and v are called."""
-        return [in_layer(layer, f"{self._plan.family.parts[part]}.weight") for part in ("q", "k", "v")]
+        return [in_layer(layer, f"{self._plan.family.decoder.parts[part]}.weight") for part in ("q", "k", "v")]
 
     def output_projection(self, layer: int) -> str:
         """What o is called."""
-        return in_layer(layer, weight_of(self._plan.family.parts["o"]))
+        return in_layer(layer, weight_of(self._plan.family.decoder.parts["o"]))
 
     def ffn_norm_name(self, layer: int) -> str:
         """What the weights of the norm before the FFN are called."""
@@ -142,7 +142,7 @@ class Differences:
     def ffn(self, kind: FFNKind, layer: int, number: int) -> Singles:
         """Gate, up or down of the expert with this number, of all that experts have of their own in a layer of the base."""
         if self._routed is None:
-            return self.own(in_layer(layer, self._plan.family.mlp[kind]), number)
+            return self.own(in_layer(layer, self._plan.family.decoder.mlp[kind]), number)
         expert, inner = divmod(number, self._inner)
         given = as_in(self._plan.sources[1 + expert], self._base.tensor(in_layer(layer, self._routed.path(kind))))
         return self._numbers(own_part(given, kind, inner), None)

@@ -57,7 +57,7 @@ class _Experts:
     def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
         self._differences, self._carrying = Differences(plan, read), Carrying(plan, read, carried)
         self._names, routed = plan.family.own_names(plan.sources[0]), plan.shape.routed
-        self._ffn = (f".{plan.family.mlp_module}.",) if routed is None else tuple(f".{path}" for path in routed.own)
+        self._ffn = (f".{plan.family.decoder.ffn}.",) if routed is None else tuple(f".{path}" for path in routed.own)
 
     def own(self, expert: int) -> Iterator[tuple[str, Singles]]:
         """All of an expert's own."""

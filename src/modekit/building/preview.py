@@ -111,7 +111,7 @@ def memory_of(plan: Plan) -> dict[str, int]:
     if row is not None and row.reads_text:
         itemsize = 4 if router.compute_dtype == "float32" else 2
         one = parameters["backbone"] + parameters["per_expert"] if plan.shape.plain else parameters["total"]
-        width = 12 * plan.family.hidden(plan.config) + whole(plan.config, "vocab_size")
+        width = 12 * whole(plan.config, plan.family.width) + whole(plan.config, "vocab_size")
         activations = 16 * router.sequence_length * width * 4
         fit = one * itemsize + activations + statistics_bytes(plan) * (1 if row.runs_models else 4)
     factored = (

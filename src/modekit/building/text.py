@@ -8,6 +8,7 @@ from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.text.documents import is_local
 from modekit.text.held_out import fit_documents
+from modekit.text.written import texts_of
 
 
 def complete_text(plan: Plan, known: Collection[str], run: Run) -> None:
@@ -18,7 +19,7 @@ def complete_text(plan: Plan, known: Collection[str], run: Run) -> None:
     if plan.recipe.mixture.needs_text:
         run.begin("check the text")
         for number, expert in enumerate(plan.recipe.experts):
-            if expert.name not in known and all(is_local(spec, plan.root) for spec in expert.texts):
+            if expert.name not in known and all(is_local(spec, plan.root) for spec in texts_of(expert)):
                 fit_documents(expert, plan.root, number, reads=plan.family.reads)
 
 

@@ -191,7 +191,7 @@ def label_places(domains: Sequence[Domain], recipe: Recipe) -> tuple[dict[str, i
     """Domain -> place of the expert whose label is its right one, and its wrong one. Domains without such are left out."""
     experts, right, wrong, strangers = len(recipe.names), dict[str, int](), dict[str, int](), 0
     for domain in domains:
-        place = recipe.expert_of(domain.name) if domain.expert is None else domain.expert
+        place = _expert_of(domain.name, recipe) if domain.expert is None else domain.expert
         if place is None:
             wrong[domain.name], strangers = strangers % experts, strangers + 1
         else:
@@ -200,11 +200,16 @@ def label_places(domains: Sequence[Domain], recipe: Recipe) -> tuple[dict[str, i
     return right, wrong
 
 
+def _expert_of(label: str, recipe: Recipe) -> int | None:
+    """Place of the expert that a label leads to: by its name, else by its other labels; None where there is none."""
+    return recipe.names.index(label) if label in recipe.names else recipe.other_labels.get(label)
+
+
 def label_tags(places: Mapping[str, int], recipe: Recipe, known: Sequence[str]) -> dict[str, str]:
     """Domain -> the label whose tag stands before its text: its own name, where that leads to the same expert and has a tag
     (`known`), else the expert's.
     """
-    own = {name for name, place in places.items() if name in known and recipe.expert_of(name) == place}
+    own = {name for name, place in places.items() if name in known and _expert_of(name, recipe) == place}
     return {name: name if name in own else recipe.names[place] for name, place in places.items()}
 
 

@@ -40,7 +40,7 @@ class ModekitMixture(LoadedMixture):
             yield from mixed.differences.parameters() if mixed.few_bits else ()
 
     def ffn(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule(self.checkpoint.shape.mixture.family.mlp_module)
+        return layer.get_submodule(self.checkpoint.shape.mixture.family.decoder.ffn)
 
     def set_top_k(self, top_k: int | None) -> None:
         routing = self.checkpoint.shape.routing.as_written()

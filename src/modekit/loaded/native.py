@@ -92,7 +92,7 @@ class NativeMixture(LoadedMixture):
             if parameter.shape[1:] == (2 * units, channels.hidden + channels.spare):
                 return (slice(None), slice(None), slice(channels.expert_hidden), slice(channels.hidden))
             return (slice(None), slice(channels.hidden), slice(channels.expert_hidden))
-        pad = channels.pad_of(name, (*parameter.shape[:-1], channels.hidden), self.native.family.parts)
+        pad = channels.pad_of(name, (*parameter.shape[:-1], channels.hidden), self.native.family.decoder.parts)
         if pad is None:
             return None
         ends = (*(pad.rows,) * (parameter.ndim - 1), pad.columns)
@@ -237,7 +237,7 @@ class DenseView:
 
     def router_inputs(self) -> list[nn.Module]:
         """The FFN block of each layer; its input is what the router of that layer reads."""
-        return [layer.get_submodule(self._native.family.mlp_module) for layer in decoder_layers(self.model)]
+        return [layer.get_submodule(self._native.family.decoder.ffn) for layer in decoder_layers(self.model)]
 
     def in_decoder(self) -> list[bool]:
         return [False] * len(self.router_inputs())
@@ -253,7 +253,7 @@ class DenseView:
             both, down = (self._read(in_layer(layer, path), expert) for path in native.fused)
             gate, up = both.chunk(2, dim=0)
             parts = {"gate": gate, "up": up, "down": down}
-        return {in_layer(layer, native.family.mlp[part]): tensor.contiguous() for part, tensor in parts.items()}
+        return {in_layer(layer, native.family.decoder.mlp[part]): tensor.contiguous() for part, tensor in parts.items()}
 
     def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
         with safe_open(self._checkpoint.tensors[name].file, framework="pt") as file:

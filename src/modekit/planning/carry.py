@@ -89,7 +89,7 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
 
 def reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
     """Whether an adapter changes more than FFNs."""
-    ffn = f".{family.mlp_module}."
+    ffn = f".{family.decoder.ffn}."
     changed = {*source.changes, *source.replaced}
     return any(name in base.tensors and ffn not in name for name in changed)
 
@@ -98,7 +98,7 @@ def _rank(source: ModelSource, family: Family, parts: Sequence[str], layers: int
     """Per layer, of what a source changes in some parts together; infinite where it has no small rank."""
     found = []
     for layer in range(layers):
-        names = [in_layer(layer, f"{family.parts[part]}.weight") for part in parts]
+        names = [in_layer(layer, f"{family.decoder.parts[part]}.weight") for part in parts]
         changes = [low_rank(source, name) for name in names if touched(source, name)]
         found.append(sum(math.inf if change is None else change.rank for change in changes))
     return found

@@ -25,7 +25,7 @@ def is_gone(model: ModelSource) -> bool:
 
 def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
     """What a full model changes of its base, by a sample of every tensor: its FFNs, more than these, or nothing."""
-    ffn, gone = f".{family.mlp_module}.", is_gone(model)
+    ffn, gone = f".{family.decoder.ffn}.", is_gone(model)
     with OpenFiles() as opened:
         if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"

@@ -250,7 +250,7 @@ def gate_of(
     if router.scope == "feature" and recipe.mixture.fit is not None and weight is not None:
         said["features"] = weight[0]
     if leader == module:
-        width = family.hidden(config) if weight is None else weight[0 if family.keeps_columns(module) else -1]
+        width = whole(config, family.width) if weight is None else weight[0 if family.keeps_columns(module) else -1]
         ids = router.buckets if router.hashes else whole(config, "vocab_size")
         said["width"] = ids if router.row.reads_ids else width
         said["rows"] = [router.row.rows] * len(recipe.experts)

@@ -50,7 +50,7 @@ class NativeForm:
             self.mixes_more += "; output: {carry: all} carries the rest"
         self._front = int(self._channels is not None)
         self._layers = whole(self._base.config, "num_hidden_layers")
-        paths = self._family.mlp.values() if native.routed is None else native.routed.own
+        paths = self._family.decoder.mlp.values() if native.routed is None else native.routed.own
         self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in paths}
         gate = self._in_base(0, "gate")
         self.router_dtype, self._sizes = code_of(gate), gate.shape
@@ -72,7 +72,7 @@ class NativeForm:
         """Tensors of the base by which experts may differ although all share them."""
         if self._carry is None or self._channels is None:
             return set()
-        widening, parts = self._channels.widening, self._family.parts
+        widening, parts = self._channels.widening, self._family.decoder.parts
         modules = [*(parts[part] for part in ("q", "k", "v", "o")), *widening.norms]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
@@ -96,18 +96,18 @@ class NativeForm:
             return
         layer, path = split_layer(tensor.name)
         if isinstance(layer, int):
-            if self._native.routed is None and path.startswith(f"{self._family.mlp_module}."):
+            if self._native.routed is None and path.startswith(f"{self._family.decoder.ffn}."):
                 raise UnsupportedError(
                     "the FFN has a tensor that the native experts do not",
                     where=f"base_model ({self._base.spec}): {tensor.name}",
-                    expected=", ".join(self._family.mlp.values()),
+                    expected=", ".join(self._family.decoder.mlp.values()),
                     remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
                 )
             tensor = replace(tensor, name=in_layer(layer + self._front, path))
         yield self._with_channels(tensor)
 
     def _with_channels(self, tensor: PlannedTensor) -> PlannedTensor:
-        pad = None if self._channels is None else self._channels.pad_of(tensor.name, tensor.shape, self._family.parts)
+        pad = None if self._channels is None else self._channels.pad_of(tensor.name, tensor.shape, self._family.decoder.parts)
         return widened(tensor, pad)
 
     def experts(self) -> Iterator[PlannedTensor]:
@@ -173,7 +173,7 @@ class NativeForm:
 
     def _in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN in a layer of the base."""
-        return self._base.tensor(in_layer(layer, self._family.mlp[part]))
+        return self._base.tensor(in_layer(layer, self._family.decoder.mlp[part]))
 
     def _factors(self) -> list[float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""

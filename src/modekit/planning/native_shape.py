@@ -120,7 +120,7 @@ class NativeShape(AnyShape):
     @property
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where they stand: before the FFN of every layer."""
-        module, router = self.native.family.mlp_module, self.native.router
+        module, router = self.native.family.decoder.ffn, self.native.router
         return tuple(RouterPosition(in_layer(layer, router), layer, module) for layer in range(self._layers))
 
     @property
@@ -166,7 +166,7 @@ class NativeShape(AnyShape):
     def recorded(self, expert: int, base: ModelSource, tensors: Tensors, file: Path) -> Recorded:
         """As of ModekitShape: an adapter is folded into tensors of the expert's own."""
         layers = range(self._layers - int(self.channels is not None))
-        names = (in_layer(layer, path) for layer in layers for path in self.native.family.mlp.values())
+        names = (in_layer(layer, path) for layer in layers for path in self.native.family.decoder.mlp.values())
         return {name: unread(name, file, base.tensor(name).dtype, base.tensor(name).shape) for name in names}, {}
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:

@@ -17,7 +17,7 @@ from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import Family
+from modekit.sources.family import PARTS, Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import (
     HEAD,
@@ -127,6 +127,9 @@ class Places:
         self._recipe, self._sources, self._family, self._base = recipe, sources, family, sources[0]
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
         self._unties = untied(recipe, sources[0], family)
+        derived = family.derived
+        self._blocks = [] if derived is None else derived.blocks
+        self._not_linear = set() if derived is None else {*derived.lookups, *derived.columns, *derived.blocks}
         self._wanted = _wanted_parts(recipe, sources, family)
         self._sorted_names = sorted((name, place) for place, name in enumerate(self._base.tensors))
         said, sizes = [expert.layers for expert in recipe.experts], family.sizes(self._base.config)
@@ -160,7 +163,7 @@ class Places:
         wanted = self._wanted
         # Projection by projection: for low-rank experts, and routers finer than a module.
         low = any(expert.adapter is not None or expert.is_low_rank for expert in self._recipe.experts)
-        if "mlp" in wanted and self._family.is_block(self._family.in_layer(layer, stack.ffn)):
+        if "mlp" in wanted and self._family.in_layer(layer, stack.ffn) in self._blocks:
             wanted = wanted - stack.ffn_parts  # an FFN that is itself a mixture is one place
         elif "mlp" in wanted and (low or self._recipe.mixture.router.scope in {"projection", "feature"}):
             wanted = (wanted - {"mlp"}) | stack.ffn_parts
@@ -174,16 +177,16 @@ class Places:
         """Raise UnsupportedError for parts that the family has not, or of a module whose other parts are not named."""
         modules, family = self._recipe.mixture.modules, self._family
         for part in modules if isinstance(modules, list) else ():
-            path = family.parts.get(part)
-            partners = [other for other, its in family.parts.items() if path is not None and its == path]
-            if (part != "mlp" and part not in family.all_parts) or not {*partners} <= {*modules}:
+            path = family.decoder.parts.get(part)
+            partners = [other for other, its in family.decoder.parts.items() if path is not None and its == path]
+            if (part != "mlp" and part not in _all_parts(family)) or not {*partners} <= {*modules}:
                 raise UnsupportedError(
                     f"'{family.model_type}' keeps parts in one module"
                     if partners
                     else f"'{family.model_type}' has no such part",
                     where="mixture.modules",
                     found=part,
-                    expected=f"{', '.join(partners)} together" if partners else ", ".join(["mlp", *family.all_parts]),
+                    expected=f"{', '.join(partners)} together" if partners else ", ".join(["mlp", *_all_parts(family)]),
                     remedy="correct the list",
                 )
 
@@ -225,28 +228,32 @@ class Places:
             if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
                 what, where = f"the expert has a {LOGITS_BIAS} and the base model none", f"{source.label} ({source.spec})"
                 raise MismatchError(what, where=where, remedy="open the base model with transformers, and save it again")
-        modules = {embedding, family.place_of(weight_of(family.head or embedding))}
+        modules = {embedding, self._module_of(weight_of(family.head or embedding))}
         if family.model_type in INEXACT_WHOLE:
             what = f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}"
             raise UnsupportedError(what, where="mixture.modules", remedy="write modules: [mlp, q, k, v, o], or give adapters")
         if family.derived is not None:
-            modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self._unties)}
+            modules |= {self._module_of(name) for name in (*family.own_names(self._base), *self._unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == family.head, natural_key(module)))
         for name in family.own_names(self._base):
             if name == LOGITS_BIAS:  # with the head
                 continue
             if name.rpartition(".")[2] not in {"weight", "bias"} or len(self._base.tensors[name].shape) > 2:
                 inside = {part for stack in family.stacks for part in stack.ffn_parts}
-                parts = ["mlp", *(part for part in family.all_parts if part not in inside)]
+                parts = ["mlp", *(part for part in _all_parts(family) if part not in inside)]
                 raise UnsupportedError(
                     f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
                     where=f"base_model ({self._base.spec}): {name}",
                     remedy=f"write the parts to mix: modules: [{', '.join(parts)}]",
                 )
             modules.add(module_of(name))
-        if any(module in modules for module in family.entrances if module != embedding):  # which runs in its place
+        if any(module in modules for module in _entrances(family) if module != embedding):  # which runs in its place
             modules.remove(embedding)
         return sorted(modules, key=lambda module: (module != embedding, module == HEAD, natural_key(module)))
+
+    def _module_of(self, tensor: str) -> str:
+        """The smallest module with a tensor that can be another expert's."""
+        return next((block for block in self._blocks if tensor.startswith(f"{block}.")), module_of(tensor))
 
     def _place(self, module: str, calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
@@ -300,7 +307,7 @@ class Places:
             changed = any(touched(source, self._unties.get(ref.name, ref.name)) for ref in place.refs)
             change = None if matrix is None else low_rank(source, matrix.name)
             return changed and change is None, 0 if change is None or not changed else change.rank, 0
-        may_be_low_rank = matrix is not None and self._family.may_be_low_rank(module)
+        may_be_low_rank = matrix is not None and module not in self._not_linear
         if said.bits is not None and may_be_low_rank and module.rpartition(".")[2] not in POSITIONS:
             return False, 0, said.bits
         if not said.is_low_rank or said.bits is not None:
@@ -326,10 +333,16 @@ def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family
                 inside = {path for name, path in paths if name == stack.name and path.startswith(f"{stack.ffn}.")}
                 wanted |= {"mlp"} if stack.ffn and inside.difference(stack.parts.values()) else set()
         elif not expert.is_base:
-            wanted |= set(family.all_parts) if expert.is_low_rank else {"mlp"}
+            wanted |= set(_all_parts(family)) if expert.is_low_rank else {"mlp"}
     if "mlp" in wanted:
         wanted -= {part for stack in family.stacks for part in stack.ffn_parts}
     return wanted or {"mlp"}
+
+
+def _all_parts(family: Family) -> list[str]:
+    """What any stack has, in the order in which parts run."""
+    parts = dict.fromkeys(part for stack in family.stacks for part in stack.parts)
+    return sorted(parts, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
 
 
 def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:
@@ -341,14 +354,19 @@ def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
     """Whether the base's module at a place runs for every token, whichever experts are chosen."""
     mixture = recipe.mixture
     # The router reads the base's embedding, unless it reads the tokens themselves.
-    reads_it = module in family.entrances and mixture.fit is not None and not mixture.fit.reads_ids
+    reads_it = module in _entrances(family) and mixture.fit is not None and not mixture.fit.reads_ids
     return reads_it or (mixture.always_on is not None and mixture.always_on.expert == BASE)
+
+
+def _entrances(family: Family) -> tuple[str, ...]:
+    """Modules that may be the first to run: an encoder's own embedding where it has one, else the one that all share."""
+    return (*(module_of(name) for name in family.copies[:1]), family.embedding)
 
 
 def _first_to_run(modules: Collection[str], family: Family) -> str:
     """Of the modules of whole models or whole decoders, the one that a pass reaches first; empty where it is not known."""
-    paths = ("input_layernorm", "operator_norm", family.parts.get("q", ""))
-    return next((each for each in (*family.entrances, *(family.in_layer(0, path) for path in paths)) if each in modules), "")
+    paths = ("input_layernorm", "operator_norm", family.decoder.parts.get("q", ""))
+    return next((each for each in (*_entrances(family), *(family.in_layer(0, path) for path in paths)) if each in modules), "")
 
 
 def leaders_of(places: Iterable[str], recipe: Recipe, family: Family) -> dict[str, str]:

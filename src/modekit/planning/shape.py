@@ -16,7 +16,7 @@ from modekit.errors import CheckpointError
 from modekit.recipes.layers import Layer, stack_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import LowRank
-from modekit.sources.config import Config
+from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import layers_of
@@ -123,7 +123,7 @@ class AnyShape:
             if stack.size(self.config) > layers:
                 raise self.disagreement(stack.count[0], f"{stack.size(self.config)}, and weights of {layers} layers")
         names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
-        widths, width = {size for name in names for size in tensors[name].shape[-1:]}, family.hidden(self.config)
+        widths, width = {size for name in names for size in tensors[name].shape[-1:]}, whole(self.config, family.width)
         if family.derived is None and width not in widths:
             raise self.disagreement(family.width, f"{width}, which is not the embedding's")
 

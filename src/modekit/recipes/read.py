@@ -17,6 +17,11 @@ from modekit.recipes.strict import RecipeData
 
 _MOST_PROBLEMS = 20  # shown at once; the others are counted
 _LONGEST_LINE = 400  # characters
+LARGEST = 2**20
+"""Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
+_MOST, _CHARACTERS = 2**16, 256  # values once every alias is written out, a long text counting as several
+_DEEPEST = 50  # collections within each other
+_LARGEST_NUMBER = 10**100
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -66,19 +71,6 @@ def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
         head = "the recipe has a problem" if len(lines) == 1 else f"the recipe has {len(lines)} problems"
         shown = [*(line[:_LONGEST_LINE] for line in lines[:_MOST_PROBLEMS]), *more]
         raise RecipeError(head + "".join(f"\n  - {line}" for line in shown), where=where) from None
-
-
-LARGEST = 2**20
-"""Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
-
-
-_MOST, _CHARACTERS = 2**16, 256  # values once every alias is written out, a long text counting as several
-
-
-_DEEPEST = 50  # collections within each other
-
-
-_LARGEST_NUMBER = 10**100
 
 
 class StrictLoader(yaml.SafeLoader):

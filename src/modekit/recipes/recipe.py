@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -25,9 +24,6 @@ Format = Literal["auto", "plain", "modekit"]
 
 _MOST_EXPERTS = 1024  # an expert is a tensor or more in every layer of the plan, whatever lies on disk
 _MOST_LABELS = 256  # of an expert
-WRITTEN_FOLDER = "self-text"
-"""Beside a recipe: what its experts wrote themselves."""
-_LONGEST_STEM = 64
 
 
 def _as_list(value: object) -> object:
@@ -86,15 +82,6 @@ class Expert(Strict):
         return self.text == [SELF]
 
     @property
-    def texts(self) -> list[str]:
-        """Its text as paths and data sets: of what it writes itself the file beside the recipe, which its model names."""
-        if not self.writes_text:
-            return self.text or []
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.source.rstrip("/").rpartition("/")[2])[:_LONGEST_STEM].lstrip(".-")
-        which = hashlib.sha256(f"{self.source}\0{self.revision or ''}".encode()).hexdigest()[:8]
-        return [f"./{WRITTEN_FOLDER}/{name or 'expert'}-{which}.jsonl"]
-
-    @property
     def is_base(self) -> bool:
         """Whether the expert is the base model itself."""
         return self.model == BASE
@@ -113,11 +100,6 @@ class Expert(Strict):
     def is_whole(self) -> bool:
         """Whether it is a full model that is taken as it is."""
         return self.model is not None and not self.is_base and not self.is_low_rank
-
-
-def place_of_base(experts: Sequence[Expert]) -> int | None:
-    """Of the first expert that is the base itself; None without one."""
-    return next((place for place, expert in enumerate(experts) if expert.is_base), None)
 
 
 class Output(Strict):
@@ -255,10 +237,6 @@ class Recipe(Strict):
     def other_labels(self) -> dict[str, int]:
         """Label -> place of its expert, without the experts' own names."""
         return {label: place for place, expert in enumerate(self.experts) for label in expert.labels or ()}
-
-    def expert_of(self, label: str) -> int | None:
-        """Place of the expert that a label leads to: by its name, else by its other labels; None where there is none."""
-        return self.names.index(label) if label in self.names else self.other_labels.get(label)
 
     @property
     def top_k(self) -> int:

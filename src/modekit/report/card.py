@@ -28,8 +28,9 @@ from modekit.members.licences import Source, facts, sources_of
 from modekit.recipes.choices import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.config import architecture_of
-from modekit.sources.tokenizer import chat_template
+from modekit.sources.tokenizer_choice import chat_template
 from modekit.text.documents import is_local
+from modekit.text.written import texts_of
 
 CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
 
@@ -68,7 +69,7 @@ def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardDat
     """The front matter. A mixture of fine-tunes is a `merge` in the hub's words (adapter, finetune, merge, quantized)."""
     bases = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id))
     recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
-    texts = [spec for expert in recipe.experts for spec in expert.texts]
+    texts = [spec for expert in recipe.experts for spec in texts_of(expert)]
     data_sets = list(dict.fromkeys(spec for spec in texts if not is_local(spec, root)))
     licence, name, link = _licence(sources)
     return ModelCardData(

@@ -28,7 +28,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS
 from modekit.recipes.mixture import Router
-from modekit.recipes.recipe import Expert, place_of_base
+from modekit.recipes.recipe import Expert
 from modekit.routing.evidence import TokenRows, averaged, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fit import FittedRouter, Fitting
@@ -196,7 +196,7 @@ def lean(experts: Sequence[Expert], toward_base: float) -> torch.Tensor:
 
     Every token has them, so that every average does, too.
     """
-    base, logits = place_of_base(experts), torch.zeros(len(experts))
+    base, logits = next((place for place, expert in enumerate(experts) if expert.is_base), None), torch.zeros(len(experts))
     order = sorted(range(len(experts)), key=lambda place: (place != base, place))
     for rank, place in enumerate(order):
         logits[place] = _LEAN * (len(experts) - 1 - rank) / max(1, len(experts) - 1)

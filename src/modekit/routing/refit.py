@@ -23,7 +23,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import RecipePart
 from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run
-from modekit.sources.tokenizer import chat_template
+from modekit.sources.tokenizer_choice import chat_template
 from modekit.text.written import read_written, written_file
 
 _WRITE_TEXTS = "modekit.routing.write_text:write_texts"

@@ -44,7 +44,7 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
         [in_layer(layer, str(part)) for layer in layers]
-        for part in (widening.before_attention, widening.after_attention, plan.family.parts["o"])
+        for part in (widening.before_attention, widening.after_attention, plan.family.decoder.parts["o"])
     )
     width = 4 * len(layers) * (channels.hidden + channels.heads * channels.head_dim)
     taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST])

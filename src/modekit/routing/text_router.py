@@ -21,7 +21,6 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.recipe import place_of_base
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
@@ -66,8 +65,7 @@ class TextRouter:
                 "for a table: build again with mixture: {router: {fit: lexical}}",
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names
-        base = place_of_base(checkpoint.record.recipe.experts)
-        self._unknown = BASE if base is None else self._names[base]
+        self._unknown = next((expert.name for expert in checkpoint.record.recipe.experts if expert.is_base), BASE)
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer) if settings.chat is not False else None
         self._router = last_token_of(checkpoint)

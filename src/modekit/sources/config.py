@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from modekit.errors import SourceError
+from modekit.files.read import LARGE, UNREADABLE, read_json
 
 Config = Mapping[str, object]
 """config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
@@ -58,3 +60,12 @@ def damaged_model(
 def is_mixture(config: Config) -> bool:
     """Whether a plain model is itself a mixture of experts."""
     return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+
+
+def read_beside(folder: Path, name: str) -> Config:
+    """A JSON file of a model's folder; nothing where it is missing or damaged, which whoever uses it says."""
+    try:
+        found = read_json(folder / name, LARGE)
+    except UNREADABLE:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -61,25 +61,20 @@ class WeightFile:
     def __init__(self, path: Path, planned: FileState | None = None) -> None:
         self.path = path
         try:
-            self._stream = open_regular(path)
-            self.state = FileState.of(self._stream)
+            self.stream = open_regular(path)
+            self.state = FileState.of(self.stream)
         except OSError as error:
             raise self._unreadable(error) from None
         if planned is not None and planned != self.state:
-            self._stream.close()
+            self.stream.close()
             raise self._changed()
-
-    @property
-    def descriptor(self) -> int:
-        """Of the open file, for the kernel's own copying."""
-        return self._stream.fileno()
 
     def fill(self, buffer: memoryview, position: int) -> None:
         """Fill a buffer from a place in the file; other threads run meanwhile."""
         try:
-            self._stream.seek(position)
+            self.stream.seek(position)
             while len(buffer):
-                count = self._stream.readinto(buffer)
+                count = self.stream.readinto(buffer)
                 if not count:
                     raise self.ended()
                 buffer = buffer[count:]
@@ -97,7 +92,7 @@ class WeightFile:
     def check_unchanged(self) -> None:
         """To be called when all has been read: whether it is still the file that was opened."""
         try:
-            state = FileState.of(self._stream)
+            state = FileState.of(self.stream)
         except OSError as error:
             raise self._unreadable(error) from None
         if state != self.state:
@@ -105,7 +100,7 @@ class WeightFile:
 
     def close(self) -> None:
         """Release the file."""
-        self._stream.close()
+        self.stream.close()
 
     def ended(self) -> SourceError:
         """What to raise when there are fewer bytes than its header said."""
@@ -139,8 +134,8 @@ class OpenFiles:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if kind is None:
-                self.check_unchanged()
+            for file in self._files.values() if kind is None else ():
+                file.check_unchanged()
         finally:
             self.close()
 
@@ -183,11 +178,6 @@ class OpenFiles:
         for chunk in self.chunks(ref):
             digest.update(chunk)
         return str(digest.hexdigest())
-
-    def check_unchanged(self) -> None:
-        """Raise when a file is no longer what it was when it was opened."""
-        for file in self._files.values():
-            file.check_unchanged()
 
     def close(self) -> None:
         """Release all files."""

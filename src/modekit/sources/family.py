@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.config import Config, no_usable, whole, words
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_ignored, is_looked_up, module_of, weight_of
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_ignored, is_looked_up, weight_of
 from modekit.sources.stack import Stack
 
 if TYPE_CHECKING:
@@ -129,20 +129,6 @@ class Family:
         """Whether a linear module keeps its weight as (I, O)."""
         return self.derived is not None and module in self.derived.columns
 
-    def may_be_low_rank(self, module: str) -> bool:
-        """Whether a part of a difference can stand at a module with a weight: a linear one, or the first embedding."""
-        found = self.derived
-        return found is None or module not in {*found.lookups, *found.columns, *found.blocks}
-
-    def is_block(self, module: str) -> bool:
-        """Whether a module only works as a whole, such as one with experts of its own."""
-        return self.derived is not None and module in self.derived.blocks
-
-    def place_of(self, tensor: str) -> str:
-        """The module that a tensor belongs to: the smallest that can be another expert's."""
-        blocks = () if self.derived is None else self.derived.blocks
-        return next((block for block in blocks if tensor.startswith(f"{block}.")), module_of(tensor))
-
     def with_sizes(self, config: Config) -> Config:
         """A config with its sizes under the names that other families use."""
         return config
@@ -155,7 +141,7 @@ class Family:
 
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Name of a tensor -> the shape that follows from config.json: embedding, FFN, keys and values."""
-        hidden, full = self.hidden(config), self.dense_config(config)
+        hidden, full = whole(config, self.width), self.dense_config(config)
         kinds = [] if self.pair else words(full, "layer_types")
         found: dict[str, tuple[int, ...]] = {weight_of(self.embedding): (whole(config, "vocab_size"), hidden)}
         for layer in self.layers(config):
@@ -198,34 +184,9 @@ class Family:
         return len(self.stacks) > 1
 
     @property
-    def parts(self) -> Mapping[str, str]:
-        """Of the decoder."""
-        return self.stacks[-1].parts
-
-    @property
-    def all_parts(self) -> list[str]:
-        """What any stack has, in the order in which parts run."""
-        parts = dict.fromkeys(part for stack in self.stacks for part in stack.parts)
-        return sorted(parts, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
-
-    @property
-    def mlp_module(self) -> str:
-        """Of the decoder."""
-        return self.stacks[-1].ffn
-
-    @property
-    def mlp(self) -> dict[str, str]:
-        """Of the decoder."""
-        return self.stacks[-1].mlp
-
-    @property
-    def entrances(self) -> tuple[str, ...]:
-        """Modules that may be the first to run: an encoder's own embedding where it has one, else the one that all share."""
-        return (*(module_of(name) for name in self.copies[:1]), self.embedding)
-
-    def hidden(self, config: Config) -> int:
-        """Width of the residual stream."""
-        return whole(config, self.width)
+    def decoder(self) -> Stack:
+        """The only stack, or the one that writes."""
+        return self.stacks[-1]
 
     def layers(self, config: Config) -> list[Layer]:
         """All layers that config.json says there are, in the order in which they run."""

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modekit.errors import MismatchError
-from modekit.sources.config import Config
+from modekit.sources.config import Config, read_beside
 from modekit.sources.family import Family
 from modekit.sources.stack import Stack
-from modekit.sources.tokenizer import read_beside
 
 if TYPE_CHECKING:
     from modekit.sources.source import ModelSource

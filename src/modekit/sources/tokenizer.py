@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.files.json import parse_json
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json, read_text
-from modekit.sources.config import Config, damaged_model
+from modekit.sources.config import damaged_model
 from modekit.sources.cuts import other_cuts
 
 if TYPE_CHECKING:
@@ -279,27 +279,3 @@ def check_ids_fit(tokens: Mapping[str, int], vocab_size: int, *, where: str, rem
             expected=f"ids below vocab_size {vocab_size}",
             remedy=remedy,
         )
-
-
-def read_beside(folder: Path, name: str) -> Config:
-    """A JSON file of a model's folder; nothing where it is missing or damaged, which whoever uses it says."""
-    try:
-        found = read_json(folder / name, LARGE)
-    except UNREADABLE:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
-    try:
-        if (folder / "chat_template.jinja").exists():
-            return read_text(folder / "chat_template.jinja").strip()
-        for file in ("chat_template.json", "tokenizer_config.json"):
-            if (folder / file).exists():
-                template: Any = read_json(folder / file).get("chat_template")
-                if template is not None:
-                    return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    except (*UNREADABLE, AttributeError):
-        return None
-    return None

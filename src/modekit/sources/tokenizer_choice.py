@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from modekit.files.read import UNREADABLE, read_json, read_text
 from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.config import Config
+from modekit.sources.config import Config, read_beside
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import SharedTokens, Tokens, chat_template, copied_files, read_beside
+from modekit.sources.tokenizer import SharedTokens, Tokens, copied_files
 
 _GENERATION, _TEMPLATE = "generation_config.json", "chat_template.jinja"
 
@@ -84,3 +87,18 @@ def _ends(source: ModelSource, tokens: Tokens) -> Iterator[int]:
     for config in (read_beside(source.folder, _GENERATION), {} if isinstance(source, AdapterSource) else source.config):
         found = config.get("eos_token_id")
         yield from (each for each in (found if isinstance(found, list) else [found]) if type(each) is int)
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
+    try:
+        if (folder / "chat_template.jinja").exists():
+            return read_text(folder / "chat_template.jinja").strip()
+        for file in ("chat_template.json", "tokenizer_config.json"):
+            if (folder / file).exists():
+                template: Any = read_json(folder / file).get("chat_template")
+                if template is not None:
+                    return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    except (*UNREADABLE, AttributeError):
+        return None
+    return None

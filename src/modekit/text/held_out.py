@@ -30,14 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import SourceError, TextError
-from modekit.recipes.recipe import WRITTEN_FOLDER, Expert, Recipe
+from modekit.recipes.recipe import Expert, Recipe
 from modekit.sources.digests import known_blake3
 from modekit.sources.family import Reads
 from modekit.text.document import Document, check_kind, reads_of
 from modekit.text.documents import find_text, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, Split, digests_in, documents_of_split, mark_of
-from modekit.text.written import check_written, is_written
+from modekit.text.written import WRITTEN_FOLDER, check_written, is_written, texts_of
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
 """What to do where too few documents were found."""
@@ -100,7 +100,7 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
     notes, writers, texts = list[str](), list[str](), dict[str, tuple[int, list[Path | str]]]()
     for place, expert in enumerate(recipe.experts):
         if not expert.writes_text or is_written(expert, root):
-            found = find_text(expert.texts, root=root, where=_where(expert, place))
+            found = find_text(texts_of(expert), root=root, where=_where(expert, place))
             size = sum(map(_bytes_of, found))
             if found:
                 texts[expert.name] = size, found
@@ -154,7 +154,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     """
     where = _where(expert, place)
     check_written(expert, root, where)
-    text = read_text(expert.texts, root=root, where=where) if expert.text else DomainText((), where, None)
+    text = read_text(texts_of(expert), root=root, where=where) if expert.text else DomainText((), where, None)
     fit, prompts = text.split("fit"), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
@@ -198,7 +198,7 @@ class RecipeTexts:
         expert = self._recipe.experts[place]
         where = _where(expert, place)
         check_written(expert, self._root, where)
-        return self._text(expert.texts, where) if expert.text else None
+        return self._text(texts_of(expert), where) if expert.text else None
 
     def fit(self, place: int) -> list[Document]:
         """The documents that may set the router for an expert, none where it has no text."""

@@ -7,7 +7,9 @@ the name), and self-text/NAME-<8 hex>.jsonl.json, what made them.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +26,9 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.documents import find_text, stream_records
 from modekit.text.records import ID, TextRecord, data_of
 
+WRITTEN_FOLDER = "self-text"
+"""Beside a recipe: what its experts wrote themselves."""
+_LONGEST_STEM = 64
 _MOST_DOCUMENTS, _FEWEST_DOCUMENTS = 192, 64
 """That an expert writes; more add little (benchmarks/self_text.md)."""
 _DOCUMENT_WEIGHTS = 13_000_000_000
@@ -82,9 +87,18 @@ def documents_of(weights: int) -> int:
     return max(_FEWEST_DOCUMENTS, min(_MOST_DOCUMENTS, _DOCUMENT_WEIGHTS // max(1, weights)))
 
 
+def texts_of(expert: Expert) -> list[str]:
+    """Its text as paths and data sets: of what it writes itself the file beside the recipe, which its model names."""
+    if not expert.writes_text:
+        return expert.text or []
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", expert.source.rstrip("/").rpartition("/")[2])[:_LONGEST_STEM].lstrip(".-")
+    which = hashlib.sha256(f"{expert.source}\0{expert.revision or ''}".encode()).hexdigest()[:8]
+    return [f"./{WRITTEN_FOLDER}/{name or 'expert'}-{which}.jsonl"]
+
+
 def written_file(expert: Expert, root: Path) -> Path:
     """Where the documents of an expert lie that writes its text."""
-    return root / expert.texts[0]
+    return root / texts_of(expert)[0]
 
 
 def is_written(expert: Expert, root: Path) -> bool:
@@ -161,7 +175,7 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
             found=str(written_file(expert, root)),
             remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if its fit reads text",
         )
-    find_text(expert.texts, root=root, where=where)
+    find_text(texts_of(expert), root=root, where=where)
     if expert.writes_text and (known := _wrote(expert, root)) and known[0] < min(_FEWEST_WRITTEN, known[1].documents):
         raise TextError(
             "this expert wrote too little text to learn its domain from",
@@ -174,7 +188,7 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
 def _wrote(expert: Expert, root: Path) -> tuple[int, Written] | None:
     """How many documents an expert wrote that are not empty, and what is known of all."""
     known = read_written(written_file(expert, root))
-    return None if known is None else (sum(1 for _ in stream_records(expert.texts, root=root, where="")), known)
+    return None if known is None else (sum(1 for _ in stream_records(texts_of(expert), root=root, where="")), known)
 
 
 def little_written(recipe: Recipe, root: Path) -> Iterator[str]:
