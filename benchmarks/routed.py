@@ -74,6 +74,11 @@ def cost(rounds: int = 9) -> None:
         layers: Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**ARCHITECTURE, **shape, **wide, "num_hidden_layers": layers})).eval()
         for layers, wide in ((2, {"num_experts": 16}), (3, {"num_experts": 32, "hidden_size": 2048 + 32}))
     }
+    with torch.no_grad():  # one channel says that the first fine-tune is best, as for a whole text
+        made[3].model.embed_tokens.weight[:, -1] = 0.02
+        for layer in made[3].model.layers:
+            layer.self_attn.o_proj.weight[-1], layer.mlp.experts.down_proj[:, -1] = 0.0, 0.0
+            layer.mlp.gate.weight[16:, -1] = -1e6
     torch.set_num_threads(1)
     for tokens in (1, 128):
         ids, times = torch.randint(0, 1_024, (1, tokens)), dict[int, list[float]]({2: [], 3: []})

@@ -24,8 +24,10 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.evaluation.forced import force_experts
 from modekit.evaluation.inspection.inspect import inspect
+from modekit.experts.specialize import specialize
 from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import Training
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
@@ -140,6 +142,16 @@ def test_a_forced_fine_tune_is_itself_and_chooses_its_own_experts(
 def test_it_is_proven_and_generates(checkpoint: Checkpoint) -> None:
     assert is_proven(checks := verify(checkpoint)), checks
     check_generation(checkpoint.folder)
+
+
+def test_an_adapter_of_the_base_is_trained_without_warnings_and_of_the_mixture_refused(
+    shop: Workshop, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    asked: dict[str, Any] = {"root": shop.root, "train": "lora", "rank": 2, "training": Training(steps=1, sequence_length=32)}
+    with pytest.raises(UnsupportedError, match="channels lead"):
+        specialize(shop.root / "OUT", tmp_path / "new", ["./text/law.jsonl"], **asked)
+    specialize(shop.root / "base", tmp_path / "new", ["./text/law.jsonl"], **asked)
+    assert not [each for each in recwarn if "pattern" in str(each.message)]
 
 
 def test_a_token_without_an_embedding_harms_no_other(tmp_path: Path, ids: torch.Tensor) -> None:

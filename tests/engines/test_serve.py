@@ -31,6 +31,7 @@ from modekit.engines import registry as module
 from modekit.engines.child import KEY
 from modekit.engines.registry import ENGINES, EngineName, ServeSettings
 from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context_of, key_of_clients, serving
+from modekit.engines.transformers_process import _refuse_what_is_not_done
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 
@@ -178,6 +179,15 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
         assert str(checkpoint.folder.parent) not in str(said) and "Traceback" not in str(said)
     assert asked(served, "/v1/completions", good)[0] == 200
     assert asked(served, "/health")[0] == 200
+
+
+def test_a_chat_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = pytest.importorskip("transformers.cli.serving.utils").BaseHandler
+    monkeypatch.setattr(handler, "_validate_request", lambda *_: None)
+    _refuse_what_is_not_done(chats=False)
+    handler._validate_request(None, {"prompt": "hi"})
+    with pytest.raises(Exception, match="no chat template"):
+        handler._validate_request(None, {"messages": [{"role": "user", "content": "hi"}]})
 
 
 def test_what_transformers_would_pass_over_is_refused_by_name(running: tuple[ServedMixture, Checkpoint]) -> None:

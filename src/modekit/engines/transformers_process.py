@@ -16,6 +16,7 @@ from typing import Any
 
 from modekit.engines.child import answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard
+from modekit.sources.tokenizer import chat_template
 
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
@@ -26,8 +27,8 @@ _NUMBERS = {"max_tokens": _TOKENS, "max_completion_tokens": _TOKENS, "seed": _AN
 _HARMLESS = {"best_of": 1, "n": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
 
 
-def _refuse_what_is_not_done() -> None:
-    """By itself it only logs which parts of a request it passes over."""
+def _refuse_what_is_not_done(chats: bool) -> None:
+    """By itself it only logs which parts of a request it passes over, and breaks off where a chat has no template."""
     from fastapi import HTTPException
     from transformers.cli.serving.utils import BaseHandler
 
@@ -36,6 +37,8 @@ def _refuse_what_is_not_done() -> None:
     def checked(handler: Any, body: dict[str, Any]) -> None:
         if wrong := [*_malformed(body)]:
             raise HTTPException(400, "; ".join(wrong))
+        if body.get("messages") and not chats:
+            raise HTTPException(400, "the model has no chat template: send a prompt to /v1/completions")
         parts = (part for message in body.get("messages") or () for part in message.get("content") or ())
         asked = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
         asked |= {key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)}
@@ -103,10 +106,10 @@ def main() -> None:
 
     transformers.ModekitForCausalLM = ModekitForCausalLM
     transformers.AutoProcessor = transformers.AutoTokenizer
-    _refuse_what_is_not_done()
     _draw_where_asked()
     _end_with_context(settings["context"])
     folder = Path(settings["model"])
+    _refuse_what_is_not_done(chat_template(folder) is not None)
     os.chdir(folder.parent)  # so that the model is known by its name, and no answer tells where it lies
     described = {"id": folder.name, "object": "model", "created": int(time.time()), "owned_by": "modekit"}
 

@@ -74,6 +74,7 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", target_parameters=parameters, task_type=task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of PEFT: parameters do follow them
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name
 

@@ -18,6 +18,8 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modekit.checkpoint.open import open_checkpoint
+from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.experts.distill.student import Lesson, kl_to_teacher
 from modekit.experts.distill.teaching import Teaching, losses_said, losses_table
@@ -36,7 +38,7 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
 from modekit.sources.class_names import named_by_class
-from modekit.sources.config import whole
+from modekit.sources.config import OF_A_MIXTURE, whole
 from modekit.sources.source import SPECIALIST_FILE, open_source
 from modekit.sources.tokenizer import check_ids_fit
 from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
@@ -85,8 +87,8 @@ def specialize(
     Only documents of the fit split are read, so that the held-out ones stay held out. Of those `training.held_out_tokens` per
     domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist.py).
 
-    Returns what specialist.json in OUT says. Raises TextError, MismatchError (a teacher with another tokenizer),
-    SourceError, OutputError, TrainingError, and InterruptError for Ctrl-C, which says what was kept.
+    Returns what specialist.json in OUT says. Raises TextError, MismatchError (a teacher with another tokenizer), SourceError,
+    UnsupportedError (a plain mixture), OutputError, TrainingError, and InterruptError for Ctrl-C, which says what was kept.
     """
     training = training or Training()
     folder = SpecialistFolder(out)
@@ -94,6 +96,9 @@ def specialize(
     sources = (base,) if teaching is None else (base, teaching.teacher)
     refuse_existing(out, replaced_by(overwrite), sources=sources)
     source = named_by_class(open_source("BASE", str(base), base, run=run))
+    if (base / RECORD_FILE).exists() and open_checkpoint(base).shape.channels is not None:
+        what = "channels lead each token of this mixture to its expert, and training would move them"
+        raise UnsupportedError(what, where=f"BASE ({base.name})", remedy=OF_A_MIXTURE)
     run.begin("read the text")
     reading = Reading(load_tokenizer(base, run=run), root, training)
     teacher = None if teaching is None else teaching.open(source, run)
@@ -220,20 +225,14 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     known = tag_ids(reading.tokenizer, labels)
     new = tuple(each for each in known if each in added or each >= rows)
     if new and config.get("share_encoder_decoder_embeddings") is False:
-        raise UnsupportedError(
-            "encoder and decoder have an embedding each: new tags have no place",
-            where="BASE, --tags",
-            found="share_encoder_decoder_embeddings: false",
-            remedy="choose a base model that shares its embedding",
-        )
+        what = "encoder and decoder have an embedding each: new tags have no place"
+        found, remedy = "share_encoder_decoder_embeddings: false", "choose a base model that shares its embedding"
+        raise UnsupportedError(what, where="BASE, --tags", found=found, remedy=remedy)
     if new and train == "lora":
-        raise SourceError(
-            "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer",
-            where="--tags --train lora",
-            found=f"{len(new)} tags that BASE does not have, or has no rows for",
-            expected="a base that knows them",
-            remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
-        )
+        what = "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer"
+        found, expected = f"{len(new)} tags that BASE does not have, or has no rows for", "a base that knows them"
+        remedy = "make it first: modekit specialize BASE WITH-TAGS --tags --train mlp"
+        raise SourceError(what, where="--tags --train lora", found=found, expected=expected, remedy=remedy)
     return new
 
 

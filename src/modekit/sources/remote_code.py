@@ -27,7 +27,7 @@ def check_no_code(config: Config, *, where: str, run: Run) -> None:
         return
     for key, value in entries(config):
         if key == "auto_map" and value and config.get("model_type") == "modekit":
-            raise SourceError("this is a mixture, not a dense model", where=where, remedy=OF_A_MIXTURE)
+            raise SourceError("this is a mixture, not a model that fine-tunes descend from", where=where, remedy=OF_A_MIXTURE)
         if key == "auto_map" and value:
             raise SourceError(
                 "the model brings code of its own (auto_map in config.json)",
