@@ -520,22 +520,17 @@ def recipes(draw: st.DrawFn, kinds: list[dict[str, Any]] = KINDS, fits: tuple[st
 
 
 def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]], fits: tuple[str, ...]) -> dict[str, Any]:
-    family, names = BY_TYPE[model_type], [expert["name"] for expert in experts]
+    parts, names = BY_TYPE[model_type].decoder.parts, [expert["name"] for expert in experts]
     modules = draw(
         st.sampled_from(
-            [
-                "auto",
-                "auto",
-                *(["some"] * 3 if family.decoder.parts else []),
-                *(["all", "decoder"] if model_type not in NO_ALL else []),
-            ]
+            ["auto", "auto", *(["some"] * 3 if parts else []), *(["all", "decoder"] if model_type not in NO_ALL else [])]
         )
     )
     whole = modules in {"all", "decoder"}
     if modules == "some":
-        wanted = draw(st.lists(st.sampled_from([*family.decoder.parts]), min_size=1, max_size=4, unique=True))
-        shared = {family.decoder.parts[part] for part in wanted}
-        modules = [part for part in family.decoder.parts if family.decoder.parts[part] in shared]
+        wanted = draw(st.lists(st.sampled_from([*parts]), min_size=1, max_size=4, unique=True))
+        shared = {parts[part] for part in wanted}
+        modules = [part for part in parts if parts[part] in shared]
         if draw(st.booleans()) or not {"q", "v", "down"} & set(modules) or not {"o", "gate", "up"} & set(modules):
             modules = ["mlp", *(part for part in modules if part in "qkvo"), *(["o"] if "o" not in modules else [])]
     mixture: dict[str, Any] = {

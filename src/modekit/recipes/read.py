@@ -34,24 +34,23 @@ def load_recipe(path: Path) -> Recipe:
 
 def read_recipe(path: Path) -> RecipeData:
     """The mapping that a YAML file holds, unchecked, its experts said in full. Raises RecipeError."""
+    where = str(path)
     if path.is_dir():
         remedy = f"give the path of a recipe.yaml; modekit inspect {path} looks at a mixture, modekit mix {path} mixes a model"
-        raise RecipeError("this is a folder, not a recipe", where=str(path), remedy=remedy)
+        raise RecipeError("this is a folder, not a recipe", where=where, remedy=remedy)
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
-        raise RecipeError("the recipe does not exist", where=str(path), remedy="give the path of a recipe.yaml") from None
+        raise RecipeError("the recipe does not exist", where=where, remedy="give the path of a recipe.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            "the recipe cannot be read", where=str(path), found=error, remedy="give a text file in UTF-8"
-        ) from None
+        raise RecipeError("the recipe cannot be read", where=where, found=error, remedy="give a text file in UTF-8") from None
     except ValueError as error:
         remedy = "indent with spaces: YAML takes no tabs" if "'\\t'" in str(error) else "correct it at that place"
-        raise RecipeError("the recipe is not YAML", where=str(path), found=error, remedy=remedy) from None
+        raise RecipeError("the recipe is not YAML", where=where, found=error, remedy=remedy) from None
     if not isinstance(raw, dict):
         raise RecipeError(
             "the recipe is not a mapping of keys",
-            where=str(path),
+            where=where,
             expected="base_model: ..., experts: [...]",
             remedy="see docs/recipe.md",
         )

@@ -18,7 +18,7 @@ from modekit.sources.families import row_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
-from modekit.sources.pairs import check_same_target
+from modekit.sources.pairs import NEEDED, check_one_embedding, check_same_target
 from modekit.sources.source import ModelSource
 
 _KINDS: dict[type, str] = {
@@ -45,12 +45,6 @@ _COMPARED = [key for keys in _KINDS.values() for key in keys.split() if key not 
 MUST_MATCH = ("model_type", *_COMPARED)
 """Keys in which an expert must equal the base model; compared after `Family.dense_config`."""
 _NEEDED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
-_NEEDED_OF_A_PAIR = (
-    "d_model vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads "
-    "decoder_attention_heads",
-    "d_model vocab_size num_layers num_heads d_ff d_kv",
-)
-"""Of which a config gives all of one kind: Bart's or T5's."""
 
 
 def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
@@ -194,7 +188,7 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
     For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
     names.
     """
-    where, needed = f"{where}: config.json", (_NEEDED,) if not pair else _NEEDED_OF_A_PAIR
+    where, needed = f"{where}: config.json", (_NEEDED,) if not pair else NEEDED
     for key in min(map(str.split, needed), key=lambda keys: sum(config.get(key) is None for key in keys)):
         if config.get(key) is None:
             raise no_usable(key, None, "a whole number", where)
@@ -208,13 +202,8 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
         for name, each in entries(config.get(key)):  # a kind is a word, and a number one that fits a float
             if (name in ("rope_type", "type") and not isinstance(each, str)) or (isinstance(each, int) and abs(each) > 2**60):
                 raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
-    if pair and config.get("share_encoder_decoder_embeddings") is False:
-        raise SourceError(
-            "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
-            where=where,
-            found="share_encoder_decoder_embeddings: false",
-            remedy="choose a base model that shares its embedding",
-        )
+    if pair:
+        check_one_embedding(config, where=where)
 
 
 def _is_kind(value: object, kind: type, span: tuple[int, int]) -> bool:

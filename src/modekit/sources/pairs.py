@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from modekit.errors import MismatchError
+from modekit.errors import MismatchError, SourceError
 from modekit.sources.config import Config, read_beside
 from modekit.sources.family import Family
 from modekit.sources.stack import Stack
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 PAIR_CLASS = "ModekitForSeq2SeqLM"
 """What config.json of a mixture of one of them calls its class."""
+NEEDED = (
+    "d_model vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads "
+    "decoder_attention_heads",
+    "d_model vocab_size num_layers num_heads d_ff d_kv",
+)
+"""Settings of which a config gives all of one kind: Bart's or T5's."""
 _WITHOUT_VLLM = "modekit's plug-in for vLLM serves models of one stack, and this one has an encoder"
 _SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
 _CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
@@ -157,6 +163,17 @@ PAIRS: tuple[Family, ...] = (
     _t5(gated=False),
     _t5(gated=True),
 )
+
+
+def check_one_embedding(config: Config, *, where: str) -> None:
+    """Raise SourceError for a model whose encoder and decoder have embeddings of their own."""
+    if config.get("share_encoder_decoder_embeddings") is False:
+        raise SourceError(
+            "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
+            where=where,
+            found="share_encoder_decoder_embeddings: false",
+            remedy="choose a base model that shares its embedding",
+        )
 
 
 def check_same_target(sources: Sequence[ModelSource]) -> None:
