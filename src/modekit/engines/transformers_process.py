@@ -16,7 +16,7 @@ from typing import Any
 
 from modekit.engines.child import answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard
-from modekit.sources.tokenizer import chat_template
+from modekit.sources.tokenizer_choice import chat_template
 
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
