@@ -13,7 +13,7 @@ from command_line import modekit
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.carried import CARRIED_FILE, lost_of
+from modekit.checkpoint.carried import CARRIED_FILE, lost_by, lost_of
 from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.forced import force_experts
@@ -69,7 +69,7 @@ def test_what_channels_hold_becomes_plain(tmp_path: Path) -> None:
     shop = full_shop(tmp_path, 2)
     checkpoint, (note, *notes) = built(shop, tmp_path / "OUT")
     assert any("lexical router adds" in each for each in notes)
-    assert checkpoint.shape.plain and "this plain checkpoint loses" in note and checkpoint.lost == [note]
+    assert checkpoint.shape.plain and "this plain checkpoint loses" in note and lost_by(checkpoint) == [note]
     assert max(lost_of(checkpoint.folder)) < 0.05 and is_proven(verify(checkpoint))
     check_measure(checkpoint.folder)
     assert note in evaluate(checkpoint, tokens_per_domain=200).notes
@@ -85,7 +85,7 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     assert before and not any("channels" in each for each in (*before, *more))  # of the form that was not built
     assert not checkpoint.shape.plain and checkpoint.record.recipe.mixture.modules == "all"
     assert note.startswith("a plain checkpoint would lose ") and "format: plain in a recipe, takes it all the same" in note
-    assert not (checkpoint.folder / CARRIED_FILE).exists() and checkpoint.lost == []
+    assert not (checkpoint.folder / CARRIED_FILE).exists() and lost_by(checkpoint) == []
     again, said = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder) and said == ()
 

@@ -15,8 +15,9 @@ from conftest import Workshop
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError
+from modekit.files.lock import Lock
 from modekit.files.marker import CHANGED
-from modekit.files.output import Lock, WorkFolder
+from modekit.files.output import WorkFolder
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import borrow, copy_expert, refuse, refuse_build, tree

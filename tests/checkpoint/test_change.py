@@ -10,8 +10,8 @@ import pytest
 from conftest import Workshop
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
+from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK
-from modekit.files.output import Lock
 from modekit.routing.refit import refit
 from refusal import borrow, tree
 

@@ -19,12 +19,13 @@ import pytest
 
 import modekit.building.build as building
 from conftest import Workshop, make_workshop, save, tiny_model
-from modekit.building.build import build, digest_of
+from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
 from modekit.files.output import JOURNAL
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
+from modekit.planning.reuse import digest_of
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
 from refusal import Tree, borrow, run_python, tree

@@ -15,6 +15,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import RecipeError
+from modekit.evaluation.domains import scored_on
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.training.settings import train_settings
 from modekit.training.train import train
@@ -63,7 +64,7 @@ def test_it_is_trained_and_inspected(tmp_path: Path) -> None:
     asked = {"what": ["experts"], "steps": 2, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
     done = train(opened, train_settings(asked, where="test"), texts=texts, evaluate_tokens=None)
     assert done.record.steps == 2
-    found = inspect(open_checkpoint(tmp_path / "OUT").scored_on(texts, tmp_path))
+    found = inspect(scored_on(open_checkpoint(tmp_path / "OUT"), texts, tmp_path))
     assert found.similarity is not None and found.experts == ["copy-1", "copy-2"]
 
 

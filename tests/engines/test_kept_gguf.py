@@ -22,7 +22,7 @@ from modekit.engines.converter import converter_folder, is_installed
 from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of
 from modekit.engines.proof import Proof
 from modekit.engines.registry import Outtype
-from modekit.files.staging import marker_of
+from modekit.files.marker import read_marker
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
 from modekit.sources import digests
@@ -107,7 +107,9 @@ def test_a_strangers_file_is_not_believed(tmp_path: Path, made_of_weights: list[
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
     said: dict[str, Any] = json.loads((beside / EXPORT_FILE).read_text())
     assert all(said[key] == value for key, value in made_of(checkpoint, EXACT).items())
-    (beside / ".modekit").write_bytes(marker_of(beside, "gguf").as_bytes())
+    marker = read_marker(beside)
+    assert marker is not None
+    (beside / ".modekit").write_bytes(marker.with_files(beside, [file.name, EXPORT_FILE]).as_bytes())
     assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own
     assert len([path for path in made_of_weights if path.is_relative_to(tmp_path / "OUT.gguf.partial")]) == 2
 

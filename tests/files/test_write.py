@@ -9,7 +9,7 @@ import pytest
 
 from modekit.files.change import change_together
 from modekit.files.copies import carry_over, copy_file, sweep
-from modekit.files.output import Lock
+from modekit.files.lock import Lock
 from modekit.files.read import read_bytes
 from modekit.files.write import appearing, create, files_below, remove, write_file
 from refusal import tree

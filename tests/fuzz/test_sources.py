@@ -33,10 +33,10 @@ from transformers import (
 from adapter_folders import PREFIX, UP, write_adapter
 from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, save, tiny_model
-from modekit.building.build import digest_of
 from modekit.building.preview import memory_of
 from modekit.errors import ModekitError, SourceError
 from modekit.planning.make import make_plan
+from modekit.planning.reuse import digest_of
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.sources.contents import OpenFiles, read_header
 from modekit.sources.families import FAMILIES

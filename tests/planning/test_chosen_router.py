@@ -9,13 +9,14 @@ import pytest
 
 from adapter_folders import lora, write_adapter
 from conftest import DOMAINS, Workshop, make_workshop
-from modekit.building.build import build, digest_of
+from modekit.building.build import build
 from modekit.building.preview import preview_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
+from modekit.planning.reuse import digest_of
 from modekit.recipes.edit import as_written
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit

@@ -6,14 +6,11 @@ read the sources meanwhile: every file's blake3 hash, and NaN or Inf in the tens
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +32,10 @@ from modekit.files.output import work_of
 from modekit.files.place import Replace, replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
-from modekit.files.write import digest_of_data, make_folder, remove, write_all, write_file, write_json
+from modekit.files.write import make_folder, remove, write_all, write_file, write_json
 from modekit.planning.choice import MOST_LOST
 from modekit.planning.plan import ROUTER_FILE, Plan
+from modekit.planning.reuse import digest_of
 from modekit.planning.room import disk_needed
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.edit import RECIPE_FILE, as_file
@@ -54,8 +52,6 @@ from modekit.weights.flat import same_bytes
 from modekit.weights.numeric import DTYPES
 from modekit.weights.reading import WeightReader, check_finite
 
-# EIO may be the source's or the result's: copying through the process tells which.
-_NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
 _THREADS = 4
 """A disk that has to be read gives no more to more."""
 
@@ -96,23 +92,6 @@ def build(
             make_folder(stage.folder / WRITTEN_FOLDER)
             copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
     return Checkpoint(out, record, notes=notes)
-
-
-def digest_of(plan: Plan) -> str:
-    """Identity of a build: version, recipe, every planned tensor, and what every source file was when it was planned."""
-    states = {**plan.source_states, **({} if plan.reused is None else plan.reused.model.states)}
-    identity = {
-        "modekit": version("modekit"),
-        "recipe": plan.recipe.digest(),
-        "config": dict(plan.shape.config),
-        "tensors": list(map(repr, plan.tensors)),
-        "otherwise": plan.otherwise and digest_of(plan.otherwise),
-        "files": [
-            [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]
-            for file, state in states.items()
-        ],
-    }
-    return digest_of_data(identity)
 
 
 def _write(
@@ -247,27 +226,10 @@ def write_tensor(tensor: PlannedTensor, read: WeightReader, stream: io.FileIO) -
     """Write the bytes of a planned tensor. Raises SourceError."""
     if tensor.copied is not None:
         for ref in tensor.copied:
-            _copy(ref, read.opened, stream)
+            read.copy(ref, stream)
     else:
         for block in tensor.blocks(read):
             write_all(stream, block)
-
-
-def _copy(ref: TensorRef, opened: OpenFiles, stream: io.FileIO) -> None:
-    """From page cache to page cache inside the kernel where the system can, else through the process."""
-    source, position = opened.file(ref), ref.start
-    while position < ref.end:
-        try:
-            sent = os.sendfile(stream.fileno(), source.stream.fileno(), position, ref.end - position)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NOT_IN_THE_KERNEL:
-                raise
-            for chunk in source.chunks(position, ref.end):
-                write_all(stream, chunk)
-            return
-        if sent == 0:
-            raise source.ended()
-        position += sent
 
 
 class Inspector:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.files.read import open_regular
 from modekit.files.write import safetensors_header, write_all
 from modekit.sources.contents import CHUNK, OpenFiles, read_header
@@ -113,6 +114,11 @@ def lost_notes(names: Sequence[str], lost: Sequence[float], *, would: bool = Fal
         yield f"a plain checkpoint would lose {said} of what they change: modekit architecture ({takes})"
     elif lost:
         yield f"this plain checkpoint loses {said or 'less than 0.1% of any expert'}, of what they change of the base"
+
+
+def lost_by(checkpoint: Checkpoint) -> list[str]:
+    """What one loses of its experts, in a sentence, as measured at the build; nothing of one that was trained since."""
+    return [] if checkpoint.record.trained else [*lost_notes(checkpoint.names, lost_of(checkpoint.folder))]
 
 
 def carried_digest(folder: Path) -> str:

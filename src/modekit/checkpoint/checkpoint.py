@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,18 +23,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.checkpoint.carried import lost_notes, lost_of
 from modekit.checkpoint.evidence_file import changed_blake3, embedding_writer
-from modekit.checkpoint.record import (
-    RECORD_FILE,
-    MixtureRecord,
-    RouterRecord,
-    SourceRecord,
-)
+from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import Gates, changed_index, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together
-from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
+from modekit.files.read import LARGE, UNREADABLE, content_of, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import Content, digest_of_data, json_bytes
 from modekit.planning.channels import Channels
@@ -42,9 +36,6 @@ from modekit.planning.modekit_shape import without_names
 from modekit.planning.plan import ROUTER_FILE, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.tensors import EMBEDDING_FILE
-from modekit.recipes.edit import as_written
-from modekit.recipes.paths import from_folder
-from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.contents import OpenFiles, read_header
@@ -165,11 +156,6 @@ class Checkpoint:
         }
 
     @property
-    def lost(self) -> list[str]:
-        """What it loses of its experts, in a sentence, as measured at the build; nothing of one that was trained since."""
-        return [] if self.record.trained else [*lost_notes(self.names, lost_of(self.folder))]
-
-    @property
     def names(self) -> list[str]:
         """Experts in recipe order."""
         return self.record.recipe.names
@@ -195,13 +181,6 @@ class Checkpoint:
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
         return replace(self, known=self.shape.rerouted(recipe, self.tensors))
-
-    def scored_on(self, texts: Mapping[str, Sequence[str]], root: Path) -> Checkpoint:
-        """The same, with these texts for evaluation in place of its recipe's, relative to `root`. Raises RecipeError."""
-        data = as_written(self.record.recipe)
-        given = from_folder({**data, "experts": [], "eval": dict(texts)}, root, self.recipe_root)["eval"]
-        recipe = parse_recipe({**data, "eval": {**self.record.recipe.eval, **given}}, where="--text")
-        return replace(self, record=self.record.model_copy(update={"recipe": recipe})) if texts else self
 
     def router_files(
         self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
@@ -257,11 +236,3 @@ class Checkpoint:
             raise CheckpointError(
                 "another command has changed the checkpoint meanwhile", where=str(self.folder), remedy="run the command again"
             )
-
-
-def content_of(path: Path, limit: int = 2**32) -> bytes:
-    """Of a file; nothing where it cannot be read."""
-    try:
-        return read_bytes(path, limit)
-    except UNREADABLE:
-        return b""

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.checkpoint.checkpoint import Checkpoint, content_of
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence_file import read_evidence
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord
 from modekit.checkpoint.router_file import FIT_ANEW, sha256_of
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import finish_change, is_in_the_making, mend
-from modekit.files.read import UNREADABLE, read_json
+from modekit.files.read import UNREADABLE, content_of, read_json
 from modekit.files.typed import as_kind, shortened
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.planning.plan import ROUTER_FILE

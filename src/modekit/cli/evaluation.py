@@ -70,10 +70,11 @@ def evaluate(checkpoint: OutFolder, scored: ScoredOptions, labels: LabelOption =
     for name, specs in given.items():
         find_text(specs, root=Path.cwd(), where=f"--text {name}")
     with running() as run:
+        from modekit.evaluation.domains import scored_on
         from modekit.evaluation.evaluate import evaluate
 
         results = evaluate(
-            checkpoint_in(checkpoint).scored_on(given, Path.cwd()),
+            scored_on(checkpoint_in(checkpoint), given, Path.cwd()),
             tokens_per_domain=scored.tokens,
             sequence_length=scored.sequence_length,
             labels=labels,

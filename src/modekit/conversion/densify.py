@@ -31,7 +31,7 @@ from modekit.checkpoint.open import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
-from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains, scored_on
 from modekit.evaluation.results import Kind, Row, gapless_notes, with_gaps
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import Lesson, Student
@@ -270,7 +270,7 @@ class _Work:
 
         Raises TextError where text that was given for these figures alone cannot be read.
         """
-        scored = self.checkpoint.scored_on(self.asked.texts, self.asked.root)
+        scored = scored_on(self.checkpoint, self.asked.texts, self.asked.root)
         seen = {mark for text in self.texts for mark in (*text.trained_on, *text.selected_by)}
         length = self.asked.course.settings.sequence_length
         try:

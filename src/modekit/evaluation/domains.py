@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
+from modekit.recipes.edit import as_written
+from modekit.recipes.paths import from_folder
+from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET, Run
 from modekit.text.document import Conversation, check_kind
 from modekit.text.held_out import HeldOutText, RecipeTexts
@@ -37,6 +41,14 @@ def known_and_unseen(domains: Sequence[Domain]) -> tuple[list[str], list[str]]:
     """Names of the domains that have an expert, and of those that have none."""
     known = [domain.name for domain in domains if domain.expert is not None]
     return known, [domain.name for domain in domains if domain.expert is None]
+
+
+def scored_on(checkpoint: Checkpoint, texts: Mapping[str, Sequence[str]], root: Path) -> Checkpoint:
+    """The same, with these texts for evaluation in place of its recipe's, relative to `root`. Raises RecipeError."""
+    record, data = checkpoint.record, as_written(checkpoint.record.recipe)
+    given = from_folder({**data, "experts": [], "eval": dict(texts)}, root, checkpoint.recipe_root)["eval"]
+    recipe = parse_recipe({**data, "eval": {**record.recipe.eval, **given}}, where="--text")
+    return replace(checkpoint, record=record.model_copy(update={"recipe": recipe})) if texts else checkpoint
 
 
 def recipe_texts(checkpoint: Checkpoint) -> RecipeTexts:

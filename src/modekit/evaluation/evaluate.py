@@ -11,6 +11,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from modekit.checkpoint.carried import lost_by
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.loss import not_finite, score_domain
@@ -58,7 +59,7 @@ def evaluate(
     notes += [
         *gapless_notes(rows, names),
         *label_notes(rows, owned),
-        *checkpoint.lost,
+        *lost_by(checkpoint),
         *written_notes(checkpoint.record.recipe, checkpoint.recipe_root),
         *(f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()),
     ]

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from modekit.errors import OutputError
 from modekit.files.disk import failed
+from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, read_marker
-from modekit.files.output import JOURNAL, NEW, OLD, Lock, mend_commit, work_of
+from modekit.files.output import JOURNAL, NEW, OLD, mend_commit, work_of
 from modekit.files.place import Replace, refuse_entangled, refuse_what_is_there
 from modekit.files.write import Content, appearing, files_below, is_temporary, make_folder, remove, sync_folder, write_file
 

@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
-
 from modekit.errors import OutputError
+from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, MARKER, Marker, read_marker
 from modekit.files.write import empty_folder, is_temporary, remove, remove_if_empty, write_file
 
@@ -45,41 +44,6 @@ def mend_commit(work: Path, out: Path) -> None:
         remove(old)
     if not new.exists():
         remove(work / JOURNAL)
-
-
-class Lock:
-    """Held from `take` to `release`.
-
-    The file is removed while the lock is held; who had it open by then gets a lock on no file, which `FileLock` sees, and
-    asks again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = FileLock(path)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this object holds it."""
-        return self._lock.is_locked
-
-    def take(self, *, patience: float = 0.0) -> bool:
-        """Take it if it becomes free within some seconds; whether it did.
-
-        Raises OSError where its folder is not there, or a link has its name.
-        """
-        try:
-            self._lock.acquire(timeout=patience, poll_interval=0.01)
-        except Timeout:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Give it free, if it is held, and remove its file."""
-        if self._lock.is_locked:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-            self._lock.release()
 
 
 class WorkFolder:

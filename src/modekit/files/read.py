@@ -43,6 +43,14 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return content
 
 
+def content_of(path: Path, limit: int = 2**32) -> bytes:
+    """As `read_bytes`; nothing where the file cannot be read."""
+    try:
+        return read_bytes(path, limit)
+    except UNREADABLE:
+        return b""
+
+
 def read_text(path: Path, limit: int = SMALL) -> str:
     """A regular file's text, in UTF-8. Raises OSError and ValueError."""
     return read_bytes(path, limit).decode("utf-8")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,8 +26,9 @@ from pathlib import Path
 from modekit.errors import InterruptError, OutputError
 from modekit.files.copies import sweep
 from modekit.files.disk import failed, left_of
+from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, Marker, foreign_files
-from modekit.files.output import JOURNAL, NEW, OLD, Lock, mend_commit, work_of
+from modekit.files.output import JOURNAL, NEW, OLD, mend_commit, work_of
 from modekit.files.place import Replace, refuse_entangled, refuse_what_is_there
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.write import (
@@ -134,8 +135,9 @@ class Staging:
         remove(self.folder / MARKER)
         foreign = foreign_files(self.out) if self._replace == "in place" else []
         if foreign is not None:
-            marker = marker_of(self.folder, self._kind, but=foreign)
-            write_file(self.folder / MARKER, marker.as_bytes(), sync=False)
+            marker, below = Marker(kind=self._kind), files_below(self.folder)
+            names = [name for name in below if not (marker.owns(name) or (self.folder / name).is_symlink())]
+            write_file(self.folder / MARKER, marker.with_files(self.folder, names, but=foreign).as_bytes(), sync=False)
 
     def _put(self) -> None:
         try:
@@ -235,10 +237,3 @@ def staging(
             remedy = None if finished else "run the command again to start over"
             raise InterruptError(f"interrupted; {left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
         raise
-
-
-def marker_of(folder: Path, kind: Kind, *, but: Collection[str] = ()) -> Marker:
-    """The marker of an output all of whose files, but for some, modekit wrote. Raises OSError."""
-    marker = Marker(kind=kind)
-    names = [name for name in files_below(folder) if not (marker.owns(name) or (folder / name).is_symlink())]
-    return marker.with_files(folder, names, but=but)

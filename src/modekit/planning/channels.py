@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 
 from modekit.errors import UnsupportedError
 from modekit.planning.carry import CarrySize, blocks_of
-from modekit.planning.penalties import LOUD, front_units, gate_entries
+from modekit.planning.penalties import LOUD, front_units
 from modekit.planning.recency import turns_per_token
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, number, whole, words
@@ -226,15 +226,6 @@ class Channels:
             return Pad(rows=self.spare, columns=self.more_units, entries=entries, carried=carried)
         return Pad(rows=self.more_units, columns=self.spare, entries=entries, carried=carried)
 
-    def router_pad(self, layer: int) -> Pad:
-        """How the gates of a layer of the result are widened, where the base is a mixture itself."""
-        carries = self.carry is not None and layer > 0
-        return Pad(
-            columns=self.spare,
-            entries=gate_entries(self, layer),
-            carried=CarriedPart("router", layer) if carries else None,
-        )
-
     def _norm_entries(self, layer: int, module: str) -> tuple[Entry, ...]:
         """What norms let through of the channels: evidence to the first attention, averages to every router, and to all what
         they read of what is carried.
@@ -264,20 +255,17 @@ class Channels:
             return tuple(
                 (self.context.start + number, head * self.head_dim + number, written) for number, head in enumerate(heads)
             )
-        taus = [_time_constant(decay) for decay in self.decays]
+        taus = [None if decay == 1.0 else -1.0 / math.log(decay) for decay in self.decays]  # tokens until one counts 1/e
         reference = next((tau for tau in taus if tau is not None), None)  # that the key is made for; queries make others of it
         if reference is None:  # queries and keys of zero: the mean
             return ()
         sides = [(reference, None)] if part == "k" else [(tau, reference) for tau in taus]
-        return self._rotated([_distance_scores(self.turns, self.score_scale, *each) for each in sides])
-
-    def _rotated(self, heads: list[list[float]]) -> tuple[Entry, ...]:
-        """Rows of the new heads that read the constant: a number for each pair, in its first place."""
+        # Rows of the new heads read the constant: a number for each pair, in its first place.
         rows = range(0, self.head_dim, 2) if self.widening.interleaved else range(self.head_dim // 2)
         return tuple(
             (head * self.head_dim + row, self.constant, value / (self.eps * CONSTANT))
-            for head, values in enumerate(heads)
-            for row, value in zip(rows, values, strict=True)
+            for head, side in enumerate(sides)
+            for row, value in zip(rows, _distance_scores(self.turns, self.score_scale, *side), strict=True)
             if value
         )
 
@@ -368,11 +356,6 @@ def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> in
             remedy="leave it out, or write that",
         )
     return asked or fewest
-
-
-def _time_constant(decay: float) -> float | None:
-    """Tokens after which a token counts 1/e; None when it never fades."""
-    return None if decay == 1.0 else -1.0 / math.log(decay)
 
 
 def _distance_scores(turns: Sequence[float], scale: float, tau: float | None, reference: float | None = None) -> list[float]:

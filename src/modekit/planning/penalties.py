@@ -21,7 +21,7 @@ from __future__ import annotations
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-from modekit.weights.padding import Entry, FFNKind
+from modekit.weights.padding import CarriedPart, Entry, FFNKind, Pad
 
 if TYPE_CHECKING:
     from modekit.planning.channels import Channels
@@ -68,8 +68,10 @@ def _averages(channels: Channels) -> list[int]:
     return [channels.context.start + average * channels.experts for average in range(len(channels.decays))]
 
 
-def gate_entries(channels: Channels, layer: int) -> tuple[Entry, ...]:
-    """Of the gates (E M, D + P) of a layer of the result; in front, whose experts are the same, they read the averages."""
+def gate_pad(channels: Channels, layer: int) -> Pad:
+    """How the gates (E M, D) of a layer of the result are widened; in front, whose experts are the same, they read averages."""
     starts, factor = ([channels.penalties.start], -_PENALTY) if layer > 0 else (_averages(channels), 1.0)
     rows = range(channels.experts * channels.inner)
-    return tuple((row, start + row // channels.inner, factor) for row in rows for start in starts)
+    entries = tuple((row, start + row // channels.inner, factor) for row in rows for start in starts)
+    carries = channels.carry is not None and layer > 0
+    return Pad(columns=channels.spare, entries=entries, carried=CarriedPart("router", layer) if carries else None)

@@ -1,8 +1,9 @@
-"""What a mixture that is there already has of a plan: those tensors are taken from it, not made again.
+"""What of a plan is there already: by its digest the shards of a build that was killed, and what a mixture has that is changed.
 
-Two plans are compared, of the mixture as it is and as it is to be, over the same sources: a tensor of the second that the
-first makes in the same way of the same experts is in the checkpoint; of many experts in one tensor, each one's part of it. So
-what comes out is what a build of the second plan gives, but what a training has moved stays moved.
+The tensors of that are taken from it, not made again. Two plans are compared, of the mixture as it is and as it is to be, over
+the same sources: a tensor of the second that the first makes in the same way of the same experts is in the checkpoint; of many
+experts in one tensor, each one's part of it. So what comes out is what a build of the second plan gives, but what a training
+has moved stays moved.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
+from modekit.files.write import digest_of_data
 from modekit.planning.plan import Plan, Reused
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.sources.header import ITEMSIZE, TensorRef
@@ -22,6 +25,23 @@ from modekit.weights.made import Columns, Copy, Join, Made
 Origins = Sequence[int | None]
 """Per expert of the new mixture its number in the old one; None for one that is new."""
 _NUMBER = re.compile(r"\.(experts|differences)\.(\d+)\.")
+
+
+def digest_of(plan: Plan) -> str:
+    """Identity of a build: version, recipe, every planned tensor, and what every source file was when it was planned."""
+    states = {**plan.source_states, **({} if plan.reused is None else plan.reused.model.states)}
+    identity = {
+        "modekit": version("modekit"),
+        "recipe": plan.recipe.digest(),
+        "config": dict(plan.shape.config),
+        "tensors": list(map(repr, plan.tensors)),
+        "otherwise": plan.otherwise and digest_of(plan.otherwise),
+        "files": [
+            [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]
+            for file, state in states.items()
+        ],
+    }
+    return digest_of_data(identity)
 
 
 def reusing(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Plan:

@@ -19,7 +19,7 @@ from modekit.planning.carry import CarrySize, reaches
 from modekit.planning.mixture_config import Routing
 from modekit.planning.native import NativeForm, widened
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.penalties import pairs
+from modekit.planning.penalties import gate_pad, pairs
 from modekit.planning.shape import Parameters, RouterSlot, Tensors, other_record
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
@@ -148,7 +148,7 @@ class RoutedForm(NativeForm):
             given = Join(tuple(as_in(source, ref) for source in self._sources[1:]), experts=tuple(range(count)))
             made: Made = given if layer else Zeros(shape)
             name = in_layer(layer, self._native.router)
-            gates = widened(PlannedTensor(name, self.router_dtype, shape, "expert", made), self._channels.router_pad(layer))
+            gates = widened(PlannedTensor(name, self.router_dtype, shape, "expert", made), gate_pad(self._channels, layer))
             yield replace(gates, shape=(count * self._inner, gates.shape[-1]))
 
     def _in_base(self, layer: int, part: str) -> TensorRef:

@@ -10,6 +10,7 @@ from itertools import zip_longest
 import yaml
 from markupsafe import Markup
 
+from modekit.checkpoint.carried import lost_by
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.forced import ForcedExperts
@@ -114,7 +115,7 @@ def _size(checkpoint: Checkpoint) -> Section:
         ["statistics on disk", bytes_of(sum(path.stat().st_size for path in kept)), ""],
     ]
     said = "Statistics are kept for later fits and may be deleted."
-    return Section("Size", [ResultTable("Size", ["what", "how much", "of the base model"], rows, said)], checkpoint.lost)
+    return Section("Size", [ResultTable("Size", ["what", "how much", "of the base model"], rows, said)], lost_by(checkpoint))
 
 
 def _sources(checkpoint: Checkpoint) -> Section:

@@ -19,10 +19,7 @@ from modekit.weights.numeric import DTYPES, Array, Singles, to_float32
 
 Entry = tuple[int, int, float]  # row, column and value of one number in the new part of a larger tensor
 
-
 FFNKind = Literal["gate", "up", "gate_up", "down"]
-
-
 CarriedKind = Literal["q", "k", "v", "o", "head", "embedding", "router"] | FFNKind
 
 

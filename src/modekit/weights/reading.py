@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from modekit.errors import SourceError
+from modekit.files.write import write_all
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.sources.source import ModelSource
@@ -17,6 +21,9 @@ from modekit.weights.numeric import Singles, blocks, is_finite, to_float32
 
 if TYPE_CHECKING:
     from modekit.weights.padding import Fills
+
+# EIO may be the source's or the result's: copying through the process tells which.
+_NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
 
 
 class WeightReader:
@@ -32,6 +39,22 @@ class WeightReader:
         self.fills: Fills | None = None
         # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
         self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
+
+    def copy(self, ref: TensorRef, stream: io.FileIO) -> None:
+        """Write a stored tensor's bytes, inside the kernel where the system can: from page cache to page cache."""
+        source, position = self.opened.file(ref), ref.start
+        while position < ref.end:
+            try:
+                sent = os.sendfile(stream.fileno(), source.stream.fileno(), position, ref.end - position)
+            except (AttributeError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _NOT_IN_THE_KERNEL:
+                    raise
+                for chunk in source.chunks(position, ref.end):
+                    write_all(stream, chunk)
+                return
+            if sent == 0:
+                raise source.ended()
+            position += sent
 
     def check_all_finite(self, refs: Sequence[TensorRef]) -> None:
         """Raise SourceError when one of these tensors holds NaN or Inf."""
