@@ -13,7 +13,7 @@ import yaml
 
 from adapter_folders import lora, train_adapter, write_adapter
 from building.test_measured_form import full_shop
-from command_line import modekit
+from command_line import ended, modekit
 from conftest import Workshop
 from modekit.building.mix import Models, plan_mix
 from modekit.building.verify import is_proven, verify
@@ -41,6 +41,7 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
     (root / "other" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 48}')
     for name in TOKENIZER_FILES:
         (root / "mute" / name).unlink(missing_ok=True)
+    (root / "mute" / "chat_template.jinja").write_text("{{ messages }}")  # which alone reads nothing
     return root
 
 
@@ -207,6 +208,7 @@ def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkey
     file.write_text(f"# mine\n{file.read_text()}")
     modekit("add", "CHANGED", "--name", "law", "--model", "./law", "--no-measure")
     assert file.read_text().startswith("# mine") and "name: law" not in file.read_text()
+    assert f"{shop}/lwa" in refuse("add", "CHANGED", "--name", "more", "--model", "./lwa")
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -231,6 +233,14 @@ def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.Mon
     said = refuse("mix", "base", *words, "-o", "NEW")
     assert message in said and "../" not in said  # paths as they were typed
     assert set(tree(shop)) == before
+
+
+def test_given_text_is_read_before_others_write(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop)
+    (shop / "empty.jsonl").touch()
+    monkeypatch.setattr(write_text, "write_texts", lambda *_, **__: pytest.fail("an expert wrote"))
+    code, _, said = ended("mix", "base", "law", "code", "--text", "law=empty.jsonl", "-o", "NEW")
+    assert code == 2 and "the text is empty" in said
 
 
 def test_a_plain_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path) -> None:

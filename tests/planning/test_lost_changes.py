@@ -1,4 +1,4 @@
-"""The plan's notes: what full models lose on the base model's backbone, and what a router that chooses one learns."""
+"""The plan's notes: what full models lose on the base model's backbone."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ def notes_of(workshop: Workshop, **changes: Any) -> list[str]:
     """The plan's notes on full models, without a build."""
     plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root)
     return [note for note in plan.notes if "changed outside of the mixed modules" in note]
-
-
-def test_what_is_said_of_one_expert_per_token_is_what_a_training_does(workshop: Workshop) -> None:
-    def said(mixture: dict[str, Any], **changes: Any) -> list[str]:
-        recipe = load_recipe(workshop.write(mixture={"router": ROUTER, **mixture}, **changes))
-        return [note for note in make_plan(recipe, workshop.root).notes if "top_k 1" in note]
-
-    (note,) = said({"top_k": 1})
-    assert "`modekit train` gives every token two experts while it trains one" in note
-    assert said({"top_k": 2}) == said({"method": "gating"}) == said({"top_k": 1}, experts=workshop.recipe["experts"][:1]) == []
 
 
 def specialist(workshop: Workshop, name: str, trained: str) -> None:

@@ -15,7 +15,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
 from modekit.planning.plan import Plan
-from modekit.recipes.read import load_recipe
+from modekit.recipes.read import load_recipe, parse_recipe
 
 
 def planned(shop: Workshop, **changes: Any) -> Plan:
@@ -69,6 +69,16 @@ def test_an_adapter_of_another_base_is_named(shop: Workshop) -> None:
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
         found = said(shop, "names the base", experts=[expert, {"name": "plain", "model": "base"}], mixture=RANDOM)
         assert len(found) == count and all("Other-Instruct" in note for note in found)
+
+
+def test_a_recipe_without_text_says_that_experts_can_write_it(shop: Workshop) -> None:
+    both = {"base_model": "./base", "experts": [{"name": name, "model": f"./{name}"} for name in ("law", "code")]}
+    for more, count in (({}, 1), ({"mixture": {"router": {"fit": "hash"}}}, 0)):
+        recipe = parse_recipe({**both, **more})
+        assert sum("`text: self`" in note for note in make_plan(recipe, shop.root).notes) == count
+    for file in (shop.root / "base").glob("token*"):
+        file.unlink()
+    assert not any("`text: self`" in note for note in make_plan(parse_recipe(both), shop.root).notes)
 
 
 def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) -> None:

@@ -28,7 +28,7 @@ from modekit.sources.compatible import check_same_architecture
 from modekit.sources.families import family_of
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.tokenizer import has_tokenizer
 from modekit.text.held_out import check_texts
 
 
@@ -95,7 +95,7 @@ def _with_given_text(models: Models) -> RecipeData:
 def _can_write(base: ModelSource) -> bool:
     """Whether what descends from it can write text: not a model with an encoder, nor one without a tokenizer."""
     reads = family_of(base.config, where=f"base_model ({base.spec})").reads
-    return reads == "text" and any((base.folder / name).is_file() for name in TOKENIZER_FILES)
+    return reads == "text" and has_tokenizer(base.folder)
 
 
 def _check_not_the_base(recipe: Recipe, sources: Sequence[ModelSource]) -> None:

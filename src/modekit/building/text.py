@@ -13,13 +13,16 @@ from modekit.text.written import texts_of
 
 def complete_text(plan: Plan, known: Collection[str], run: Run) -> None:
     """Have written what experts write, and read all text on disk that the fit will read, so that what is wrong with it shows
-    before gigabytes are copied. That of the experts in `known`, with kept statistics, may be gone.
+    before gigabytes are copied, and of given text before hours of writing. That of the experts in `known`, with kept
+    statistics, may be gone.
     """
-    write_texts(plan, run, but=known)
-    if plan.recipe.mixture.needs_text:
+    for written in (False, True) if plan.recipe.mixture.needs_text else ():
+        if written:
+            write_texts(plan, run, but=known)
         run.begin("check the text")
         for number, expert in enumerate(plan.recipe.experts):
-            if expert.name not in known and all(is_local(spec, plan.root) for spec in texts_of(expert)):
+            local = expert.writes_text is written and all(is_local(spec, plan.root) for spec in texts_of(expert))
+            if local and expert.name not in known:
                 fit_documents(expert, plan.root, number, reads=plan.family.reads)
 
 

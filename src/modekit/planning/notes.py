@@ -17,13 +17,14 @@ from modekit.planning.changes import Changed
 from modekit.planning.channels import Channels
 from modekit.planning.shape import AnyShape
 from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.choices import why_chosen
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import is_ignored
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.tokenizer import has_tokenizer
 from modekit.sources.tokenizer_choice import TokenizerChoice
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.flat import stored
@@ -36,11 +37,9 @@ def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Colle
     recipe, sources = shape.recipe, vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
     yield from _of_strangers(recipe, sources)
-    if shape.inner == 1 and recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
-        yield (
-            "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
-            "token two experts while it trains one"
-        )
+    settled = not recipe.mixture.needs_text and why_chosen(recipe, plain=shape.plain)
+    if settled and shape.family.reads == "text" and has_tokenizer(sources[0].folder):
+        yield "no expert has text: with `text: self` each writes some, for a better router"
     yield from _lost(shape, sources, way_out, mixed, changed)
     yield from _of_chats(recipe, vocabulary)
     yield from _beside(sources)
@@ -132,7 +131,7 @@ def check_text(recipe: Recipe, tokenizer: TokenizerChoice) -> None:
     folder, spec = tokenizer.source.folder, tokenizer.source.spec
     if not recipe.mixture.needs_text:
         return
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer",
             where=f"base_model ({spec})",

@@ -44,8 +44,8 @@ def from_folder(recipe: RecipePart, root: Path, folder: Path) -> RecipeData:
     """The recipe with every path on disk, relative to `root`, said relative to another folder. Hub ids stay as they are."""
 
     def moved(spec: str) -> str:
-        path = locate(spec, root)
-        if folder == root or path is None or Path(spec).expanduser().is_absolute():
+        is_path = spec.startswith(".") or locate(spec, root) is not None  # also one where nothing is: messages name the place
+        if folder == root or not is_path or Path(spec).expanduser().is_absolute():
             return spec
         relative = os.path.relpath(root / spec, folder)
         return relative if relative.startswith("..") else f"./{relative}"

@@ -24,7 +24,7 @@ from modekit.run import DETAIL, ProgressCount, Run
 from modekit.sources.adapter import CONFIG_FILE, is_adapter, read_adapter_config
 from modekit.sources.digests import known_blake3, settings_digest
 from modekit.sources.source import ModelSource, read_config
-from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.tokenizer import has_tokenizer
 from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Conversation, Document, message_of
 from modekit.text.records import TextRecord
@@ -164,7 +164,7 @@ class _Author:
 def _author(recipe: Recipe, place: int, root: Path, sources: Sequence[ModelSource], run: Run) -> _Author:
     expert, base = recipe.experts[place], sources[0]
     source = base if expert.is_base else sources[1 + place]
-    brings = source is not base and any((source.folder / name).exists() for name in TOKENIZER_FILES)
+    brings = source is not base and has_tokenizer(source.folder)
     tokenizer = load_tokenizer(source.folder if brings else base.folder, run=run)
     template = chat_template_of(tokenizer)
     if template is not None and template.around(None) is None:

@@ -79,6 +79,11 @@ def _without_code(said: object) -> object:
     return [_without_code(each) for each in said] if isinstance(said, list) else said
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has files of one; a chat template alone is none."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES if not name.startswith("chat_"))
+
+
 def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
     """Names of PAIR_FILES that a mixture's folder has, and that are not among the files that its base would give it now."""
     return sorted({name for name in PAIR_FILES if (folder / name).exists()} - {file.name for file in copied})
@@ -244,7 +249,7 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
     base = sources[0]
     first = read_tokens(base.folder, where=base.where)
     found, largest, notes = [first], 0, list[str]()
-    if first is None and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
+    if first is None and not has_tokenizer(base.folder):
         notes.append(f"{base.label}: its folder has no tokenizer, which fit, eval, chat and serve need: put its files there")
     for number, source in enumerate(sources[1:], 1):
         where = source.where
