@@ -99,10 +99,10 @@ def test_a_system_without_sendfile_or_with_a_moody_one(bench: Workshop, monkeypa
             raise OSError(errno.EINVAL, "not now")
         return os.write(target, os.pread(source, min(count, 1000), offset))
 
-    monkeypatch.setattr("modekit.building.build.os", SimpleNamespace(sendfile=moody))
+    monkeypatch.setattr("modekit.weights.reading.os", SimpleNamespace(sendfile=moody))
     assert tree(bench.build("MOODY")) == whole
     assert calls > 10
-    monkeypatch.setattr("modekit.building.build.os", SimpleNamespace())
+    monkeypatch.setattr("modekit.weights.reading.os", SimpleNamespace())
     assert tree(bench.build("WITHOUT")) == whole
 
 

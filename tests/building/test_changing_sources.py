@@ -147,7 +147,7 @@ def test_a_source_that_the_disk_does_not_give(bench: Workshop, monkeypatch: pyte
     def failing(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("modekit.building.build.os.sendfile", failing)
+    monkeypatch.setattr("modekit.weights.reading.os.sendfile", failing)
     error = refused(plan, SourceError, "cannot be read")
     assert error.where == str(law_of(bench)) and error.found == os.strerror(errno.EIO)
 

@@ -74,8 +74,10 @@ def wide(dense: str, overrides: dict[str, Any]) -> dict[str, Any]:
 def mixture(
     root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any], kind: str = "model", **output: Any
 ) -> Checkpoint:
-    """Two random models, or adapters over the first."""
+    """Two random models, or adapters over the first. In the modekit architecture their FFNs alone, unless `mixed` says what."""
     experts = model_experts(root, family=dense, **overrides)
+    if output.get("format") == "modekit":
+        mixed = {"modules": "auto", **mixed}
     if kind == "adapter":
         experts = adapter_experts(root, width=overrides.get("hidden_size", 32))
     form = {"format": "modekit" if kind == "adapter" else "auto", **output}

@@ -18,7 +18,7 @@ from conftest import DOMAINS, Workshop, save
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
-from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.domains import held_out_domains, scored_on
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results
@@ -110,17 +110,17 @@ def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Worksho
 def test_text_on_the_command_line_takes_the_place_of_the_recipe_s(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
     checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
-    scored = checkpoint.scored_on({"law": ["poetry.jsonl"], "music": ["poetry.jsonl"]}, tmp_path)
+    scored = scored_on(checkpoint, {"law": ["poetry.jsonl"], "music": ["poetry.jsonl"]}, tmp_path)
     domains = {domain.name: domain for domain in held_out_domains(scored, tokens_per_domain=100, sequence_length=64)}
     assert (
         list(domains) == [*DOMAINS, "music"] and domains["law"].record["documents"] == domains["music"].record["documents"] == 1
     )
-    assert scored.identity == checkpoint.identity and checkpoint.scored_on({}, tmp_path) is checkpoint
+    assert scored.identity == checkpoint.identity and scored_on(checkpoint, {}, tmp_path) is checkpoint
 
 
 def test_an_unseen_domain_by_nearly_the_name_of_an_expert_is_pointed_out(evaluated: tuple[Checkpoint, Results]) -> None:
     texts = {"lw": ["text/law.jsonl"], "music": ["text/law.jsonl"]}
-    scored = evaluated[0].scored_on(texts, evaluated[0].recipe_root)
+    scored = scored_on(evaluated[0], texts, evaluated[0].recipe_root)
     notes = evaluate(scored, tokens_per_domain=100, sequence_length=32, write=False).notes
     assert [note for note in notes if "unseen domain" in note] == [
         "no expert is called lw, so it is an unseen domain; did you mean 'law'?"

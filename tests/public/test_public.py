@@ -39,7 +39,7 @@ def test_no_room_takes_a_verbs_name() -> None:
 
 def test_the_import_and_a_plan_stay_light(shared_workshop: Workshop, tmp_path: Path) -> None:
     bench = borrow(shared_workshop, tmp_path)
-    code = "import sys, modekit; plan = modekit.plan(sys.argv[1]); assert 'torch' not in sys.modules; print(plan.experts)"
+    code = "import sys, modekit; p = modekit.plan(sys.argv[1]); assert 'torch' not in sys.modules; print(len(p.recipe.experts))"
     done = run_python(code, bench.write())
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "3"

@@ -19,6 +19,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import TextError
 from modekit.loaded.native import DenseView
+from modekit.planning.mixture_config import averages_of
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.mixture import Router
 from modekit.routing.inputs import DomainStatistics, GateInput, SlotStatistics, capture_domain
@@ -46,7 +47,7 @@ def sequences_of(checkpoint: Checkpoint, place: int) -> list[TokenSequence]:
 def capture(checkpoint: Checkpoint, place: int, sequences: list[TokenSequence], keep: int = 64) -> DomainStatistics:
     view = DenseView(checkpoint)
     view.use_expert(place)
-    return capture_domain(view, sequences, [], read=GateInput(Router().averages), keep_tokens=keep)
+    return capture_domain(view, sequences, [], read=GateInput(averages_of(Router())), keep_tokens=keep)
 
 
 @pytest.fixture(scope="module")
