@@ -84,6 +84,16 @@ def test_who_comes_and_goes_leaves_no_trace(shop: Workshop, tmp_path: Path, kind
     check_same(replaced.folder, built(shop, {**said, "experts": [*experts[:-1], other]}, tmp_path / "wanted").folder)
 
 
+def test_a_second_full_model_comes_and_goes(shop: Workshop, tmp_path: Path) -> None:
+    """Two share their average; beside one the base stays."""
+    experts = [expert("adapters", 0), expert("models", 1)]
+    first = built(shop, {"base_model": "./base", "experts": experts, "output": {"format": "plain"}}, tmp_path / "first")
+    added = write_change(first, add_expert(first, "model2", new(shop, "models", 2)), tmp_path / "added")
+    assert (first.record.recipe.mixture.backbone, added.record.recipe.mixture.backbone) == ("base", "average")
+    removed = write_change(added, remove_expert(added, "model2"), tmp_path / "removed")
+    check_same(removed.folder, first.folder)
+
+
 PLAIN = {"output": {"format": "plain"}}
 BY_HAND = {"mixture": {"router": {"fit": "lexical"}}, **PLAIN}
 

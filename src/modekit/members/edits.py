@@ -123,7 +123,13 @@ def _source(entry: Mapping[str, object]) -> str | None:
 
 
 def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:
-    """The new recipe, in the shape that the checkpoint has. Raises RecipeError."""
+    """The new recipe, in the shape that the checkpoint has. Raises RecipeError.
+
+    The average that several carried full models share is chosen anew: beside a single one the base stays (recipes/choices.py).
+    """
+    recipe, carries = checkpoint.record.recipe, checkpoint.record.carry is not None
+    if carries and recipe.mixture.backbone == "average" and sum(each.is_whole for each in recipe.experts) > 1:
+        del data["mixture"]["backbone"]
     return checkpoint.shape.pinned(parse_recipe(data, where=str(checkpoint.folder)))
 
 
