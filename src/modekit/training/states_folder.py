@@ -120,8 +120,8 @@ class StatesFolder:
             if self.is_held:
                 self.remove()
         except BaseException as error:
-            done = done or (self.is_held and self.is_written)
             steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
+            done = done or (steps is None and self.is_held and self.is_written)
             if self.is_held and (done or steps is None):
                 self.remove()
             if isinstance(error, (KeyboardInterrupt, InterruptError)):
