@@ -16,7 +16,8 @@ def complete_text(plan: Plan, known: Collection[str], run: Run) -> None:
     before gigabytes are copied, and of given text before hours of writing. That of the experts in `known`, with kept
     statistics, may be gone.
     """
-    for written in (False, True) if plan.recipe.mixture.needs_text else ():
+    kinds = {expert.writes_text for expert in plan.recipe.experts} if plan.recipe.mixture.needs_text else set[bool]()
+    for written in sorted(kinds):
         if written:
             write_texts(plan, run, but=known)
         run.begin("check the text")

@@ -1,4 +1,4 @@
-"""Code that a config.json brings or names, which runs only where a user says so."""
+"""Code that comes with a model or that its config.json names: it runs only if the user allows it."""
 
 from __future__ import annotations
 
