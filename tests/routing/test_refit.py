@@ -34,7 +34,10 @@ CONTEXT = {"fit": "logistic", "granularity": "context", **TEXT}
         ({"router": {**CONTEXT, "l2": 0.1, "decay": [0.5]}}, {"router": {"fit": "random", "granularity": "token"}}),
         ({"router": CONTEXT, "modules": ["q", "v", "mlp"]}, {"router": {"per": "model"}}),
         ({"router": {**CONTEXT, "per": "feature"}, "modules": ["k", "down"]}, {"router": {"per": "layer"}}),
-        ({"modules": "auto", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
+        (
+            {"modules": "auto", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 64, "decay": [0.5]}},
+            {"router": CONTEXT},
+        ),
     ],
 )
 def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: dict[str, Any], changes: dict[str, Any]) -> None:

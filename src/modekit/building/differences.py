@@ -18,14 +18,14 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.changes import low_rank, touched
 from modekit.planning.plan import Plan
 from modekit.planning.routed import own_part
-from modekit.planning.tensors import PlannedTensor, as_in
+from modekit.planning.tensors import PlannedTensor
 from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
 from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
 from modekit.weights.flat import read_float32
-from modekit.weights.made import Copy, Made
+from modekit.weights.made import Copy, Made, as_in
 from modekit.weights.numeric import Singles, as_array, to_float32
 from modekit.weights.padding import FFNKind
 from modekit.weights.reading import WeightReader

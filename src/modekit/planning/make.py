@@ -22,7 +22,7 @@ from modekit.planning.notes import check_adapters, check_text, notes_of
 from modekit.planning.plan import Plan
 from modekit.planning.recency import fades
 from modekit.planning.routed import RoutedForm
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
+from modekit.planning.tensors import CodeOf, PlannedTensor, cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.choices import Way, choices, with_following
 from modekit.recipes.recipe import Recipe
@@ -37,7 +37,7 @@ from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary, one_vocabulary
-from modekit.weights.made import Copy, Made, Merged
+from modekit.weights.made import Copy, Made, Merged, as_in
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 Form = NativeForm | ModekitForm
@@ -84,8 +84,8 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
     architecture, where both hold all of the experts. Raises what the last choice raises.
     """
     is_open = recipe.mixture.is_open or recipe.mixture.is_carried
-    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     whole = whole_models(recipe, vocabulary.sources, changed) if is_open else 0
+    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
     ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
     for settled, way in ways:
@@ -114,13 +114,13 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
     native, why = _native_form(recipe, following, sources, family, code_of)
     form: Form = native or ModekitForm(following, sources, family, code_of)
     check_adapters(recipe, sources, form.mixes_more, form.mixed | form.carried)
+    check_text(form.shape.recipe, vocabulary.tokenizer)
     return form, why
 
 
 def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, changed: Changed, run: Run) -> Plan:
     (form, why), sources = laid, vocabulary.sources
     recipe = form.shape.recipe
-    check_text(recipe, vocabulary.tokenizer)
     tensors = [*_backbone(sources, form, partial(_code_of, recipe.output.dtype)), *form.experts()]
     notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried, changed)
     return Plan(

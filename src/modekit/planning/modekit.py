@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from modekit.planning.changes import low_rank
 from modekit.planning.mixture_config import FORMAT, InsidePlace, MixtureConfig, Place, routing_config
 from modekit.planning.modekit_shape import ModekitShape, gate_of, whole_module_unscored
-from modekit.planning.places import Places, PlannedPlace, leaders_of, needs_base, untied
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
+from modekit.planning.places import Places, PlannedPlace, untied
+from modekit.planning.tensors import CodeOf, PlannedTensor
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
@@ -23,7 +22,7 @@ from modekit.sources.names import HEAD, LOGITS_BIAS, split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Delta, Join, Made
+from modekit.weights.made import Copy, Delta, Join, Made, as_in
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
@@ -59,7 +58,7 @@ class ModekitForm:
         place = self._by_tensor.get(tensor.name)
         if place is None:
             yield tensor
-        elif needs_base(self._recipe, self._family, place.module, place.own):
+        elif place.base:
             yield replace(tensor, name=f"{place.module}.base.{place.within(tensor.name)}")
 
     def notes(self) -> Iterable[str]:
@@ -95,14 +94,13 @@ class ModekitForm:
         """The base's config.json with what is mixed where under `modekit`."""
         recipe, family = self._recipe, self._family
         config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
-        leaders = leaders_of([place.module for place in self._places], recipe, family)
         optional: dict[str, Any] = {"variant": family.variant, "labels": recipe.other_labels, "derived": family.derived}
         said = MixtureConfig(
             format=FORMAT,
             dense_type=family.model_type,
             experts=recipe.names,
             routing=routing_config(recipe),
-            places={place.module: self._entry(place, leaders[place.module]) for place in self._places},
+            places={place.module: self._entry(place) for place in self._places},
             **{key: value for key, value in optional.items() if value},
         )
         if self.unties and not family.shares:  # whose class takes it for something else
@@ -116,14 +114,13 @@ class ModekitForm:
         }
         return ModekitShape(config, recipe, self._base.spec, said)
 
-    def _entry(self, place: PlannedPlace, leader: str) -> Place:
+    def _entry(self, place: PlannedPlace) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
         biased = [*self._added_biases(place)]
         inside = [self._inside_entry(place, ref, ranks).as_written() for ref, ranks in place.inside]
         layer, path = split_layer(place.module)
         parts = {} if layer is None else self._family.stack_of(layer).parts
         cross = {parts.get("cross_k"), parts.get("cross_v")}  # which run on the encoder's output
-        kept = [low_rank(source, weight_of(place.module)) for source in self._sources[1:]]
         optional = {
             "bits": list(place.bits) if any(place.bits) else None,
             "biased": biased,
@@ -136,19 +133,18 @@ class ModekitForm:
         return Place.model_validate(
             {
                 "ranks": list(place.ranks),
-                "scales": [each.scale if each and rank else 1.0 for each, rank in zip(kept, place.ranks, strict=True)],
+                "scales": [1.0 if change is None else change.scale for change in place.changes],
                 "own": list(place.own),
-                "base": needs_base(self._recipe, self._family, place.module, place.own),
+                "base": place.base,
                 **{key: value for key, value in optional.items() if value},
-                **gate_of(place.module, weight, leader, self._recipe, self._family, self._base.config),
+                **gate_of(place.module, weight, place.leader, self._recipe, self._family, self._base.config),
             }
         )
 
     def _low_rank_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """A and B of all experts, each in one tensor; then those of the tensors in a place that is itself a mixture."""
         a, b = dict[int, Made](), dict[int, Made]()
-        for expert, rank in enumerate(place.ranks):
-            change = low_rank(self._sources[1 + expert], weight_of(place.module)) if rank else None
+        for expert, (change, rank) in enumerate(zip(place.changes, place.ranks, strict=True)):
             if change is not None:
                 a[expert] = Copy(change.a)
                 b[expert] = Copy(change.b if change.rows is None else rows_of(change.b, *change.rows))

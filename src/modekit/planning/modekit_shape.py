@@ -10,8 +10,8 @@ from pathlib import Path
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import as_kind
+from modekit.planning.leaders import leaders_of, needs_base, runs_base
 from modekit.planning.mixture_config import GATE, MixtureConfig, Place, Routing, routing_config
-from modekit.planning.places import leaders_of, needs_base, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
     AnyShape,

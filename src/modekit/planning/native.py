@@ -12,14 +12,14 @@ from modekit.planning.changes import touched
 from modekit.planning.channels import channels_of
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.notes import notes_of_channels
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
+from modekit.planning.tensors import CodeOf, PlannedTensor
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import whole
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native import Native
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Join, Made, Padded, Zeros, scaled
+from modekit.weights.made import Copy, Join, Made, Padded, Zeros, as_in, scaled
 from modekit.weights.padding import FFNKind, Pad
 
 _PARTS: tuple[FFNKind, ...] = ("gate", "up", "down")

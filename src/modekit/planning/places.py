@@ -1,22 +1,22 @@
 """The places of a mixture in the modekit architecture: which modules of the base they are, and what each expert has there.
 
 A *place* is a module of the base of which experts have their own, kept whole, low-rank or in few bits. Which router decides
-there follows from the recipe's `per`: the first place that a router serves is its leader.
+there says leaders.py.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.changes import low_rank, touched
-from modekit.recipes.layers import Layer, named_layers, order_of
+from modekit.planning.leaders import entrances, first_to_run, leaders_of, needs_base
+from modekit.recipes.layers import Layer, named_layers
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.strict import BASE
-from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import PARTS, Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import (
@@ -34,12 +34,7 @@ from modekit.sources.source import ModelSource
 from modekit.sources.stack import Stack
 from modekit.sources.structure import INEXACT_WHOLE
 
-ATTENTION = {
-    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
-    **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
-    **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
-}
-"""Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
+_THE_BASES = (False, None, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -48,16 +43,20 @@ class PlannedPlace:
     of `ranks`, or a difference in `bits` per number; else the base's.
 
     `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
-    `inside`: where it is itself a mixture, name of a tensor -> the rank of every expert's change of it.
+    `changes`: what adapters change there, if it is kept low-rank. `inside`: where it is itself a mixture, name of a tensor ->
+    the rank of every expert's change of it. `base`: whether the base's module stays. `leader`: the place of its router.
     """
 
     module: str
     refs: tuple[TensorRef, ...]
     calls: tuple[str, ...] = ()
     own: tuple[int, ...] = ()
+    changes: tuple[LowRank | None, ...] = ()
     ranks: tuple[int, ...] = ()
     bits: tuple[int, ...] = ()
     inside: tuple[tuple[TensorRef, tuple[int, ...]], ...] = ()
+    base: bool = True
+    leader: str = ""
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here."""
@@ -156,7 +155,8 @@ class Places:
                 remedy="mix other modules or layers, or add an expert that is not 'base'",
             )
         self._check_reader(places[0].module)
-        return places
+        leaders = leaders_of([place.module for place in places], self._recipe, self._family)
+        return [replace(place, leader=leaders[place.module]) for place in places]
 
     def _in_order(self, layer: Layer, stack: Stack) -> list[tuple[str, str]]:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
@@ -206,7 +206,7 @@ class Places:
         """What runs first has the router, whether experts have a module of their own there or not."""
         modules = self._all_modules()
         own = [module for module in modules if module not in self._shared]
-        first = _first_to_run(own, self._family)
+        first = first_to_run(own, self._family)
         if first != next((each for each in self._family.called if each in own), first or None):
             what = "modules: decoder has its router at the norm or the attention with which the first layer begins"
             found = f"a pass of a '{self._family.model_type}' model begins with another module"
@@ -247,7 +247,7 @@ class Places:
                     remedy=f"write the parts to mix: modules: [{', '.join(parts)}]",
                 )
             modules.add(module_of(name))
-        if any(module in modules for module in _entrances(family) if module != embedding):  # which runs in its place
+        if any(module in modules for module in entrances(family) if module != embedding):  # which runs in its place
             modules.remove(embedding)
         return sorted(modules, key=lambda module: (module != embedding, module == HEAD, natural_key(module)))
 
@@ -263,8 +263,8 @@ class Places:
         if module == HEAD and LOGITS_BIAS in self._base.tensors:
             refs = (*refs, self._base.tensor(LOGITS_BIAS))
         bare = PlannedPlace(module, refs, calls)
-        kinds = [self._kind(expert, bare) if refs else (False, 0, 0) for expert in range(len(self._recipe.experts))]
-        own, ranks, bits = zip(*kinds, strict=True)
+        kinds = [self._kind(expert, bare) if refs else _THE_BASES for expert in range(len(self._recipe.experts))]
+        own, low, ranks, bits = zip(*kinds, strict=True)
         changed = {expert: self._inside(expert, bare) for expert, has in enumerate(own) if has}
         inside = tuple(
             (self._base.tensors[name], tuple(changed.get(expert, {}).get(name, 0) for expert in range(len(kinds))))
@@ -272,7 +272,8 @@ class Places:
             if any(name in each for each in changed.values())
         )
         whole = tuple(expert for expert, each in changed.items() if not each)
-        return replace(bare, own=whole, ranks=ranks, bits=bits, inside=inside)
+        base = needs_base(self._recipe, self._family, module, whole)
+        return replace(bare, own=whole, changes=low, ranks=ranks, bits=bits, inside=inside, base=base)
 
     def _inside(self, expert: int, place: PlannedPlace) -> dict[str, int]:
         """Tensor of a place that is itself a mixture -> rank of an adapter's change; empty where it is not kept so."""
@@ -296,32 +297,35 @@ class Places:
         found = takewhile(lambda entry: entry[0].startswith(prefix), islice(names, begin, None))
         return [self._base.tensors[name] for name, _ in sorted(found, key=lambda entry: entry[1])]
 
-    def _kind(self, expert: int, place: PlannedPlace) -> tuple[bool, int, int]:
-        """Whether an expert has a module of its own at a place, the rank of its change, and the bits of its difference."""
+    def _kind(self, expert: int, place: PlannedPlace) -> tuple[bool, LowRank | None, int, int]:
+        """Whether an expert has a module of its own at a place, an adapter's change, the rank of a change, and the bits of a
+        difference.
+        """
         source, said, module = self._sources[1 + expert], self._recipe.experts[expert], place.module
         layers = self._layers[expert]
         if said.is_base or module in self._shared or (layers is not None and split_layer(module)[0] not in layers):
-            return False, 0, 0
+            return _THE_BASES
         matrix = place.weight if place.weight is not None and len(place.weight.shape) == 2 else None
         if isinstance(source, AdapterSource):
             changed = any(touched(source, self._unties.get(ref.name, ref.name)) for ref in place.refs)
             change = None if matrix is None else low_rank(source, matrix.name)
-            return changed and change is None, 0 if change is None or not changed else change.rank, 0
+            change = change if changed else None
+            return changed and change is None, change, 0 if change is None else change.rank, 0
         may_be_low_rank = matrix is not None and module not in self._not_linear
         if said.bits is not None and may_be_low_rank and module.rpartition(".")[2] not in POSITIONS:
-            return False, 0, said.bits
+            return False, None, 0, said.bits
         if not said.is_low_rank or said.bits is not None:
-            return True, 0, 0
+            return True, None, 0, 0
         if matrix is None or not may_be_low_rank or module == self._family.head or self._family.looks_up(module):
-            return False, 0, 0
-        return False, min(said.rank or 16, *matrix.shape), 0
+            return _THE_BASES
+        return False, None, min(said.rank or 16, *matrix.shape), 0
 
 
 def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> set[str]:
     """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what they
     change, for parts of models every linear part.
     """
-    modules, wanted = recipe.mixture.modules, set[str]()
+    modules, wanted, every = recipe.mixture.modules, set[str](), set(_all_parts(family))
     if isinstance(modules, list):
         return set(modules)
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
@@ -333,7 +337,7 @@ def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family
                 inside = {path for name, path in paths if name == stack.name and path.startswith(f"{stack.ffn}.")}
                 wanted |= {"mlp"} if stack.ffn and inside.difference(stack.parts.values()) else set()
         elif not expert.is_base:
-            wanted |= set(_all_parts(family)) if expert.is_low_rank else {"mlp"}
+            wanted |= every if expert.is_low_rank else {"mlp"}
     if "mlp" in wanted:
         wanted -= {part for stack in family.stacks for part in stack.ffn_parts}
     return wanted or {"mlp"}
@@ -343,56 +347,3 @@ def _all_parts(family: Family) -> list[str]:
     """What any stack has, in the order in which parts run."""
     parts = dict.fromkeys(part for stack in family.stacks for part in stack.parts)
     return sorted(parts, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
-
-
-def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:
-    """Whether the base's module stays at a place where the experts `own` have their own."""
-    return len(own) < len(recipe.experts) or runs_base(recipe, family, module)
-
-
-def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
-    """Whether the base's module at a place runs for every token, whichever experts are chosen."""
-    mixture = recipe.mixture
-    # The router reads the base's embedding, unless it reads the tokens themselves.
-    reads_it = module in _entrances(family) and mixture.fit is not None and not mixture.fit.reads_ids
-    return reads_it or (mixture.always_on is not None and mixture.always_on.expert == BASE)
-
-
-def _entrances(family: Family) -> tuple[str, ...]:
-    """Modules that may be the first to run: an encoder's own embedding where it has one, else the one that all share."""
-    return (*(module_of(name) for name in family.copies[:1]), family.embedding)
-
-
-def _first_to_run(modules: Collection[str], family: Family) -> str:
-    """Of the modules of whole models or whole decoders, the one that a pass reaches first; empty where it is not known."""
-    paths = ("input_layernorm", "operator_norm", family.decoder.parts.get("q", ""))
-    return next((each for each in (*_entrances(family), *(family.in_layer(0, path) for path in paths)) if each in modules), "")
-
-
-def leaders_of(places: Iterable[str], recipe: Recipe, family: Family) -> dict[str, str]:
-    """Place -> place of its router: the first of those that share it, in the order in which they run."""
-    modules = [*places]
-    if recipe.mixture.is_whole:
-        return dict.fromkeys(modules, _first_to_run(modules, family))
-    sharers = {module: _sharers(module, family, recipe.mixture.router.scope) for module in modules}
-    leaders: dict[object, str] = {}
-
-    def when(module: str) -> tuple[tuple[int, int], int]:
-        layer, path = split_layer(module)
-        assert layer is not None, module
-        return order_of(layer), family.stack_of(layer).rank(path)
-
-    for module in sorted(modules, key=when):
-        leaders.setdefault(sharers[module], module)
-    return {module: leaders[sharers[module]] for module in modules}
-
-
-def _sharers(place: str, family: Family, scope: str) -> object:
-    """What places that share a router have in common."""
-    layer, path = split_layer(place)
-    if scope != "layer" or layer is None:
-        return scope if scope == "model" else place
-    if family.derived is not None:  # what the layer calls: its attention, its FFN
-        return layer, path.rpartition(".")[0].partition(".")[0]
-    parts = family.stack_of(layer).parts
-    return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)

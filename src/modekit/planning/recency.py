@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from modekit.errors import SourceError
 from modekit.sources.config import Config, number, whole
 from modekit.sources.native import Native, Widening
 
 _LARGEST_HEAD = 2**16
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_READS: Mapping[object, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kind -> the settings that change its angles."""
 
 
 def fades(native: Native, dense: Config) -> bool:
@@ -27,28 +32,24 @@ def turns_per_token(config: Config) -> list[float] | None:
     """
     rope = config["rope_parameters"]
     assert isinstance(rope, Mapping)
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+    kind = rope.get("rope_type", "default")
+    if kind not in _READS or rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         return None
     try:
-        turns = _turns(rope, whole(config, "head_dim"))
+        turns = _turns(kind, number(rope, "rope_theta"), whole(config, "head_dim"), [number(rope, key) for key in _READS[kind]])
     except (ArithmeticError, LookupError, SourceError, TypeError, ValueError):
         return None
     usable = turns is not None and len(turns) > 1 and all(math.isfinite(turn) and turn > 0 for turn in turns)
     return turns if usable else None
 
 
-def _turns(rope: Config, size: int) -> list[float] | None:
-    kind, theta = rope.get("rope_type", "default"), number(rope, "rope_theta")
+def _turns(kind: object, theta: float, size: int, given: Sequence[float]) -> list[float] | None:
     if not (0 < size <= _LARGEST_HEAD and 0 < theta < math.inf):
         return None
     plain = [theta ** (-2 * pair / size) for pair in range(size // 2)]
-    if kind == "default":
-        return plain
     if kind == "linear":
-        return [angle / number(rope, "factor") for angle in plain]
-    if kind == "llama3":
-        return [_llama3(angle, *(number(rope, key) for key in _LLAMA3)) for angle in plain]
-    return None
+        return [angle / given[0] for angle in plain]
+    return [_llama3(angle, *given) for angle in plain] if kind == "llama3" else plain
 
 
 def _llama3(angle: float, factor: float, low: float, high: float, longest: float) -> float:

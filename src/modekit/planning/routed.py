@@ -21,7 +21,7 @@ from modekit.planning.native import NativeForm, widened
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.penalties import gate_pad, pairs
 from modekit.planning.shape import Parameters, RouterSlot, Tensors, other_record
-from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
+from modekit.planning.tensors import CodeOf, PlannedTensor
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, whole
@@ -30,7 +30,7 @@ from modekit.sources.names import in_layer
 from modekit.sources.native import Native, Routed
 from modekit.sources.rows import member_of, rows_of
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Fold, Join, Made, Zeros
+from modekit.weights.made import Copy, Fold, Join, Made, Zeros, as_in
 from modekit.weights.padding import FFNKind, Pad
 
 _MODEKIT = "output: {format: modekit}"

@@ -22,12 +22,10 @@ from typing import Literal
 import numpy as np
 
 from modekit.errors import SourceError
-from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
-from modekit.sources.source import ModelSource
 from modekit.weights.flat import FlatArray
-from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded
+from modekit.weights.made import Copy, Join, Made, Merged, Padded
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.padding import Pad
 from modekit.weights.reading import WeightReader, where_of
@@ -118,14 +116,6 @@ class PlannedTensor:
 
 def _fits(values: FlatArray, dtype: str) -> bool:
     return all(is_finite(to_bytes(to_float32(values[part]), dtype), dtype) for part in blocks(len(values)))
-
-
-def as_in(source: ModelSource, ref: TensorRef) -> Copy | Fold:
-    """The tensor `ref` of the base model as a model or adapter has it. Raises MismatchError when it has another shape."""
-    if not isinstance(source, AdapterSource):
-        return Copy(source.matching(ref))
-    given = source.replaced.get(ref.name, ref)
-    return Fold(given, source.changes[ref.name]) if ref.name in source.changes else Copy(given)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from modekit.sources.families import is_class_alone
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import concatenated, rows_of, stacked
 from modekit.sources.source import ModelSource
-from modekit.sources.structure import Structure, structure
+from modekit.sources.structure import structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,19 +28,18 @@ _SAVE_AS_CLASS = (
 
 
 def named_by_class(source: ModelSource) -> ModelSource:
-    """A model of a family without a row with its tensors under the names that its class has for them.
+    """A model of a family without a row with its tensors under the names that its class has for them; others as they are.
 
     Raises as `family_of` does, and UnsupportedError for files that only arithmetic turns into these tensors.
     """
-    if not is_class_alone(source.config):
-        return source
-    return replace(source, tensors=_named(structure(source.config, where=source.where), source.tensors))
+    return replace(source, tensors=_named(source)) if is_class_alone(source.config) else source
 
 
-def _named(found: Structure, tensors: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
+def _named(source: ModelSource) -> Mapping[str, TensorRef]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
+    found, tensors = structure(source.config, where=source.where), source.tensors
     known, prefix = found.model.state_dict(), found.model.base_model_prefix
     tied = getattr(found.model, "all_tied_weights_keys", None) or {}
     if all(name in tensors and tensors[name].shape == tuple(own.shape) for name, own in known.items() if name not in tied):

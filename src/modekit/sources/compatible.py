@@ -14,11 +14,10 @@ from modekit.files.typed import entries
 from modekit.recipes.layers import Layer, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, Config, is_mixture, no_usable
-from modekit.sources.families import row_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
-from modekit.sources.pairs import NEEDED, check_one_embedding, check_same_target
+from modekit.sources.pairs import NEEDED, check_same_target
 from modekit.sources.source import ModelSource
 
 _KINDS: dict[type, str] = {
@@ -56,13 +55,11 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
     models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
     for source in models:  # before anything is computed from their settings
         if source.config.get("model_type") == family.model_type:  # else that is said below
-            check_sizes(source, row_of(source.config) or family)
-    layers = family.layers(family.with_sizes(base.config))
+            check_sizes(source, family)
     for source in models:
-        check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
         if source is not base:
             check_same_architecture(base, source, family)
-        check_complete(source, family, layers)
+        check_complete(source, family)
     if family.pair:
         check_same_target(sources)
 
@@ -86,13 +83,13 @@ def check_sizes(source: ModelSource, family: Family) -> None:
             )
 
 
-def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
-    """Raise SourceError unless the model is whole.
+def check_complete(source: ModelSource, family: Family) -> None:
+    """Raise SourceError unless the model is whole, in a float format.
 
     Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
     """
     if family.derived is None:
-        _check_layers_alike(source, family, layers)
+        _check_layers_alike(source, family)
     for name in family.outside(source):
         source.tensor(name)
     for name, shape in family.shapes(source.config).items():
@@ -104,23 +101,26 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
                 expected=list(shape),
                 remedy="correct config.json, or save the model again",
             )
+    check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
 
 
-def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
+def _check_layers_alike(source: ModelSource, family: Family) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
+    inside = [(name, *split_layer(name)) for name in source.tensors if not is_ignored(name)]
+    layers = family.layers(source.config)
+    stacks = {layer: family.stack_of(layer) for layer in layers}
     said = None if family.pair else family.dense_config(source.config).get("layer_types")
     kinds = said if isinstance(said, list) and len(said) == len(layers) else [stack_of(layer)[0] for layer in layers]
-    found: dict[Layer, set[str]] = {layer: set(family.stack_of(layer).mlp.values()) for layer in layers}
-    for name in source.tensors:
-        layer, path = split_layer(name)
-        if layer is None or is_ignored(name) or name != family.in_layer(layer, path):  # a list of layers beside the model's
+    found: dict[Layer, set[str]] = {layer: set(stack.mlp.values()) for layer, stack in stacks.items()}
+    for name, layer, path in inside:
+        if layer is None or name != family.in_layer(layer, path):  # a list of layers beside the model's
             continue
         if layer not in found:
             what, where = "the weights have more layers than config.json says", f"{source.where}: {name}"
             raise SourceError(
                 what, where=where, expected=f"{len(layers)} layers", remedy=f"correct config.json, or {SAVE_AGAIN}"
             )
-        if path not in family.stack_of(layer).first:
+        if path not in stacks[layer].first:
             found[layer].add(path)
     alike: dict[object, set[str]] = {}
     for kind, names in zip(kinds, found.values(), strict=True):
@@ -202,8 +202,13 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
         for name, each in entries(config.get(key)):  # a kind is a word, and a number one that fits a float
             if (name in ("rope_type", "type") and not isinstance(each, str)) or (isinstance(each, int) and abs(each) > 2**60):
                 raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
-    if pair:
-        check_one_embedding(config, where=where)
+    if pair and config.get("share_encoder_decoder_embeddings") is False:
+        raise SourceError(
+            "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
+            where=where,
+            found="share_encoder_decoder_embeddings: false",
+            remedy="choose a base model that shares its embedding",
+        )
 
 
 def _is_kind(value: object, kind: type, span: tuple[int, int]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from modekit.errors import MismatchError, SourceError
+from modekit.errors import MismatchError
 from modekit.sources.config import Config, read_beside
 from modekit.sources.family import Family
 from modekit.sources.stack import Stack
@@ -163,17 +163,6 @@ PAIRS: tuple[Family, ...] = (
     _t5(gated=False),
     _t5(gated=True),
 )
-
-
-def check_one_embedding(config: Config, *, where: str) -> None:
-    """Raise SourceError for a model whose encoder and decoder have embeddings of their own."""
-    if config.get("share_encoder_decoder_embeddings") is False:
-        raise SourceError(
-            "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
-            where=where,
-            found="share_encoder_decoder_embeddings: false",
-            remedy="choose a base model that shares its embedding",
-        )
 
 
 def check_same_target(sources: Sequence[ModelSource]) -> None:

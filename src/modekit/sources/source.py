@@ -95,9 +95,9 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     """
     where = f"{label} ({spec})"
     config = read_config(folder, where=where)
+    files, tensors = weight_files(folder, where=where), dict[str, TensorRef]()
     check_no_code(config, where=where, run=run)
-    tensors: dict[str, TensorRef] = {}
-    for file in weight_files(folder, where=where):
+    for file in files:
         tensors |= read_header(file, where=where)
     packing, packed = config.pop("quantization_config", None), ""
     if packing:

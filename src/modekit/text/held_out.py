@@ -97,10 +97,13 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
 
     Raises TextError for a text that is not there, whoever would read it.
     """
+    for domain, specs in recipe.eval.items():
+        find_text(specs, root=root, where=f"eval.{domain}")
     notes, writers, texts = list[str](), list[str](), dict[str, tuple[int, list[Path | str]]]()
     for place, expert in enumerate(recipe.experts):
+        specs = texts_of(expert)
         if not expert.writes_text or is_written(expert, root):
-            found = find_text(texts_of(expert), root=root, where=_where(expert, place))
+            found = find_text(specs, root=root, where=_where(expert, place))
             size = sum(map(_bytes_of, found))
             if found:
                 texts[expert.name] = size, found
@@ -116,8 +119,6 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
                 expected="pairs of source and target",
                 remedy="give parallel text",
             )
-    for domain, specs in recipe.eval.items():
-        find_text(specs, root=root, where=f"eval.{domain}")
     if writers:
         notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
     return [*notes, *_one_text(texts)]

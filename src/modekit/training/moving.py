@@ -19,7 +19,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.places import ATTENTION
+from modekit.planning.leaders import ATTENTION
 from modekit.sources.stack import Stack
 from modekit.training.settings import Group
 

@@ -36,7 +36,7 @@ def reader(opened: OpenFiles) -> Read:
 def folded(change: LowRank, base: FlatArray, shape: tuple[int, ...], read: Read) -> Rows:
     """A changed weight (O, I), (V, D) of an embedding, or (E, O, I) of fused experts, as a flat float32 array.
 
-    Of fused experts, expert e is its e-th part of O I numbers; `planning.tensors.as_in` says which tensors are folded.
+    Of fused experts, expert e is its e-th part of O I numbers; `as_in` (made.py) says which tensors are folded.
     `base` is the base's weight, or the adapter's replacement of it, flat, in any float dtype. An element never depends on the
     slices by which it is read. Reading in order computes every row once (a DoRA embedding twice, for the norms of its columns).
     """

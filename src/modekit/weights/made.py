@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 
 from modekit.recipes.backbone import BackboneMerge
-from modekit.sources.adapter import LowRank
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of
+from modekit.sources.source import ModelSource
 from modekit.weights.few_bits import bytes_of_codes, codes_of, steps_of
 from modekit.weights.flat import FlatArray, Rows, below, stored
 from modekit.weights.folding import folded, reader
@@ -219,3 +220,11 @@ Made = Copy | Columns | Fold | Delta | Join | Scale | Merged | Zeros | Padded
 def scaled(made: Made, factor: float) -> Made:
     """Times a number."""
     return made if factor == 1.0 or isinstance(made, Zeros) else Scale(made, factor)
+
+
+def as_in(source: ModelSource, ref: TensorRef) -> Copy | Fold:
+    """The tensor `ref` of the base model as a model or adapter has it. Raises MismatchError when it has another shape."""
+    if not isinstance(source, AdapterSource):
+        return Copy(source.matching(ref))
+    given = source.replaced.get(ref.name, ref)
+    return Fold(given, source.changes[ref.name]) if ref.name in source.changes else Copy(given)

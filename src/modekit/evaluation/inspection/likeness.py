@@ -18,13 +18,13 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
 from modekit.planning.changes import touched
-from modekit.planning.tensors import as_in
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import split_layer
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.weights.flat import FlatArray, holds_only_finite
+from modekit.weights.made import as_in
 from modekit.weights.numeric import BLOCK, to_float32
 from modekit.weights.reading import WeightReader
 
