@@ -27,6 +27,8 @@ _OF_MEMORY = {"accumulate", "checkpointing"}  # what a training may go on with o
 class TrainingFolder(StatesFolder):
     """Beside the folder `out` that the trained mixture goes to."""
 
+    tables_follow = True
+
     def digest_in_out(self) -> str | None:
         """Of the trainings that the record tells of, which is written last."""
         if not (self.out / RECORD_FILE).exists():

@@ -39,6 +39,9 @@ class _Claim(BaseModel):
 class StatesFolder:
     """Beside the folder `out` that will hold what was trained. Use `take`. The main process writes; all read."""
 
+    tables_follow = False
+    """Whether a table is still to come once what was trained is in its place."""
+
     def __init__(self, out: Path) -> None:
         self.out = out
         self._work = WorkFolder(out, "training", [f"{name}.json" for name in (WRITING, "trained", "before", _SETTINGS)])
@@ -121,7 +124,8 @@ class StatesFolder:
                 self.remove()
         except BaseException as error:
             steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
-            done = done or (steps is None and self.is_held and self.is_written)
+            ended = steps is None or not self.tables_follow
+            done = done or (ended and self.is_held and self.is_written)
             if self.is_held and (done or steps is None):
                 self.remove()
             if isinstance(error, (KeyboardInterrupt, InterruptError)):
