@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import peft
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from building.test_carry import SIZES
+from adapter_folders import train_adapter
+from building.test_carry import LINEAR, SIZES
 from command_line import modekit
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
@@ -23,9 +27,9 @@ from modekit.recipes.read import parse_recipe
 from refusal import tree
 
 
-def full_shop(root: Path, directions: int | None) -> Workshop:
+def full_shop(root: Path, directions: int | None, dtype: torch.dtype = torch.float32) -> Workshop:
     """A base and a full model per domain that differs from it in every weight in few directions, or, FFNs aside, in all."""
-    save(tiny_model(**SIZES), root / "base")
+    save(tiny_model(**SIZES).to(dtype), root / "base")
     write_text(root / "text", documents=200)
     for seed, name in enumerate(DOMAINS):
         model, generator = tiny_model(**SIZES), torch.Generator().manual_seed(seed)
@@ -40,7 +44,7 @@ def full_shop(root: Path, directions: int | None) -> Workshop:
                     left = torch.randn((rows, directions), generator=generator)
                     change = left @ torch.randn((directions, columns), generator=generator)
                 parameter.add_(0.1 * parameter.std() * change / change.std())
-        save(model, root / name)
+        save(model.to(dtype), root / name)
     experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
     return Workshop(root, {"base_model": "./base", "experts": [*experts, {**experts[0], "name": "general", "model": "base"}]})
 
@@ -96,6 +100,21 @@ def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Pa
     assert max(lost_of(checkpoint.folder)) > 0.05 and is_proven(verify(checkpoint, reload=False))
     again, _ = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder)
+    check_measure(checkpoint.folder)
+
+
+@pytest.mark.parametrize(("size", "modules", "dtype"), [(0.016, LINEAR, "bfloat16"), (0.19, ["o_proj"], "float32")])
+def test_a_small_adapter_is_rounded_away_and_a_large_one_unseen_by_a_norm(
+    tmp_path: Path, size: float, modules: list[str], dtype: str
+) -> None:
+    """Beside a full model: several in a hundred are lost of either, though there is a channel for all of it."""
+    shop = full_shop(tmp_path, 2, dtype=getattr(torch, dtype))
+    folder = train_adapter(tmp_path / "base", peft.LoraConfig(r=2, lora_alpha=2, target_modules=modules), tmp_path / "small")
+    generator, file = np.random.default_rng(0), folder / "adapter_model.safetensors"
+    save_file({key: generator.normal(0, size, each.shape).astype(np.float32) for key, each in load_file(file).items()}, file)
+    experts = [{"name": DOMAINS[0], "adapter": "./small", "text": shop.recipe["experts"][0]["text"]}, shop.recipe["experts"][1]]
+    checkpoint, _ = built(shop, tmp_path / "OUT", experts=experts, output={"format": "plain"})
+    assert 0.03 < lost_of(checkpoint.folder)[0] < 0.08
     check_measure(checkpoint.folder)
 
 

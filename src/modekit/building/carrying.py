@@ -16,7 +16,7 @@ Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,6 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 from modekit.weights.numeric import Singles
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
@@ -63,10 +62,9 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 def _measured(plan: Plan, size: CarrySize, kept: Path, run: Run) -> Carried:
     from modekit.routing.stream import measure_stream
 
-    stream = measure_stream(plan, kept, run)
     with OpenFiles() as opened:
         read = WeightReader(opened, plan.models)
-        carried = carry_bases(Differences(plan, read), size, stream, run)
+        carried = carry_bases(Differences(plan, read), size, measure_stream(plan, kept, run), run)
         if size.is_exact:
             return carried
         from modekit.building.lost import measure_lost
@@ -151,26 +149,6 @@ class Carrying:
             if change is not None:
                 read_RA += change.under(change.times(duals_AR).T)
         return read_RA
-
-    def through(self, expert: int) -> Iterator[tuple[str, Singles]]:
-        """The base's tensors as an expert has them in the result, as far as they are carried: attention, head and embedding."""
-        differences, carried = self._differences, self._carried
-        for layer in range(differences.layers if self._size.inputs else 0):
-            seen = carried.inputs[layer] @ self._of_attention(layer, expert)
-            changes = np.split(seen, np.cumsum(differences.attention_rows(layer))[:-1])
-            pairs = zip(differences.projections(layer), differences.shared_attention(layer), changes, strict=True)
-            yield from ((name, shared + change) for name, shared, change in pairs)
-            yield differences.attention_norm(layer), np.ones(self._channels.hidden, np.float32)
-        for layer in range(differences.layers if self._size.outputs else 0):
-            name = differences.output_projection(layer)
-            yield name, differences.shared(name) + self._written(layer + 1, expert) @ self._outputs_read(layer)
-        if carried.embedding is not None:
-            made = carried.embedding @ self._embedded(expert).T / np.float32(self._channels.embedding_scale)
-            yield weight_of(EMBEDDING), differences.shared(weight_of(EMBEDDING)) + made
-        if carried.head is not None:
-            head_VD = differences.shared(differences.head) * differences.shared(weight_of(FINAL_NORM))
-            yield weight_of(HEAD), head_VD + carried.head @ self._read_next(differences.layers, expert)
-            yield weight_of(FINAL_NORM), np.ones(self._channels.hidden, np.float32)
 
     def _below(self, channels: slice) -> slice:
         return slice(channels.start - self._channels.hidden, channels.stop - self._channels.hidden)

@@ -1,18 +1,21 @@
 """What a plain checkpoint will lose of its experts, measured before it is written as `modekit verify --deep` does afterwards.
 
-    lost = KL(own || carried) / KL(own || base)
+    lost = KL(own || written) / KL(own || base)
 
-over the beginnings of every domain's own fit text. The base's class computes with an expert's own numbers, and with those that
-come through the channels.
+over the beginnings of every domain's own fit text. The base's class computes with an expert's own numbers, and then, as wide as
+the result, with those that its files will have: rounded as they are, and all that channels change.
 
-Shape legend: N predicted tokens, V vocabulary.
+Shape legend: N predicted tokens, V vocabulary, M experts that each expert has of its own, F hidden units, D hidden size, X
+anything.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,56 +25,97 @@ from modekit.building.differences import Differences
 from modekit.checkpoint.carried import Carried
 from modekit.evaluation.forced import SAME, divergence
 from modekit.loaded.load import load_model
+from modekit.loaded.native import dense_model
 from modekit.loaded.passes import predicted_logits
 from modekit.planning.carry import LOST_TOKENS
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import Plan
 from modekit.routing.stream import beginnings
 from modekit.run import Run
-from modekit.sources.names import HEAD, weight_of
+from modekit.sources.names import HEAD, in_layer, weight_of
 from modekit.text.sequences import TokenSequence, make_batches
-from modekit.weights.numeric import Singles
+from modekit.weights.numeric import Singles, as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
+
+_STAGE = "measure what is carried"
 
 
 def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, run: Run) -> tuple[float, ...]:
     """Per expert; of the base itself over what the others differ by on average. Raises SourceError and TextError."""
+    channels = plan.shape.channels
+    assert channels is not None
     model = load_model(plan.sources[0].folder, run=run)  # in bfloat16 a whole LoRA would seem to lose 0.7 % (SmolLM2)
     rows = model.get_input_embeddings().weight.shape[0]
     texts = [_beginning(each) for each in beginnings(plan, kept, rows, run)]
-    apart, experts = list[tuple[float, float]](), _Experts(plan, read, carried)
-    for expert, text in run.over("measure what is carried", list(enumerate(texts)), len(texts)):
-        _set(model, experts.own(expert))
-        own = _logits(model, text)
-        _set(model, experts.carried(expert))
-        lost = _divergence(own, _logits(model, text))
-        _set(model, experts.own(-1))  # the base's, which lies before the experts
-        apart.append((lost, _divergence(own, _logits(model, text))))
-    changed = [total for _, total in apart if total > SAME]
+    differences, own, totals, steps = Differences(plan, read), list[list[torch.Tensor]](), list[float](), 2 * len(texts)
+    for expert, text in enumerate(texts):
+        run.progress(_STAGE, expert, steps)
+        _set(model, _own(plan, differences, expert))
+        own.append(_logits(model, text))
+        _set(model, _own(plan, differences, -1))  # the base's, which lies before the experts
+        totals.append(_divergence(own[-1], _logits(model, text)))
+    del model
+    written, lost = _WrittenNumbers(plan, read, carried), list[float]()
+    state = {name: torch.from_numpy(numbers) for name, numbers in (*written.backbone(), *written.of(0))}
+    dense = plan.family.dense_config(plan.sources[0].config)
+    model = dense_model(dense, channels.widened(dense), state)
+    del state
+    for expert, text in enumerate(texts):
+        run.progress(_STAGE, len(texts) + expert, steps)
+        _set(model, written.of(expert))
+        lost.append(_divergence(own[expert], _logits(model, text)))
+    run.progress(_STAGE, steps, steps)
+    changed = [total for total in totals if total > SAME]
     usual = sum(changed) / len(changed) if changed else 1.0
-    return tuple(round(lost / (total if total > SAME else usual), 4) for lost, total in apart)
+    return tuple(round(part / (total if total > SAME else usual), 4) for part, total in zip(lost, totals, strict=True))
 
 
-class _Experts:
-    """The numbers of experts, by what the base's class calls them."""
+def _own(plan: Plan, differences: Differences, expert: int) -> Iterator[tuple[str, Singles]]:
+    """All of an expert's own numbers, by what the base's class calls them."""
+    yield from ((name, differences.own(name, expert)) for name in plan.family.own_names(plan.sources[0]))
+    yield weight_of(HEAD), differences.own(differences.head, expert)
+
+
+class _WrittenNumbers:
+    """The numbers that the result will have, by what the base's class calls them with one expert's in place of all."""
 
     def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
-        self._differences, self._carrying = Differences(plan, read), Carrying(plan, read, carried)
-        self._names, routed = plan.family.own_names(plan.sources[0]), plan.shape.routed
-        self._ffn = (f".{plan.family.decoder.ffn}.",) if routed is None else tuple(f".{path}" for path in routed.own)
+        shards = plan.shards if plan.reused is None else plan.reused.otherwise
+        self._tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        self._plan, self._read = plan, read
+        read.fills = Carrying(plan, read, carried).fill
 
-    def own(self, expert: int) -> Iterator[tuple[str, Singles]]:
-        """All of an expert's own."""
-        yield from ((name, self._differences.own(name, expert)) for name in self._names)
-        yield weight_of(HEAD), self._differences.own(self._differences.head, expert)
+    def backbone(self) -> Iterator[tuple[str, Singles]]:
+        """What all share."""
+        yield from ((name, self._numbers(name)) for name, tensor in self._tensors.items() if tensor.role == "backbone")
 
-    def carried(self, expert: int) -> Iterator[tuple[str, Singles]]:
-        """Those that are others in the result: FFNs of their own and the norms before them stay."""
-        norms = {self._differences.ffn_norm_name(layer) for layer in range(self._differences.layers)}
-        own = {name for name in self._names if any(part in name for part in self._ffn)}
-        shared = [name for name in self._names if name not in own | norms]
-        yield from ((name, self._differences.shared(name)) for name in shared)
-        yield weight_of(HEAD), self._differences.shared(self._differences.head)
-        yield from self._carrying.through(expert)
+    def of(self, expert: int) -> Iterator[tuple[str, Singles]]:
+        """An expert's FFNs; of one that is a mixture itself its experts and gates."""
+        shape = self._plan.shape
+        assert isinstance(shape, NativeShape) and shape.channels is not None
+        native, routed, count = shape.native, shape.routed, max(1, shape.channels.inner)
+        for layer in range(shape.channels.layers + 1):
+            if native.fused is not None:
+                both_MXD, down_MDF = (self._numbers(in_layer(layer, path), expert * count, count) for path in native.fused)
+            else:
+                paths = [in_layer(layer, str((native.experts or {})[part])) for part in ("gate", "up", "down")]
+                numbers = range(expert * count, (expert + 1) * count)
+                gate, up, down_MDF = (np.stack([self._numbers(path.format(expert=n)) for n in numbers]) for path in paths)
+                both_MXD = np.concatenate([gate, up], axis=1)
+            if routed is not None:
+                yield in_layer(layer, routed.gate_up), both_MXD
+                yield in_layer(layer, routed.down), down_MDF
+                yield in_layer(layer, routed.gate), self._numbers(in_layer(layer, native.router), expert * count, count)
+            else:
+                parts = zip(("gate", "up", "down"), (*np.split(both_MXD[0], 2), down_MDF[0]), strict=True)
+                yield from ((in_layer(layer, shape.family.decoder.mlp[part]), matrix) for part, matrix in parts)
+
+    def _numbers(self, name: str, first: int = 0, count: int | None = None) -> Singles:
+        """Of a tensor, or of so many rows of its first axis, as its dtype has them."""
+        tensor = self._tensors[name]
+        size, last = math.prod(tensor.shape[1:]), tensor.shape[0] if count is None else first + count
+        numbers = to_float32(tensor.made.numbers(self._read)[first * size : last * size])
+        return to_float32(as_array(to_bytes(numbers, tensor.dtype), tensor.dtype)).reshape(-1, *tensor.shape[1:])
 
 
 def _beginning(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

@@ -113,7 +113,8 @@ def memory_of(plan: Plan) -> dict[str, int]:
         one = parameters["backbone"] + parameters["per_expert"] if plan.shape.plain else parameters["total"]
         width = 12 * whole(plan.config, plan.family.width) + whole(plan.config, "vocab_size")
         activations = 16 * router.sequence_length * width * 4
-        fit = one * itemsize + activations + statistics_bytes(plan) * (1 if row.runs_models else 4)
+        runs = row.runs_models or plan.shape.channels is not None  # these run one expert over a few tokens, without logits
+        fit = runs * one * itemsize + row.runs_models * activations + statistics_bytes(plan) * (1 if row.runs_models else 4)
     factored = (
         working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
         for tensor in plan.tensors

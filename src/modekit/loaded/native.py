@@ -29,7 +29,7 @@ from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import other_record
 from modekit.run import QUIET, Run
-from modekit.sources.config import whole
+from modekit.sources.config import Config, whole
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import Native
 from modekit.sources.remote_code import check_no_code
@@ -213,20 +213,21 @@ class DenseView:
         run.begin(LOADING)
         self._native = native_of(checkpoint)
         _check_sizes(checkpoint)
-        config = _dense_config(checkpoint, run)
+        check_no_code(checkpoint.record.dense_config, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
         block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
         outside = (name for name in checkpoint.tensors if not split_layer(name)[1].startswith(f"{block}."))
         state = {name: self._read(name) for name in outside}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
         try:
-            with without_bars():
-                self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                    None, config=config, state_dict=state, dtype=dtype
-                )
+            self.model = dense_model(checkpoint.record.dense_config, _wide(checkpoint), state, dtype)
         except Exception as error:  # as in load_model
-            raise _not_dense(checkpoint, said_by(error)) from None
-        self.model.to(self._device).eval()
+            raise CheckpointError(
+                "one expert of the mixture is no model of the base's kind",
+                where=f"{checkpoint.folder}: dense_config",
+                found=said_by(error),
+                remedy="build the mixture again",
+            ) from None
 
     def use_expert(self, expert: int) -> None:
         """Put expert `expert` (index in recipe order) into every layer."""
@@ -261,33 +262,27 @@ class DenseView:
         return tensor.to(self._dtype)
 
 
-def _dense_config(checkpoint: Checkpoint, run: Run) -> PreTrainedConfig:
-    """The base's config, as the record keeps it."""
-    said = checkpoint.record.dense_config
-    check_no_code(said, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(dict(said)))
-        for key, value in _wide(checkpoint).items():
-            if said.get(key) != value:  # a config checks sizes as they are in models that people make, when it is made
-                setattr(config, key, value)
-        return config
-    except Exception as error:  # configs check themselves, each in its own way
-        raise _not_dense(checkpoint, said_by(error)) from None
+def dense_model(
+    said: Config, wide: Config, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Of a dense config's own class, with what it is as wide as the result, on the default device. Raises what transformers
+    does.
+    """
+    config: PreTrainedConfig = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(dict(said)))
+    for key, value in wide.items():
+        if said.get(key) != value:  # a config checks sizes as they are in models that people make, when it is made
+            setattr(config, key, value)
+    with without_bars():
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype
+        )
+    return model.to(default_device()).eval()
 
 
 def _wide(checkpoint: Checkpoint) -> dict[str, Any]:
     """The base's config, with the channels that the checkpoint has besides the base's."""
     channels = checkpoint.shape.channels
     return dict(checkpoint.record.dense_config) if channels is None else channels.widened(checkpoint.record.dense_config)
-
-
-def _not_dense(checkpoint: Checkpoint, found: str) -> CheckpointError:
-    return CheckpointError(
-        "one expert of the mixture is no model of the base's kind",
-        where=f"{checkpoint.folder}: dense_config",
-        found=found,
-        remedy="build the mixture again",
-    )
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:

@@ -20,6 +20,8 @@ from modekit.sources.source import ModelSource
 
 STREAM_TOKENS = 4_096
 """Of all domains together: the beginnings of their text, which the base reads at a build that carries more than FFNs."""
+SAMPLE_TOKENS, SAMPLE_BYTES = 1_024, 2**28
+"""The most of a sample of what its layers read."""
 LOST_TOKENS = 512
 """Of every domain, on which is measured what of full models is carried."""
 BLOCK = 32

@@ -32,7 +32,7 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
     free, memory, to_carry = disk_of(plain.root / "OUT").free, _memory(), bytes_to_carry(plain)
     if to_carry > memory:
-        needs = f"a build of a plain checkpoint runs the base in float32 ({bytes_of(to_carry)})"
+        needs = f"a build of a plain checkpoint runs the base ({bytes_of(to_carry)})"
         return replace(other, why=f"{needs}, and there is less memory: nothing was measured ({sizes})")
     lacking = "memory" if plain.bytes_written > memory else "free disk" if disk_needed(plain) > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modekit.planning.carry import LOST_TOKENS
+from modekit.planning.carry import LOST_TOKENS, SAMPLE_BYTES, SAMPLE_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.sources.config import whole
@@ -32,8 +32,16 @@ def statistics_bytes(plan: Plan) -> int:
 
 
 def bytes_to_carry(plan: Plan) -> int:
-    """Bytes of memory in which a build runs the base in float32, beside logits and copies of its head, for what is carried."""
-    channels, words = plan.shape.channels, whole(plan.config, "vocab_size")
+    """Bytes of memory in which a build runs the base, a layer at a time in float32, for what is carried; where not all is, also
+    every expert as wide as the result, beside the logits of all.
+    """
+    channels, words, base = plan.shape.channels, whole(plan.config, "vocab_size"), plan.sources[0]
     if channels is None or channels.carry is None:
         return 0
-    return 4 * (plan.sources[0].parameters + 4 * words * (channels.hidden + LOST_TOKENS))
+    sample = SAMPLE_TOKENS * 4 * channels.layers * (channels.hidden + channels.heads * channels.head_dim)
+    twice = 2 * min(sample, SAMPLE_BYTES)  # while its parts are put together
+    halves, outside = {ref.dtype for ref in base.tensors.values()} == {"BF16"}, words * channels.hidden
+    stream = base.parameters * (2 if halves else 4) + 4 * (outside + (base.parameters - outside) // channels.layers)
+    parameters = {} if channels.carry.is_exact else plan.parameters()
+    one = parameters.get("backbone", 0) + parameters.get("per_expert", 0)
+    return twice + max(stream, 4 * (one + words * LOST_TOKENS * (plan.shape.experts + 5) if one else 0))

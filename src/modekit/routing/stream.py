@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from modekit.errors import SourceError, TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.loaded.passes import removed
-from modekit.planning.carry import STREAM_TOKENS
+from modekit.planning.carry import SAMPLE_BYTES, SAMPLE_TOKENS, STREAM_TOKENS
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
@@ -27,8 +27,6 @@ from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream
 
-_SAMPLE, _BYTES = 1_024, 2**28
-"""The most tokens, and bytes, of the sample."""
 _MEASURE, _LAST = "measure the stream", "model.norm"
 
 
@@ -48,7 +46,7 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     )
     width = 4 * len(layers) * (channels.hidden + channels.heads * channels.head_dim)
     taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST])
-    taps.run(model, sequences, max(128, min(_SAMPLE, _BYTES // width)), run)
+    taps.run(model, sequences, max(128, min(SAMPLE_TOKENS, SAMPLE_BYTES // width)), run)
     sizes, samples = ({name: torch.cat(parts) for name, parts in each.items()} for each in (taps.sizes, taps.samples))
     if not sizes[_LAST].isfinite().all():
         raise SourceError(
@@ -98,7 +96,7 @@ class _Taps:
                 self.sizes[name].append(sizes_N.cpu())
                 x_ND = x_ND / sizes_N[:, None]
             if name in self.samples:
-                self.samples[name].append(x_ND[::every].cpu())
+                self.samples[name].append(x_ND[::every].clone().cpu())  # a view would keep all
 
         run.begin(_MEASURE, total)
         names = {**self.sizes, **self.samples}
