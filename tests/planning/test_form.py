@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,8 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
     if lacking == "memory":
-        monkeypatch.setattr(choice, "_memory", lambda: 1_000)
+        small = planned(shop, "cough", "oath", mixture={"router": {"buckets": 64}}, output={"format": "modekit"})
+        monkeypatch.setattr(choice, "_memory", lambda: small.bytes_written)
     else:
         free = choice.disk_of(shop.root)._replace(free=1_000)
         monkeypatch.setattr(choice, "disk_of", lambda path: free)
@@ -93,31 +93,29 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
     assert planned(shop, "cough", "oath", output={"format": "plain"}).shape.plain
 
 
-@pytest.mark.parametrize("names", [("law", "fever"), ("fever", "court")])
-def test_a_base_that_does_not_fit_this_machine_is_not_run(
+@pytest.mark.parametrize("names", [("law", "fever"), ("fever", "court"), ("cough", "oath")])
+def test_a_base_that_does_not_fit_this_machine_is_run_layer_by_layer(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    """In float32, beside logits of a text: no full model is measured, and no stream."""
+    """No form of it would run here, so that memory speaks for none: the plain one is planned as on any other machine."""
     plain = planned(shop, *names)
+    monkeypatch.setattr(choice, "_memory", lambda: 1_000)
+    assert (plan := planned(shop, *names)).shape.plain and plan.why == plain.why and plan.otherwise == plain.otherwise
+
+
+def test_memory_is_that_of_one_layer(shop: Workshop, tmp_path: Path) -> None:
+    """Beside a sample of what layers read, embedding and head, and, where an expert is measured, logits of a text."""
+    deep = make_workshop(tmp_path, num_hidden_layers=3)
+    experts = [{"name": name, "model": f"./{name}", "text": "./text/law.jsonl"} for name in ("law", "code")]
+    recipe = {"base_model": "./base", "experts": experts, "output": {"format": "plain", "carry": "all"}}
+    one, three = (make_plan(parse_recipe(recipe), each.root) for each in (shop, deep))
+    sample = 2 * 1_024 * 4 * (32 + 32)  # numbers of hidden state and attention's output in a layer
+    assert bytes_to_carry(three) - bytes_to_carry(one) == pytest.approx(2 * sample, rel=0.2)
     base = load_file(shop.root / "base" / "model.safetensors")
-    assert plain.shape.plain and bytes_to_carry(plain) > sum(4 * tensor.numel() for tensor in base.values()) + 4 * 512 * 97
-    assert memory_of(plain)["build"] > bytes_to_carry(plain) and bytes_to_carry(planned(shop, "ffn", "base_too")) == 0
-    monkeypatch.setattr(choice, "_memory", lambda: bytes_to_carry(plain) - 1)
-    plan = planned(shop, *names)
-    assert not plan.shape.plain and plan.otherwise is None and "there is less memory: nothing was measured" in plan.why
-
-
-def test_adapters_alone_take_the_memory_of_the_base_as_its_files_have_it(shop: Workshop, tmp_path: Path) -> None:
-    """Measured on SmolLM2: 0.70 GB besides torch, where 1.33 were said; no expert is run."""
-    names, needed = ("fever", "court"), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        base = {key: each.to(dtype) for key, each in load_file(shop.root / "base" / "model.safetensors").items()}
-        folder = shutil.copytree(shop.root / "base", tmp_path / str(dtype))
-        save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
-        needed[dtype] = bytes_to_carry(planned(shop, *names, base_model=str(folder)))
-    numbers = sum(each.numel() for each in load_file(shop.root / "base" / "model.safetensors").values())
-    assert needed[torch.float32] - needed[torch.bfloat16] == 2 * numbers
-    assert bytes_to_carry(planned(shop, "law", "fever")) > needed[torch.float32]
+    assert memory_of(one)["build"] > bytes_to_carry(one) > sum(4 * tensor.numel() for tensor in base.values()) + 4 * 512 * 97
+    assert bytes_to_carry(planned(shop, "fever", "court")) < bytes_to_carry(one) and not bytes_to_carry(
+        planned(shop, "ffn", "base_too")
+    )
 
 
 def test_full_models_are_measured_unless_the_recipe_says_what_becomes_of_them(shop: Workshop) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from modekit.files.disk import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.room import bytes_to_carry, disk_needed, statistics_bytes
+from modekit.planning.room import bytes_to_carry, disk_needed, held_by_layers, statistics_bytes
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.choices import why_chosen
 from modekit.recipes.read import load_recipe
@@ -106,11 +106,10 @@ def memory_of(plan: Plan) -> dict[str, int]:
 
     What runs a model, a fit included, holds torch and transformers as well, 0.4 GB.
     """
-    parameters, fit = plan.parameters(), 0
-    router, row = plan.recipe.mixture.router, plan.recipe.mixture.fit
+    router, row, fit = plan.recipe.mixture.router, plan.recipe.mixture.fit, 0
     if row is not None and row.reads_text:
         itemsize = 4 if router.compute_dtype == "float32" else 2
-        one = parameters["backbone"] + parameters["per_expert"] if plan.shape.plain else parameters["total"]
+        one = held_by_layers(plan) if plan.shape.plain else plan.parameters()["total"]
         width = 12 * whole(plan.config, plan.family.width) + whole(plan.config, "vocab_size")
         activations = 16 * router.sequence_length * width * 4
         runs = row.runs_models or plan.shape.channels is not None  # these run one expert over a few tokens, without logits

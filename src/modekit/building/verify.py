@@ -29,7 +29,7 @@ from modekit.checkpoint.sources import changed_settings
 from modekit.errors import ModekitError, SourceError
 from modekit.files.figures import file_count
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
-from modekit.files.typed import shortened
+from modekit.files.typed import said_by, shortened
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor
@@ -216,7 +216,7 @@ def _check_router(checkpoint: Checkpoint) -> Check:
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
     import torch
 
-    from modekit.loaded.load import LOADING, auto_class, check_loadable, said_by, without_bars, without_report
+    from modekit.loaded.load import LOADING, auto_class, check_loadable, without_bars, without_report
 
     run.begin(LOADING)
     name = "reload in transformers"

@@ -84,6 +84,11 @@ def shortened(text: object) -> str:
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
+def said_by(error: BaseException) -> str:
+    """The first line of another library's error, or its kind where it says nothing."""
+    return shortened(error) or type(error).__name__
+
+
 def entries(data: object) -> Iterator[tuple[str, object]]:
     """Every key and its value in mappings, and in mappings and lists within these."""
     waiting = [data]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -25,12 +26,12 @@ from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_json
-from modekit.files.typed import shortened
+from modekit.files.typed import said_by
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import damaged_model
 from modekit.sources.contents import OpenFiles
-from modekit.sources.header import DTYPE_NAMES
+from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.natives import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
@@ -38,6 +39,7 @@ from modekit.sources.remote_code import check_no_code
 from modekit.sources.source import ModelSource, open_source, read_config
 from modekit.sources.tokenizer import PAIR_FILES
 from modekit.sources.towers import may_wrap
+from modekit.weights.flat import stored
 from modekit.weights.folding import folded, reader
 from modekit.weights.numeric import to_float32
 
@@ -108,12 +110,8 @@ def _check_tokenizer_config(folder: Path) -> None:
     except UNREADABLE as error:
         raise damaged_model("the tokenizer cannot be read", where, error) from None
     if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
-        raise SourceError(
-            "the tokenizer's config names other files than tokenizer.json",
-            where=where,
-            expected="a mapping without fast_tokenizer_files",
-            remedy="save the tokenizer again with transformers 5",
-        )
+        what, remedy = "the tokenizer's config names other files than tokenizer.json", "save it again with transformers 5"
+        raise SourceError(what, where=where, expected="a mapping without fast_tokenizer_files", remedy=remedy)
 
 
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
@@ -155,13 +153,14 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
                 else _language_model(read, dtype)
             )
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
-        raise SourceError(
-            "transformers cannot load the model",
-            where=str(folder),
-            found=said_by(error),
-            remedy="save or build it again; memory must suffice for it",
-        ) from None
+        raise not_loaded(str(folder), error) from None
     return model.to(default_device()).eval()
+
+
+def not_loaded(where: str, error: Exception) -> SourceError:
+    """What is said where transformers, or a model's own code, raises something."""
+    remedy = "save or build it again; memory must suffice for it"
+    return SourceError("transformers cannot load the model", where=where, found=said_by(error), remedy=remedy)
 
 
 def _read_by_us(folder: Path, run: Run) -> ModelSource | None:
@@ -177,14 +176,17 @@ def _read_by_us(folder: Path, run: Run) -> ModelSource | None:
 def _language_model(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
     """As its own class has it, so that it is saved by that class's names; what is packed in float32. Raises SourceError."""
     with OpenFiles() as opened:
-        state = {
-            name: torch.frombuffer(opened.read(ref), dtype=getattr(torch, DTYPE_NAMES[ref.dtype])).view(ref.shape)
-            for name, ref in source.tensors.items()
-        }
+        state = {name: read_tensor(opened, ref) for name, ref in source.tensors.items()}
     config = AutoConfig.for_model(**source.config)
     kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     model: PreTrainedModel = kinds[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return model
+
+
+def read_tensor(opened: OpenFiles, ref: TensorRef) -> torch.Tensor:
+    """A stored tensor in its own dtype, or, where it is packed, in float32."""
+    numbers = stored(opened, ref)[:].view(np.uint8)
+    return torch.from_numpy(numbers).view(getattr(torch, DTYPE_NAMES[ref.dtype])).view(ref.shape)
 
 
 def auto_class(folder: Path) -> Any:
@@ -193,11 +195,6 @@ def auto_class(folder: Path) -> Any:
     pair = config["model_type"] in {family.model_type for family in PAIRS}
     mixture = config["model_type"] == "modekit" and config.get("architectures") == [PAIR_CLASS]
     return AutoModelForSeq2SeqLM if pair or mixture else AutoModelForCausalLM
-
-
-def said_by(error: BaseException) -> str:
-    """The first line of another library's error, or its kind where it says nothing."""
-    return shortened(error) or type(error).__name__
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

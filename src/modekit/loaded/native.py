@@ -3,7 +3,7 @@
 What native routers return differs between versions of transformers; what they read does not, so that everything here goes
 by that.
 
-Shape legend: B batch, S sequence, D width, E experts, T tokens.
+Shape legend: B batch, S sequence, D width, E experts, T tokens, M experts of each, F hidden units, X twice as many.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
-from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
+from modekit.files.typed import said_by
+from modekit.loaded.layers import LayerByLayer
+from modekit.loaded.load import LOADING, decoder_layers
 from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import other_record
+from modekit.recipes.layers import Layer
 from modekit.run import QUIET, Run
 from modekit.sources.config import Config, whole
 from modekit.sources.names import in_layer, split_layer
@@ -200,41 +201,29 @@ def native_of(checkpoint: Checkpoint) -> Native:
 
 class DenseView:
     """The backbone of a native checkpoint with one expert's FFN at a time, as a model of the dense family's own class: the
-    cost of a dense pass, one dense model in memory whatever the number of experts.
+    cost of a dense pass, one layer in memory whatever the number of layers and experts.
 
-    `use_expert` swaps the FFN of every layer without touching the backbone. Weights are memory-mapped and taken as they
-    are where the dtype allows.
+    Weights are memory-mapped and taken as they are where the dtype allows.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, run: Run = QUIET) -> None:
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = default_device()
+        self._checkpoint, self._native, self._dtype, self._expert = checkpoint, native_of(checkpoint), dtype, 0
         run.begin(LOADING)
-        self._native = native_of(checkpoint)
-        _check_sizes(checkpoint)
-        check_no_code(checkpoint.record.dense_config, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
-        block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
-        outside = (name for name in checkpoint.tensors if not split_layer(name)[1].startswith(f"{block}."))
-        state = {name: self._read(name) for name in outside}
-        for layer in range(checkpoint.layers):
-            state.update(self._ffn(layer, 0))
+        said, channels = checkpoint.record.dense_config, checkpoint.shape.channels
+        wide = said if channels is None else channels.widened(said)
+        _check_sizes(checkpoint, wide)
+        check_no_code(said, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
         try:
-            self.model = dense_model(checkpoint.record.dense_config, _wide(checkpoint), state, dtype)
-        except Exception as error:  # as in load_model
-            raise CheckpointError(
-                "one expert of the mixture is no model of the base's kind",
-                where=f"{checkpoint.folder}: dense_config",
-                found=said_by(error),
-                remedy="build the mixture again",
-            ) from None
+            layers = LayerByLayer(said, wide, dtype)
+            layers.use(self._weights)
+        except Exception as error:  # configs check themselves, each in its own way
+            what, where = "one expert of the mixture is no model of the base's kind", f"{checkpoint.folder}: dense_config"
+            raise CheckpointError(what, where=where, found=said_by(error), remedy="build the mixture again") from None
+        self.model = layers.model
 
     def use_expert(self, expert: int) -> None:
-        """Put expert `expert` (index in recipe order) into every layer."""
-        parameters = dict(self.model.named_parameters())
-        for layer in range(self._checkpoint.layers):
-            for name, tensor in self._ffn(layer, expert).items():
-                parameters[name].data = tensor.to(self._device)
+        """From now on the FFN of every layer is that of expert `expert` (index in recipe order)."""
+        self._expert = expert
 
     def router_inputs(self) -> list[nn.Module]:
         """The FFN block of each layer; its input is what the router of that layer reads."""
@@ -243,51 +232,46 @@ class DenseView:
     def in_decoder(self) -> list[bool]:
         return [False] * len(self.router_inputs())
 
-    def _ffn(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Dense names -> tensors of one expert in one layer."""
-        native = self._native
-        if native.experts is not None:
-            names = {part: in_layer(layer, path.format(expert=expert)) for part, path in native.experts.items()}
-            parts = {part: self._read(name) for part, name in names.items()}
-        else:
-            assert native.fused is not None
-            both, down = (self._read(in_layer(layer, path), expert) for path in native.fused)
-            gate, up = both.chunk(2, dim=0)
-            parts = {"gate": gate, "up": up, "down": down}
-        return {in_layer(layer, native.family.decoder.mlp[part]): tensor.contiguous() for part, tensor in parts.items()}
+    def _weights(self, layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
+        block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
+        for name in self._checkpoint.tensors:
+            place, path = split_layer(name)
+            if place == layer and not path.startswith(f"{block}."):
+                yield name, self._read(name)
+        if isinstance(layer, int) and isinstance(self._checkpoint.shape, NativeShape):
+            yield from own_ffn(self._checkpoint.shape, layer, self._expert, self._read)
 
-    def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
+    def _read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         with safe_open(self._checkpoint.tensors[name].file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+            tensor: torch.Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
         return tensor.to(self._dtype)
 
 
-def dense_model(
-    said: Config, wide: Config, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """Of a dense config's own class, with what it is as wide as the result, on the default device. Raises what transformers
-    does.
+def own_ffn(
+    shape: NativeShape, layer: int, expert: int, read: Callable[[str, slice], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The FFN of one expert in a layer of the result, by what the base's class calls it; of an expert that is a mixture itself
+    its experts and gates. `read` gives a tensor, or rows of its first axis.
     """
-    config: PreTrainedConfig = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(dict(said)))
-    for key, value in wide.items():
-        if said.get(key) != value:  # a config checks sizes as they are in models that people make, when it is made
-            setattr(config, key, value)
-    with without_bars():
-        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype
-        )
-    return model.to(default_device()).eval()
+    native, routed, count = shape.native, shape.routed, max(1, shape.inner)
+    own = slice(expert * count, (expert + 1) * count)
+    if native.fused is not None:
+        both_MXD, down_MDF = (read(in_layer(layer, path), own) for path in native.fused)
+    else:
+        paths = [in_layer(layer, (native.experts or {})[part]) for part in ("gate", "up", "down")]
+        numbers = range(own.start, own.stop)
+        gate, up, down_MDF = (torch.stack([read(path.format(expert=each), slice(None)) for each in numbers]) for path in paths)
+        both_MXD = torch.cat([gate, up], dim=1)
+    if routed is not None:
+        paths, gates = [routed.gate_up, routed.down, routed.gate], read(in_layer(layer, native.router), own)
+        yield from zip((in_layer(layer, path) for path in paths), (both_MXD, down_MDF, gates), strict=True)
+    else:
+        parts = zip(("gate", "up", "down"), (*both_MXD[0].chunk(2), down_MDF[0]), strict=True)
+        yield from ((in_layer(layer, shape.family.decoder.mlp[part]), matrix) for part, matrix in parts)
 
 
-def _wide(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's config, with the channels that the checkpoint has besides the base's."""
-    channels = checkpoint.shape.channels
-    return dict(checkpoint.record.dense_config) if channels is None else channels.widened(checkpoint.record.dense_config)
-
-
-def _check_sizes(checkpoint: Checkpoint) -> None:
+def _check_sizes(checkpoint: Checkpoint, wide: Config) -> None:
     """An edited record must not make a model of another size than the weights."""
-    wide = _wide(checkpoint)
     for key in _SIZES:
         if wide.get(key) != checkpoint.config.get(key):
             raise other_record(f"{checkpoint.folder}: dense_config.{key}", wide.get(key), checkpoint.config.get(key))

@@ -152,12 +152,9 @@ def _check_length(model: PreTrainedModel, batch: Batch) -> None:
         return
     longest = max(batch.input_ids.shape[1], batch.target.shape[1])
     if longest > most:
-        raise TextError(
-            "a side of a pair has more tokens than the model has positions",
-            found=longest,
-            expected=f"at most {most}",
-            remedy=f"ask for a sequence_length of {most} (in a recipe under mixture.router), which leaves longer pairs out",
-        )
+        what = "a side of a pair has more tokens than the model has positions"
+        remedy = f"ask for a sequence_length of {most} (in a recipe under mixture.router), which leaves longer pairs out"
+        raise TextError(what, found=longest, expected=f"at most {most}", remedy=remedy)
 
 
 def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from modekit.errors import ModekitError, TrainingError
 from modekit.files.copies import disk_errors, new_folder
 from modekit.files.read import LARGE, open_regular, read_json
-from modekit.files.typed import as_kind, shortened
+from modekit.files.typed import as_kind, said_by
 from modekit.files.write import appearing, remove, sync_tree, write_file, write_json
 
 _COMPLETE, _HISTORY = "complete", "history.json"
@@ -101,9 +101,6 @@ def damaged(state: Path, where: Path | None = None) -> Iterator[None]:
     except (ModekitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch and safetensors each have their own
-        raise TrainingError(
-            "what an unfinished training left is damaged",
-            where=str(where or state),
-            found=shortened(error) or type(error).__name__,
-            remedy=f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin again",
-        ) from None
+        what, place = "what an unfinished training left is damaged", str(where or state)
+        remedy = f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin again"
+        raise TrainingError(what, where=place, found=said_by(error), remedy=remedy) from None

@@ -17,7 +17,7 @@ from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_text
 from modekit.planning.changes import Changed, is_gone
 from modekit.planning.plan import Plan
-from modekit.planning.room import bytes_to_carry, disk_needed
+from modekit.planning.room import disk_needed
 from modekit.recipes.recipe import Recipe
 from modekit.sources.source import ModelSource
 
@@ -30,11 +30,8 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     """Of a plan in each form that which is built, with `otherwise` where the build must measure first."""
     channels = plain.shape.channels
     sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
-    free, memory, to_carry = disk_of(plain.root / "OUT").free, _memory(), bytes_to_carry(plain)
-    if to_carry > memory:
-        needs = f"a build of a plain checkpoint runs the base ({bytes_of(to_carry)})"
-        return replace(other, why=f"{needs}, and there is less memory: nothing was measured ({sizes})")
-    lacking = "memory" if plain.bytes_written > memory else "free disk" if disk_needed(plain) > free > 0 else None
+    free, fits_alone = disk_of(plain.root / "OUT").free, other.bytes_written <= _memory() < plain.bytes_written
+    lacking = "memory" if fits_alone else "free disk" if disk_needed(plain) > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
         takes = "--format plain, or format: plain in a recipe, takes it"
         return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {takes}")

@@ -81,11 +81,11 @@ def _with_own_sizes(source: ModelSource) -> ModelSource:
 
 def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Changed) -> list[_Laid]:
     """With what the recipe leaves open: the router, its decay, the form. A plain result first, then one in the modekit
-    architecture, where both hold all of the experts. Raises what the last choice raises.
+    architecture, where both hold all of the experts. Raises what the first choice raises where none is left.
     """
     is_open = recipe.mixture.is_open or recipe.mixture.is_carried
-    whole = whole_models(recipe, vocabulary.sources, changed) if is_open else 0
     not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
+    whole, refused = whole_models(recipe, vocabulary.sources, changed) if is_open else 0, list[UnsupportedError]()
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
     ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
     for settled, way in ways:
@@ -94,8 +94,9 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
         try:
             form, why = _laid(settled, family, vocabulary)
         except UnsupportedError as error:
+            refused.append(error)
             if not found and way is ways[-1][1]:
-                raise
+                raise refused[0] from None  # of what would be best
             not_plain = f"{error.what} ({error.found})" if way.plain and error.found else error.what
             continue
         if way.plain in (None, form.shape.plain) or (not found and way is ways[-1][1]):

@@ -195,12 +195,8 @@ def _channels_said_by(
         channels = channels_of(recipe, native, dense, carry)
         wide = {} if channels is None else channels.widened(config)
     except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "modekit.json does not say a base that could carry this router",
-            where=f"{where}: dense_config",
-            found=shortened(str(error)),
-            remedy=BUILD_AGAIN,
-        ) from None
+        what, place = "modekit.json does not say a base that could carry this router", f"{where}: dense_config"
+        raise CheckpointError(what, where=place, found=shortened(str(error)), remedy=BUILD_AGAIN) from None
     for key, value in wide.items():
         if config.get(key) != value:
             raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), value)

@@ -118,12 +118,8 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
     """Raise UnsupportedError when an adapter changes nothing that is mixed."""
     for source in (each for each in sources if isinstance(each, AdapterSource)):
         if _changed(source).isdisjoint(mixed):
-            raise UnsupportedError(
-                "the adapter changes nothing that this recipe mixes",
-                where=f"{source.label} ({source.spec})",
-                found=f"it changes {_kinds(_changed(source))}",
-                remedy=f"{way_out}, or remove the expert",
-            )
+            what, found = "the adapter changes nothing that this recipe mixes", f"it changes {_kinds(_changed(source))}"
+            raise UnsupportedError(what, where=source.where, found=found, remedy=f"{way_out}, or remove the expert")
 
 
 def check_text(recipe: Recipe, tokenizer: TokenizerChoice) -> None:

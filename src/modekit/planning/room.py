@@ -6,6 +6,7 @@ from modekit.planning.carry import LOST_TOKENS, SAMPLE_BYTES, SAMPLE_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.sources.config import whole
+from modekit.sources.names import split_layer
 
 
 def disk_needed(plan: Plan) -> int:
@@ -32,16 +33,20 @@ def statistics_bytes(plan: Plan) -> int:
 
 
 def bytes_to_carry(plan: Plan) -> int:
-    """Bytes of memory in which a build runs the base, a layer at a time in float32, for what is carried; where not all is, also
-    every expert as wide as the result, beside the logits of all.
+    """Bytes of memory in which a build runs the base for what is carried; where not all is, also each expert, as it is and as
+    wide as the result, beside logits of a text.
     """
-    channels, words, base = plan.shape.channels, whole(plan.config, "vocab_size"), plan.sources[0]
+    channels, words = plan.shape.channels, whole(plan.config, "vocab_size")
     if channels is None or channels.carry is None:
         return 0
     sample = SAMPLE_TOKENS * 4 * channels.layers * (channels.hidden + channels.heads * channels.head_dim)
-    twice = 2 * min(sample, SAMPLE_BYTES)  # while its parts are put together
-    halves, outside = {ref.dtype for ref in base.tensors.values()} == {"BF16"}, words * channels.hidden
-    stream = base.parameters * (2 if halves else 4) + 4 * (outside + (base.parameters - outside) // channels.layers)
-    parameters = {} if channels.carry.is_exact else plan.parameters()
-    one = parameters.get("backbone", 0) + parameters.get("per_expert", 0)
-    return twice + max(stream, 4 * (one + words * LOST_TOKENS * (plan.shape.experts + 5) if one else 0))
+    twice, held = 2 * min(sample, SAMPLE_BYTES), held_by_layers(plan)  # while its parts are put together
+    wide = held * (channels.hidden + channels.spare) // channels.hidden + 6 * words * LOST_TOKENS
+    return twice + 4 * (held if channels.carry.is_exact else held + wide)
+
+
+def held_by_layers(plan: Plan) -> int:
+    """Numbers of a base that are in memory while it runs: embedding, head, and one layer."""
+    base, words = plan.sources[0], whole(plan.config, "vocab_size")
+    one = sum(ref.numel for name, ref in base.tensors.items() if split_layer(name)[0] == 0)
+    return 2 * words * whole(base.config, plan.family.width) + one

@@ -35,7 +35,7 @@ from modekit.weights.padding import FFNKind, Pad
 
 _MODEKIT = "output: {format: modekit}"
 _MOST = 2**15  # a base's own experts; names of all are made
-_NOT_ONE = "attention is not carried, as the weights of a token's experts do not sum to one (norm_topk_prob: false)"
+_NOT_ONE = "a plain checkpoint carries no attention here: a token's experts' weights do not sum to one (norm_topk_prob: false)"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class RoutedForm(NativeForm):
             f"has {top_k} of them, as in the base, of which {active:,} parameters are active"
         )
         if not self._routed.sums_to_one(self._dense):
-            yield f"{_NOT_ONE}: what fine-tunes change besides experts and gates is lost"
+            yield f"{_NOT_ONE}, and what fine-tunes change besides experts and gates is lost"
         if self._routed.shared_down:
             yield "the expert that all tokens have (shared_expert) is the backbone's: what fine-tunes change of it is lost"
 

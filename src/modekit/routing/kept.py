@@ -18,7 +18,7 @@ from modekit.errors import CheckpointError, TextError
 from modekit.files.copies import disk_errors
 from modekit.files.json import parse_json
 from modekit.files.read import open_regular
-from modekit.files.typed import shortened
+from modekit.files.typed import said_by
 from modekit.files.write import appearing, make_folder, remove_if_empty
 from modekit.routing.examples import read_examples
 from modekit.routing.fit import Fitting
@@ -126,9 +126,5 @@ def load_kept(path: Path, make: Callable[[Get, Header], _Kept | None]) -> _Kept 
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes
-        raise CheckpointError(
-            "the kept statistics are damaged",
-            where=str(path),
-            found=shortened(error) or type(error).__name__,
-            remedy="delete the file and run `modekit fit` with the text at hand",
-        ) from None
+        what, remedy = "the kept statistics are damaged", "delete the file and run `modekit fit` with the text at hand"
+        raise CheckpointError(what, where=str(path), found=said_by(error), remedy=remedy) from None

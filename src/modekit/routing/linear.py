@@ -88,12 +88,8 @@ def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
     """Of all domains. Raises RecipeError where one of them has none."""
     counts = [domain.slots[slot].sample_ND.shape[0] for domain in domains]
     if not all(counts):
-        raise RecipeError(
-            "this fit needs kept tokens and there are none",
-            where="mixture.router.keep_tokens",
-            expected="at least 1",
-            remedy="fit again with keep_tokens > 0, or choose centroid",
-        )
+        what, remedy = "this fit needs kept tokens and there are none", "fit again with keep_tokens > 0, or choose centroid"
+        raise RecipeError(what, where="mixture.router.keep_tokens", expected="at least 1", remedy=remedy)
     return _KeptTokens(
         torch.cat([domain.slots[slot].sample_ND.float() for domain in domains]),
         torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),

@@ -15,14 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import SourceError, TextError
-from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
+from modekit.loaded.layers import LayerByLayer
+from modekit.loaded.load import decoder_layers, load_tokenizer, not_loaded, read_tensor
 from modekit.loaded.passes import removed
 from modekit.planning.carry import SAMPLE_BYTES, SAMPLE_TOKENS, STREAM_TOKENS
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.config import whole
-from modekit.sources.names import in_layer
+from modekit.sources.contents import OpenFiles
+from modekit.sources.names import in_layer, split_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream
@@ -37,7 +39,8 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     """
     channels, base = plan.shape.channels, plan.sources[0]
     assert channels is not None
-    model = _base_of(plan, run)
+    by_layers = base_by_layers(plan)
+    model = by_layers.model
     sequences = [each for own in beginnings(plan, kept, model.get_input_embeddings().weight.shape[0], run) for each in own]
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
@@ -46,14 +49,14 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     )
     width = 4 * len(layers) * (channels.hidden + channels.heads * channels.head_dim)
     taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST])
-    taps.run(model, sequences, max(128, min(SAMPLE_TOKENS, SAMPLE_BYTES // width)), run)
+    with OpenFiles() as opened:
+        read = {name: partial(read_tensor, opened, base.tensors[name]) for name in plan.family.own_names(base)}
+        by_layers.use(lambda layer: ((name, of().float()) for name, of in read.items() if split_layer(name)[0] == layer))
+        taps.run(model, sequences, max(128, min(SAMPLE_TOKENS, SAMPLE_BYTES // width)), run)
     sizes, samples = ({name: torch.cat(parts) for name, parts in each.items()} for each in (taps.sizes, taps.samples))
     if not sizes[_LAST].isfinite().all():
-        raise SourceError(
-            "the base model computes NaN or Inf",
-            where=f"base_model ({base.spec})",
-            remedy="the model is damaged: save or download it again",
-        )
+        remedy = "the model is damaged: save or download it again"
+        raise SourceError("the base model computes NaN or Inf", where=base.where, remedy=remedy)
     return Stream(
         tuple(
             LayerStream(sizes[first].numpy(), sizes[second].numpy(), samples[first].numpy(), samples[third].numpy())
@@ -64,16 +67,13 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     )
 
 
-def _base_of(plan: Plan, run: Run) -> PreTrainedModel:
-    """The base, whose layers run in float32; where its files have 16 bits, one of them has more while it runs."""
-    halves = {ref.dtype for ref in plan.sources[0].tensors.values()} == {"BF16"}
-    model = load_model(plan.sources[0].folder, dtype=torch.bfloat16 if halves else torch.float32, run=run)
-    for layer in decoder_layers(model) if halves else ():
-        layer.register_forward_pre_hook(lambda each, *_: each.float() and None)
-        layer.register_forward_hook(lambda each, *_: each.bfloat16() and None)
-    for part in (model.get_input_embeddings(), model.get_submodule(_LAST)):
-        part.float()
-    return model
+def base_by_layers(plan: Plan) -> LayerByLayer:
+    """The base, without weights yet. Raises SourceError."""
+    base = plan.sources[0]
+    try:
+        return LayerByLayer(base.on_disk or base.config, {})
+    except Exception as error:  # by what a config says, anything may go wrong
+        raise not_loaded(base.where, error) from None
 
 
 class _Taps:

@@ -1,0 +1,66 @@
+"""The base is run layer by layer, with the weights of its files, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from building.test_routed import loaded, moe_shop
+from conftest import DOMAINS, Workshop, make_workshop
+from modekit.loaded.layers import LayerByLayer
+from modekit.loaded.load import decoder_layers
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
+from modekit.routing import stream
+from modekit.routing.stream import base_by_layers
+from modekit.run import QUIET
+
+
+def shop_of(root: Path, base: str) -> Workshop:
+    if base in ("qwen3", "granite"):
+        return moe_shop(root, base)
+    shop = make_workshop(root, num_hidden_layers=3, tie_word_embeddings=base == "tied")
+    return Workshop(root, {**shop.recipe, "mixture": {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["16 bits", "32 bits"])
+@pytest.mark.parametrize("base", ["llama", "tied", "qwen3", "granite"])
+def test_a_layer_has_the_weights_of_its_files_while_it_runs_and_no_other_has_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, dtype: torch.dtype
+) -> None:
+    shop = shop_of(tmp_path, base)
+    for name in ("base", *DOMAINS):
+        loaded(tmp_path / name).to(dtype).save_pretrained(tmp_path / name)
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    rest = {id(part) for part in held.parameters()} - {id(part) for part in decoder_layers(held).parameters()}
+    outside = sum(part.numel() for part in held.parameters() if id(part) in rest)
+    made, ran = list[LayerByLayer](), list[int]()
+
+    def watched(*args: Any) -> LayerByLayer:
+        by_layers = base_by_layers(*args)
+        for number, layer in enumerate(decoder_layers(by_layers.model)):
+            layer.register_forward_pre_hook(lambda layer, _args, number=number: check(number, layer))
+        made.append(by_layers)
+        return by_layers
+
+    def check(number: int, layer: nn.Module) -> None:
+        wanted = dict(decoder_layers(held)[number].named_parameters())
+        assert {*wanted} == {name for name, _ in layer.named_parameters()}
+        assert all(torch.equal(part, wanted[name]) for name, part in layer.named_parameters())
+        assert in_memory(made[0].model) == outside + sum(part.numel() for part in wanted.values())
+        ran.append(number)
+
+    monkeypatch.setattr(stream, "base_by_layers", watched)
+    plan = make_plan(load_recipe(shop.write(output={"format": "plain", "carry": "all"})), tmp_path)
+    stream.measure_stream(plan, tmp_path / "none", QUIET)
+    assert ran == [0, 1, 2] * (len(ran) // 3) and ran and in_memory(made[0].model) == outside
+
+
+def in_memory(model: nn.Module) -> int:
+    """Numbers of its parameters that have any."""
+    return sum(part.numel() for part in model.parameters() if part.device.type != "meta")
