@@ -66,12 +66,16 @@ def build(
 ) -> Checkpoint:
     """Write the checkpoint that a plan (or a recipe, which is planned first) describes; it appears in `out` whole.
 
-    Raises OutputError, SourceError or TextError; nothing is left behind then.
+    Raises OutputError, SourceError or TextError, also for a text that is not there and that only an evaluation will read;
+    nothing is left behind then.
     """
     from modekit.building.build import build as write
     from modekit.planning.plan import Plan
+    from modekit.text.held_out import check_texts
 
-    return write(source if isinstance(source, Plan) else plan(source, run=run), _real(out), overwrite=overwrite, run=run)
+    made = source if isinstance(source, Plan) else plan(source, run=run)
+    check_texts(made.recipe, made.root, made.family.reads)
+    return write(made, _real(out), overwrite=overwrite, run=run)
 
 
 def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: object) -> Checkpoint:

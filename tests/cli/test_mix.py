@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -39,6 +40,8 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(root / "base", root / "mute")
     shutil.copytree(root / "base", root / "other")
     (root / "other" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 48}')
+    config = shutil.copytree(root / "law", root / "rounded") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
     for name in TOKENIZER_FILES:
         (root / "mute" / name).unlink(missing_ok=True)
     (root / "mute" / "chat_template.jinja").write_text("{{ messages }}")  # which alone reads nothing
@@ -147,6 +150,7 @@ def test_what_cannot_write_says_what_that_costs(
 ) -> None:
     recipe, printed = mix(shop, monkeypatch, *experts, base="mute")
     assert recipe["mixture"] == mixture and said in printed and "no tokenizer, which fit" in " ".join(printed.split())
+    assert "next:" not in printed
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +219,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "the base by its path": (("law", "./base"), "an expert is the base model itself"),
     "a copy of the base": (("law", "base-copy"), "an expert is the base model itself"),
     "a model of another family": (("law", "other"), "the expert is of another family than the base model"),
+    "a model of other settings": (("law", "rounded"), "(rounded)"),
     "the base twice": (("law", "base", "more=base"), "a mixture needs two experts"),
     "one alone": (("law", "--without-base"), "a mixture needs two experts"),
     "a folder that is not there": (("lwa",), "model folder does not exist"),

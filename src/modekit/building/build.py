@@ -46,7 +46,6 @@ from modekit.sources.contents import OpenFiles, WeightFile
 from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
-from modekit.text.held_out import check_texts
 from modekit.text.written import WRITTEN_FOLDER, files_of
 from modekit.weights.flat import same_bytes
 from modekit.weights.numeric import DTYPES
@@ -68,12 +67,10 @@ def build(
     place it may take. A plan whose root is the work folder of `out` is of a recipe that goes into `out`, with the text that its
     experts write.
 
-    Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
-    there and that only an evaluation will read; nothing is left behind then, and a mixture that was to be changed is as it was.
+    Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError; nothing is left behind then,
+    and a mixture that was to be changed is as it was. Whether all text is there, `check_texts` says before.
     After a kill, the same call keeps the shards that were whole, and ends in the same bytes.
     """
-    if update is None:  # of a mixture that is changed, what is kept does without its text
-        check_texts(plan.recipe, plan.root, plan.family.reads)
     known = () if update is None else update.statistics
     within = plan.root == work_of(out).path
     if not within:

@@ -91,11 +91,6 @@ class Differences:
                 found.append(plain and plain.scaled(weights_D))
         return tuple(found)
 
-    def shared_attention(self, layer: int) -> tuple[Singles, ...]:
-        """q, k and v of the backbone over a stream of size 1."""
-        weights_D = self.shared(self.attention_norm(layer))
-        return tuple(self.shared(name) * weights_D for name in self.projections(layer))
-
     def attention_rows(self, layer: int) -> list[int]:
         """Outputs of q, k and v."""
         return [self._base.tensor(name).shape[0] for name in self.projections(layer)]
@@ -229,7 +224,9 @@ def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: 
 def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
     """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
     real, read_DT = len(stream.read), _wider_sample(stream.read, size, size.inputs).T
-    shares_3 = np.array([_size(each @ stream.read.T) for each in differences.shared_attention(layer)], np.float32)
+    weights_D = differences.shared(differences.attention_norm(layer))
+    shared = (differences.shared(name) * weights_D for name in differences.projections(layer))
+    shares_3 = np.array([_size(each @ stream.read.T) for each in shared], np.float32)
     rows = differences.attention_rows(layer)
     changes = (differences.attention(layer, expert) for expert in differences.experts)
     products = [_stacked(parts, read_DT, rows, shares_3) for parts in changes if any(part is not None for part in parts)]

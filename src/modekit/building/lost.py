@@ -43,7 +43,7 @@ def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, r
     # In bfloat16 a whole LoRA would seem to lose 0.7 % (SmolLM2).
     narrow, wide = base_by_layers(plan), LayerByLayer(dense, channels.widened(dense))
     rows = narrow.model.get_input_embeddings().weight.shape[0]
-    texts = [_beginning(each) for each in beginnings(plan, kept, rows, run)]
+    texts = beginnings(plan, kept, rows, run, LOST_TOKENS)
     differences, written, apart = Differences(plan, read), _WrittenNumbers(plan, read, carried), list[tuple[float, float]]()
     wide.use(written.weights)
     for written.expert, text in run.over("measure what is carried", list(enumerate(texts)), len(texts)):
@@ -92,14 +92,6 @@ class _WrittenNumbers:
         numbers = to_float32(tensor.made.numbers(self._read)[first * size : last * size])
         rounded = to_float32(as_array(to_bytes(numbers, tensor.dtype), tensor.dtype))
         return torch.from_numpy(rounded).view(-1, *tensor.shape[1:])
-
-
-def _beginning(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    found, left = list[TokenSequence](), LOST_TOKENS
-    for each in sequences:
-        found += [TokenSequence(each.ids[:left])] if left > 1 else []
-        left -= len(each.ids)
-    return found
 
 
 def _logits(model: PreTrainedModel, text: Sequence[TokenSequence]) -> list[torch.Tensor]:

@@ -56,13 +56,13 @@ def plan_mix(models: Models, out: Path, *, form: Format = "auto", run: Run = QUI
     typed = parse_recipe({**given, "mixture": {"method": "linear"}}, where="modekit mix")
     check_texts(typed, models.root, "text")
     run.begin("compare the models")
-    as_typed = open_recipe_sources(typed, models.root, run=run)  # so that messages name the paths that were typed
-    _check_not_the_base(typed, as_typed)
+    sources = open_recipe_sources(typed, models.root, run=run)  # whose messages name the paths that were typed
+    _check_not_the_base(typed, sources)
     raw = from_folder(given, models.root, out)
-    if _can_write(as_typed[0]):
+    if family_of(sources[0].config, where=sources[0].where).reads == "text" and has_tokenizer(sources[0].folder):  # can write
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
     recipe = parse_recipe({**raw, **({} if form == "auto" else {"output": {"format": form}})}, where="modekit mix")
-    plan = plan_over(recipe, root, open_recipe_sources(recipe, root, run=run), run=run)
+    plan = plan_over(recipe, root, sources, run=run)
     silent = not any(each.text for each in recipe.experts) and plan.family.reads == "pairs"  # else a tokenizer lacks
     notes = ["none has text or can write it; --text NAME=FILE for each gives a far better router"] if silent else []
     refuse_entangled(out, [model.folder for model in plan.models])
@@ -90,12 +90,6 @@ def _with_given_text(models: Models) -> RecipeData:
         )
     texts = {name: {"text": text} for name, text in models.texts.items()}
     return {**raw, "experts": [{**each, **texts.get(each["name"], {})} for each in raw["experts"]]}
-
-
-def _can_write(base: ModelSource) -> bool:
-    """Whether what descends from it can write text: not a model with an encoder, nor one without a tokenizer."""
-    reads = family_of(base.config, where=f"base_model ({base.spec})").reads
-    return reads == "text" and has_tokenizer(base.folder)
 
 
 def _check_not_the_base(recipe: Recipe, sources: Sequence[ModelSource]) -> None:

@@ -79,7 +79,7 @@ def backbone_label(recipe: Recipe) -> str:
 
 def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
     """What `modekit plan` shows of a plan, with further notes."""
-    recipe = plan.recipe
+    recipe, models = plan.recipe, zip(plan.recipe.experts, plan.sources[1:], strict=True)
     return Preview(
         architecture=architecture_of(plan.config),
         why=plan.why,
@@ -89,7 +89,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
         router_why=why_chosen(recipe, plain=plan.shape.plain),
         backbone=backbone_label(recipe),
-        experts={expert.name: expert.source for expert in recipe.experts},
+        experts={expert.name: expert.source if expert.is_base else model.spec for expert, model in models},
         dtype=str(plan.config["dtype"]),
         tensors=len(plan.tensors),
         shards=len(plan.shards) + 1,

@@ -29,16 +29,20 @@ def source_records(plan: Plan, out: Path, hashes: Mapping[str, str], known: Know
     """Of the models of a plan, each once; folders are relative to `out`. `known`: of those that were read before, and may be
     gone; of others, `hashes` says the files' blake3.
     """
-    return [_source_record(source, out, hashes, known.get(source)) for source in dict.fromkeys(plan.sources)]
+    said = [plan.recipe.base_model, *(each.source for each in plan.recipe.experts)]
+    specs = dict(zip(plan.sources[::-1], said[::-1], strict=True))  # of each the first that names it
+    return [_source_record(each, specs[each], out, hashes, known.get(each)) for each in dict.fromkeys(plan.sources)]
 
 
-def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
+def _source_record(
+    source: ModelSource, spec: str, out: Path, hashes: Mapping[str, str], known: SourceRecord | None
+) -> SourceRecord:
     read = source.files if known is None else ()
     said = next((each for each in (source.wrapper, source.on_disk) if each is not None), source.config)  # as it stands
     files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in read}
     return SourceRecord(
         label=source.label,
-        spec=source.spec,
+        spec=spec,
         revision=source.revision,
         folder=os.path.relpath(source.folder, out),
         files=files if known is None else known.files,

@@ -145,7 +145,6 @@ def _change(
             raise ModekitError(
                 "the expert is not added",
                 where=str(folder),
-                found="; ".join(each.what for each in found.refused),
                 remedy="do what the message above suggests, or pass --force",
             )
     with running() as run:

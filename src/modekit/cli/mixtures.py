@@ -77,6 +77,7 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     """Write a mixture, with its progress drawn, and say what it has become and what comes next."""
     from modekit.recipes.choices import why_chosen
     from modekit.sources.config import architecture_of
+    from modekit.sources.tokenizer import has_tokenizer
     from modekit.text.written import little_written
 
     with running() as run:
@@ -88,7 +89,8 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
         out.print(Text(f"router: {why}", style="dim"))
     print_notes([*checkpoint.notes, *little_written(record.recipe, checkpoint.recipe_root)])
     commands = ("eval-translation",) if checkpoint.shape.family.pair else ("chat", "serve")
-    print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
+    if has_tokenizer(output):
+        print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
 
 
 @app.command()
@@ -177,8 +179,7 @@ def mix(
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with running() as run:
         made, notes = plan_mix(models, target, form=options.format, run=run)
-    typed = dict(zip(made.recipe.names, (each.rpartition("=")[2] for each in models.experts), strict=True))
-    print_plan(preview_of(made, notes).model_copy(update={"experts": typed}))
+    print_plan(preview_of(made, notes))
     show_build(options.output, lambda run: build(made, target, overwrite=options.overwrite, run=run))
 
 

@@ -96,7 +96,7 @@ def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -
             f"{', '.join(name for name, holds in kept.items() if holds)} of every expert"
             f"{' (' + ', '.join(left) + ' aside, which all share)' if left else ''}: carried through "
             f"{channels.carry.channels} of these channels and {channels.carry.units} hidden units"
-            f"{'' if channels.carry.is_exact else '; the build measures what that loses'}"
+            f"{'' if channels.carry.is_exact else ', not all of it'}"
         )
     if recipe.mixture.router.decay is None and channels.decays == (1.0,):
         yield "its evidence does not fade: this architecture averages over all of the text so far"

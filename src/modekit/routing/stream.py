@@ -108,10 +108,12 @@ class _Taps:
                 run.progress(_MEASURE, min(total, sum(map(len, self.sizes[_LAST]))), total)
 
 
-def beginnings(plan: Plan, kept: Path, rows: int, run: Run) -> list[list[TokenSequence]]:
-    """Of every domain's fit text, in tokens that the base has: `rows`, perhaps fewer than the mixture's. Raises TextError."""
+def beginnings(plan: Plan, kept: Path, rows: int, run: Run, most: int = STREAM_TOKENS) -> list[list[TokenSequence]]:
+    """Of every domain's fit text at most so many tokens, all of which the base has: `rows`, perhaps fewer than the mixture's.
+    Raises TextError.
+    """
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
-    share = max(64, STREAM_TOKENS // plan.shape.experts)
+    share = min(most, max(64, STREAM_TOKENS // plan.shape.experts))
     found: list[list[TokenSequence]] = []
     for number, expert in enumerate(plan.recipe.experts):
         try:
