@@ -82,8 +82,7 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
     if lacking == "memory":
-        small = planned(shop, "cough", "oath", mixture={"router": {"buckets": 64}}, output={"format": "modekit"})
-        monkeypatch.setattr(choice, "_memory", lambda: small.bytes_written)
+        monkeypatch.setattr(choice, "_memory", lambda: 1_000)
     else:
         free = choice.disk_of(shop.root)._replace(free=1_000)
         monkeypatch.setattr(choice, "disk_of", lambda path: free)
@@ -94,12 +93,12 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
 
 
 @pytest.mark.parametrize("names", [("law", "fever"), ("fever", "court"), ("cough", "oath")])
-def test_a_base_that_does_not_fit_this_machine_is_run_layer_by_layer(
+def test_a_build_needs_no_memory_for_a_whole_base(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    """No form of it would run here, so that memory speaks for none: the plain one is planned as on any other machine."""
+    """Layers read their weights when they run: a plain checkpoint is planned wherever it fits itself."""
     plain = planned(shop, *names)
-    monkeypatch.setattr(choice, "_memory", lambda: 1_000)
+    monkeypatch.setattr(choice, "_memory", lambda: plain.bytes_written)
     assert (plan := planned(shop, *names)).shape.plain and plan.why == plain.why and plan.otherwise == plain.otherwise
 
 

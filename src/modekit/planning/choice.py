@@ -30,8 +30,8 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     """Of a plan in each form that which is built, with `otherwise` where the build must measure first."""
     channels = plain.shape.channels
     sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
-    free, fits_alone = disk_of(plain.root / "OUT").free, other.bytes_written <= _memory() < plain.bytes_written
-    lacking = "memory" if fits_alone else "free disk" if disk_needed(plain) > free > 0 else None
+    free, fits = disk_of(plain.root / "OUT").free, plain.bytes_written <= _memory()
+    lacking = "memory" if not fits else "free disk" if disk_needed(plain) > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
         takes = "--format plain, or format: plain in a recipe, takes it"
         return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {takes}")

@@ -84,8 +84,8 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
     architecture, where both hold all of the experts. Raises what the first choice raises where none is left.
     """
     is_open = recipe.mixture.is_open or recipe.mixture.is_carried
-    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     whole, refused = whole_models(recipe, vocabulary.sources, changed) if is_open else 0, list[UnsupportedError]()
+    not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
     ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
     for settled, way in ways:
