@@ -38,28 +38,17 @@ from modekit.recipes.read import parse_recipe
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from rounding import assert_close
+from sources.test_families import GRANITE, QWEN3_5
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.3,
-        "logits_scaling": 2.0,
-        "attention_multiplier": 0.2,
-    },
+    "granite": GRANITE,
     "cohere2": {**WINDOWS, "logit_scale": 0.3},
     "ernie4_5": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 8},
-    "qwen3_5_text": {
-        "head_dim": 16,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    },
+    "qwen3_5_text": QWEN3_5,
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, **WINDOWS},
     "gemma3_text": {"head_dim": 8, **WINDOWS},

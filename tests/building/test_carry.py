@@ -36,7 +36,7 @@ from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from modekit.weights.bases import Stream, fit_pass_through
-from sources.test_families import WINDOWED
+from sources.test_families import QWEN3_5, WINDOWED
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -300,19 +300,12 @@ def test_settings_that_contradict_each_other_are_refused(shop: Workshop, output:
         load_recipe(shop.write(output=output))
 
 
-LINEAR_ATTENTION = {
-    "head_dim": 32,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
-
-
 @pytest.mark.parametrize(
     ("family", "overrides", "why"),
-    [("cohere2", {"layer_types": WINDOWED}, "subtract the mean"), ("qwen3_5_text", LINEAR_ATTENTION, "linear attention")],
+    [
+        ("cohere2", {"layer_types": WINDOWED}, "subtract the mean"),
+        ("qwen3_5_text", {**QWEN3_5, "head_dim": 32}, "linear attention"),
+    ],
 )
 def test_other_architectures_say_why_not(tmp_path: Path, family: str, overrides: dict[str, Any], why: str) -> None:
     shop = adapter_shop(tmp_path, family, modules=["gate_proj", "up_proj", "down_proj"], **overrides)

@@ -30,7 +30,7 @@ from modekit.files.marker import foreign_files
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.sources.natives import NATIVES
 from refusal import refuse
-from sources.test_families import LLAMA3_ROPE, WINDOWED, YARN_ROPE
+from sources.test_families import GRANITE, LLAMA3_ROPE, QWEN3_5, WINDOWED, YARN_ROPE
 
 EXACT: Outtype = "f32"
 RANDOM: dict[str, Any] = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
@@ -45,12 +45,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "granite",
         "granitemoe",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.3,
-            "logits_scaling": 2.0,
-            "attention_multiplier": 0.2,
-        },
+        GRANITE,
     ),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
@@ -61,14 +56,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"head_dim": 8, "attention_bias": True}),
     (
         "qwen3_5_text",
-        {
-            "head_dim": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        },
+        QWEN3_5,
     ),
 ]
 

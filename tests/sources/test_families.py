@@ -37,6 +37,15 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+QWEN3_5 = {
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2}
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "mixtral", {}),
@@ -55,12 +64,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "granite",
         "granitemoe",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.3,
-            "logits_scaling": 2.0,
-            "attention_multiplier": 0.2,
-        },
+        GRANITE,
     ),
     ("olmo2", "flex_olmo", {"rms_norm_eps": 1e-3}),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
@@ -69,14 +73,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "qwen3_5_text",
         "qwen3_5_moe_text",
-        {
-            "head_dim": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        },
+        QWEN3_5,
     ),
 ]
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]

@@ -50,6 +50,7 @@ from modekit.training.moving import moving_of
 from modekit.training.objective import Objective, make_teachers
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.train import train
+from sources.test_families import QWEN3_5
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT: dict[str, Any] = {
@@ -650,7 +651,7 @@ def test_a_training_does_not_touch_what_another_left(workshop: Workshop) -> None
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5_text"])
 def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, family: str) -> None:
-    overrides = OVERRIDES_QWEN3_5 if family == "qwen3_5_text" else FAMILIES[family]
+    overrides = QWEN3_5 if family == "qwen3_5_text" else FAMILIES[family]
     checkpoint = built(make_workshop(tmp_path, family, **overrides))
     corpora, settings = small_corpora(), settings_of(what=["all"])
     packed = packs(checkpoint)
@@ -663,16 +664,6 @@ def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, fa
         batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack), pad_id=0)
         losses.append(float(objective(**batches[0]).detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-OVERRIDES_QWEN3_5 = {
-    "head_dim": 16,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
 
 
 @pytest.mark.parametrize(
