@@ -135,7 +135,7 @@ class Slots:
         """Go on with every sequence of a row of values (1, T, ...); returns the row of results (1, T, ...)."""
         row = self._row()
         if row is None:  # vLLM tries the model before there is a cache
-            return step(values, None)[0]
+            return step(values, None)[0].clone()  # which begins where memory does, as compiled code expects
         results = None
         for places_BS, before_B in row.groups:
             kept = self._states.get(key)
@@ -149,7 +149,7 @@ class Slots:
             if results is None:  # what belongs to no sequence stays zero
                 results = result.new_zeros((*values.shape[:2], *result.shape[2:]))
             results[0, places_BS] = result
-        return step(values, None)[0] if results is None else results
+        return step(values, None)[0].clone() if results is None else results
 
     def _row(self) -> PassLayout | None:
         """Of the running pass; looked at once for all routers."""
