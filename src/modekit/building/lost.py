@@ -25,7 +25,6 @@ from modekit.loaded.layers import LayerByLayer, Weights
 from modekit.loaded.native import own_ffn
 from modekit.loaded.passes import predicted_logits
 from modekit.planning.carry import LOST_TOKENS
-from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import Plan
 from modekit.recipes.layers import Layer
 from modekit.routing.stream import base_by_layers, beginnings
@@ -78,7 +77,6 @@ class _WrittenNumbers:
 
     def weights(self, layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
         """What all share, and what is the expert's own."""
-        assert isinstance(self._plan.shape, NativeShape)
         for name, tensor in self._tensors.items():
             if tensor.role == "backbone" and split_layer(name)[0] == layer:
                 yield name, self._numbers(name)

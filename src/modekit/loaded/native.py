@@ -27,6 +27,7 @@ from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
+from modekit.planning.plan import Shape
 from modekit.planning.shape import other_record
 from modekit.recipes.layers import Layer
 from modekit.run import QUIET, Run
@@ -238,7 +239,7 @@ class DenseView:
             place, path = split_layer(name)
             if place == layer and not path.startswith(f"{block}."):
                 yield name, self._read(name)
-        if isinstance(layer, int) and isinstance(self._checkpoint.shape, NativeShape):
+        if isinstance(layer, int):
             yield from own_ffn(self._checkpoint.shape, layer, self._expert, self._read)
 
     def _read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
@@ -248,11 +249,12 @@ class DenseView:
 
 
 def own_ffn(
-    shape: NativeShape, layer: int, expert: int, read: Callable[[str, slice], torch.Tensor]
+    shape: Shape, layer: int, expert: int, read: Callable[[str, slice], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The FFN of one expert in a layer of the result, by what the base's class calls it; of an expert that is a mixture itself
     its experts and gates. `read` gives a tensor, or rows of its first axis.
     """
+    assert isinstance(shape, NativeShape)
     native, routed, count = shape.native, shape.routed, max(1, shape.inner)
     own = slice(expert * count, (expert + 1) * count)
     if native.fused is not None:
