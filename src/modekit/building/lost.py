@@ -21,7 +21,7 @@ from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences
 from modekit.checkpoint.carried import Carried
 from modekit.evaluation.forced import SAME, divergence
-from modekit.loaded.layers import LayerByLayer, Weights
+from modekit.loaded.layers import LayerByLayer, Weights, by_layer
 from modekit.loaded.native import own_ffn
 from modekit.loaded.passes import predicted_logits
 from modekit.planning.carry import LOST_TOKENS
@@ -29,7 +29,7 @@ from modekit.planning.plan import Plan
 from modekit.recipes.layers import Layer
 from modekit.routing.stream import base_by_layers, beginnings
 from modekit.run import Run
-from modekit.sources.names import HEAD, split_layer, weight_of
+from modekit.sources.names import HEAD, weight_of
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
@@ -59,11 +59,8 @@ def _own(plan: Plan, differences: Differences, expert: int) -> Weights:
     """An expert's own numbers, by what the base's class calls them. A head that is the embedding becomes one of its own."""
     stored = {**{name: name for name in plan.family.own_names(plan.sources[0])}, weight_of(HEAD): differences.head}
 
-    def weights(layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
-        mine = (each for each in stored.items() if split_layer(each[0])[0] == layer)
-        return ((name, torch.from_numpy(differences.own(kept, expert))) for name, kept in mine)
-
-    return weights
+    names = by_layer(stored)
+    return lambda layer: ((each, torch.from_numpy(differences.own(stored[each], expert))) for each in names.get(layer, []))
 
 
 class _WrittenNumbers:
@@ -72,14 +69,13 @@ class _WrittenNumbers:
     def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
         self._tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        self._shared = by_layer(name for name, tensor in self._tensors.items() if tensor.role == "backbone")
         self._plan, self._read, self.expert = plan, read, 0
         read.fills = Carrying(plan, read, carried).fill
 
     def weights(self, layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
         """What all share, and what is the expert's own."""
-        for name, tensor in self._tensors.items():
-            if tensor.role == "backbone" and split_layer(name)[0] == layer:
-                yield name, self._numbers(name)
+        yield from ((name, self._numbers(name)) for name in self._shared.get(layer, []))
         if isinstance(layer, int):
             yield from own_ffn(self._plan.shape, layer, self.expert, self._numbers)
 

@@ -13,9 +13,18 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from modekit.loaded.load import decoder_layers, default_device
 from modekit.recipes.layers import Layer
 from modekit.sources.config import Config
+from modekit.sources.names import split_layer
 
 Weights = Callable[[Layer | None], Iterable[tuple[str, torch.Tensor]]]
 """Of a layer, or of what lies outside of all: parameters by name."""
+
+
+def by_layer(names: Iterable[str]) -> dict[Layer | None, list[str]]:
+    """Names of tensors by the layer that they are in; under None those outside of all."""
+    found: dict[Layer | None, list[str]] = {}
+    for name in names:
+        found.setdefault(split_layer(name)[0], []).append(name)
+    return found
 
 
 class LayerByLayer:

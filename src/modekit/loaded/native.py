@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
 from modekit.files.typed import said_by
-from modekit.loaded.layers import LayerByLayer
+from modekit.loaded.layers import LayerByLayer, by_layer
 from modekit.loaded.load import LOADING, decoder_layers
 from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
@@ -214,6 +214,8 @@ class DenseView:
         wide = said if channels is None else channels.widened(said)
         _check_sizes(checkpoint, wide)
         check_no_code(said, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
+        block = f"{self._native.router.split('.')[0]}."  # what the native layer has in place of the dense FFN
+        self._shared = by_layer(name for name in checkpoint.tensors if not split_layer(name)[1].startswith(block))
         try:
             layers = LayerByLayer(said, wide, dtype)
             layers.use(self._weights)
@@ -234,11 +236,7 @@ class DenseView:
         return [False] * len(self.router_inputs())
 
     def _weights(self, layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
-        block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
-        for name in self._checkpoint.tensors:
-            place, path = split_layer(name)
-            if place == layer and not path.startswith(f"{block}."):
-                yield name, self._read(name)
+        yield from ((name, self._read(name)) for name in self._shared.get(layer, []))
         if isinstance(layer, int):
             yield from own_ffn(self._checkpoint.shape, layer, self._expert, self._read)
 

@@ -33,7 +33,7 @@ def turns_per_token(config: Config) -> list[float] | None:
     rope = config["rope_parameters"]
     assert isinstance(rope, Mapping)
     kind = rope.get("rope_type", "default")
-    if kind not in _READS or rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         return None
     try:
         turns = _turns(kind, number(rope, "rope_theta"), whole(config, "head_dim"), [number(rope, key) for key in _READS[kind]])

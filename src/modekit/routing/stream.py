@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import SourceError, TextError
-from modekit.loaded.layers import LayerByLayer
+from modekit.loaded.layers import LayerByLayer, by_layer
 from modekit.loaded.load import decoder_layers, load_tokenizer, not_loaded, read_tensor
 from modekit.loaded.passes import removed
 from modekit.planning.carry import SAMPLE_BYTES, SAMPLE_TOKENS, STREAM_TOKENS
@@ -24,7 +24,7 @@ from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.config import whole
 from modekit.sources.contents import OpenFiles
-from modekit.sources.names import in_layer, split_layer
+from modekit.sources.names import in_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream
@@ -50,8 +50,8 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     width = 4 * len(layers) * (channels.hidden + channels.heads * channels.head_dim)
     taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST])
     with OpenFiles() as opened:
-        read = {name: partial(read_tensor, opened, base.tensors[name]) for name in plan.family.own_names(base)}
-        by_layers.use(lambda layer: ((name, of().float()) for name, of in read.items() if split_layer(name)[0] == layer))
+        names = by_layer(plan.family.own_names(base))
+        by_layers.use(lambda layer: ((each, read_tensor(opened, base.tensors[each]).float()) for each in names.get(layer, [])))
         taps.run(model, sequences, max(128, min(SAMPLE_TOKENS, SAMPLE_BYTES // width)), run)
     sizes, samples = ({name: torch.cat(parts) for name, parts in each.items()} for each in (taps.sizes, taps.samples))
     if not sizes[_LAST].isfinite().all():
