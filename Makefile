@@ -8,7 +8,9 @@ READY := $(VENV)/.ready
 
 # As many workers as there are cores, four at most: each is a process of about a gigabyte, with one thread.
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+# A test that hangs is named, after its threads have said where they are, and the others go on.
+HANGS := --timeout 750 --timeout-method thread --override-ini faulthandler_timeout=700
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(HANGS)
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing sources training weights)
 
