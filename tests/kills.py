@@ -10,13 +10,14 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 KILLED = 9
+_PATIENCE_S = 300.0
 Sizes = dict[int, int]
 """Inode -> bytes of the file that are surely on the disk."""
 Fate = Literal["kill", "interrupt", "full", "stuck"]
@@ -38,6 +39,24 @@ class Ended:
     said: str
 
 
+@contextmanager
+def watched(process: int) -> Iterator[None]:
+    """A child that hangs ends, after it has said where its threads are, as pytest has it for SIGABRT."""
+    timer = threading.Timer(_PATIENCE_S, os.kill, (process, signal.SIGABRT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # the next child must not be forked beside it
+
+
+def exit_code(process: int) -> int:
+    """Of a child, once it has ended; minus the signal that ended it."""
+    with watched(process):
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 def dies(work: Callable[[], object], below: Path, count: int, *, lose: Callable[[Path, Sizes], None] | None = None) -> bool:
     """Whether `work`, done in a process of its own, came to the count-th change of a file below a folder, and died there.
 
@@ -56,7 +75,7 @@ def dies(work: Callable[[], object], below: Path, count: int, *, lose: Callable[
 
             traceback.print_exc()
             os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = exit_code(process)
     assert code in {0, KILLED}, code
     return code == KILLED
 
@@ -77,9 +96,9 @@ def befallen(command: Callable[[], tuple[object, str]], below: Path, count: int,
             os.write(writing, json.dumps([True, 99, traceback.format_exc()[-20_000:]]).encode())
             os._exit(1)
     os.close(writing)
-    with os.fdopen(reading, "rb") as stream:
+    with watched(process), os.fdopen(reading, "rb") as stream:
         told = stream.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = exit_code(process)
     return Ended(True, -KILLED, "") if code == KILLED else Ended(*json.loads(told))
 
 
@@ -95,9 +114,9 @@ def changed_paths(command: Callable[[], object], below: Path) -> set[Path]:
             json.dump(sorted(found), stream)
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as stream:
+    with watched(process), os.fdopen(reading) as stream:
         told = json.load(stream)
-    os.waitpid(process, 0)
+    exit_code(process)
     return {Path(path) for path in told if path.startswith(str(below))}
 
 

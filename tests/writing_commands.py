@@ -54,7 +54,7 @@ class Command:
 COMMANDS = {
     "build": Command(("build", "native.yaml", "NEW"), 40, 17),
     "mix": Command(("mix", "base", "fever", "law", "--without-base", "-o", "NEW", *MIXED), 30, 23),
-    "mix without text": Command(("mix", "base", "fever", "-o", "NEW"), 60, 61, 7),
+    "mix without text": Command(("mix", "base", "fever", "-o", "NEW"), 60, 97, 7),
     "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
     "fit": Command(("fit", "OUT", "fit=logistic"), 15),
     "fit modekit": Command(("fit", "ADAPTERS", "fit=random"), 15),

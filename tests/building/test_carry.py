@@ -19,7 +19,7 @@ from adapter_folders import quiet, train_adapter
 from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, save, tiny_model, write_text
 from generated import check_generation
-from kills import KILLED
+from kills import KILLED, exit_code
 from modekit.building.build import build, write_tensor
 from modekit.building.differences import _head
 from modekit.building.verify import is_proven, verify
@@ -241,7 +241,7 @@ def test_a_killed_build_goes_on_with_the_channels_that_it_has_written(shop: Work
         monkeypatch.setattr("modekit.building.build.write_tensor", write)
         build(plan, shop.root / "KILLED")
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == KILLED
+    assert exit_code(process) == KILLED
     try:
         text.write_text(json.dumps({"text": "another text"}) + "\n")
         checkpoint = build(plan, shop.root / "KILLED")

@@ -19,6 +19,7 @@ import pytest
 
 import modekit.building.build as building
 from conftest import Workshop, make_workshop, save, tiny_model
+from kills import KILLED, exit_code
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
@@ -30,7 +31,6 @@ from modekit.recipes.read import load_recipe
 from modekit.run import Run
 from refusal import Tree, borrow, run_python, tree
 
-KILLED = 9
 RANDOM = {"router": {"fit": "random"}}
 FITTED = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens": 8}}
 Arm = Callable[[int], None]
@@ -65,7 +65,7 @@ def build_and_die(plan: Plan, out: Path, arm: Arm, count: int, *, sync: bool = T
             os._exit(0)
         except BaseException:
             os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = exit_code(process)
     assert code in {0, KILLED}
     return code == KILLED
 

@@ -13,6 +13,7 @@ import pytest
 
 from command_line import ended, modekit
 from conftest import Workshop
+from kills import exit_code, watched
 from modekit.planning.make import make_plan
 from modekit.planning.room import disk_needed
 from modekit.recipes.read import load_recipe
@@ -61,9 +62,9 @@ def run_on_a_full_disk(root: Path, words: Sequence[str], limit: int) -> tuple[in
         except BaseException:
             os._exit(99)
     os.close(writing)
-    with os.fdopen(reading, "rb") as stream:
+    with watched(process), os.fdopen(reading, "rb") as stream:
         said = stream.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+    return exit_code(process), said
 
 
 @pytest.mark.parametrize("name", COMMANDS)

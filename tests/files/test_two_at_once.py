@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Workshop
-from kills import befallen
+from kills import befallen, exit_code
 from modekit.errors import OutputError
 from refusal import Tree, borrow, tree
 from writing_commands import COMMANDS, check_whole, run_in, stable
@@ -89,10 +89,7 @@ def run_at_once(shop: Workshop, tmp_path: Path, name: str, races: int) -> None:
                 raise OutputError(said)
             assert code == 0, said
 
-        codes = [
-            os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            for process in [starts(partial(run, place)) for place in (0, 1)]
-        ]
+        codes = [exit_code(process) for process in [starts(partial(run, place)) for place in (0, 1)]]
         assert CRASHED not in codes, number
         assert DONE in codes, f"{number}: nobody got through"
         check_whole(root)

@@ -75,7 +75,7 @@ SMALL = Size(960, TRAINING.with_(steps=120), fit_tokens=65_536, eval_tokens=16_3
 SIZES: dict[str, Size] = {
     "small": SMALL,
     "small lora": Size(960, TRAINING.with_(steps=160, learning_rate=3e-3), fit_tokens=131_072, eval_tokens=16_384),
-    "quick": Size(24, TRAINING.with_(steps=6), fit_tokens=2_048, eval_tokens=2_048),
+    "quick": Size(24, TRAINING.with_(steps=6, held_out_tokens=1_024), fit_tokens=2_048, eval_tokens=1_024),
     "real": Size(0, _REAL, fit_tokens=2_048, eval_tokens=2_048, without=("linear", "noisy")),  # minutes each
     "real lora": Size(
         0,
