@@ -86,12 +86,13 @@ class _CommonTexts:
         begin, at_once = _beginning(tokenizer), rows_at_once(base, DOCUMENT_TOKENS)
         ends, vocabulary = set(tokenizer.all_special_ids), len(tokenizer)
         writer = Writer(base, None, 0.0, ends=ends, vocabulary=vocabulary, endless=True, where=where)
-        texts = list[list[int]]()
+        texts, stage = list[list[int]](), f"write text{DETAIL}the base"
+        count.advance(stage)
         while len(texts) < rows:
             more = min(at_once, rows - len(texts))
             parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, seed + len(texts))
             texts += [[begin, *part] for (part,) in parts]
-            count.advance(f"write text{DETAIL}the base", more)
+            count.advance(stage, more)
         ids_BS = torch.tensor(texts)
         return cls(ids_BS, read_texts(base, ids_BS, vocabulary)[1])
 
@@ -123,6 +124,8 @@ class _Author:
 
     def write(self, model: PreTrainedModel, base: PreTrainedModel | None, common: _CommonTexts, count: ProgressCount) -> None:
         """Read what all read, and write what is left, in batches that are kept one by one."""
+        stage = f"write text{DETAIL}{self.name}"
+        count.advance(stage)
         expected_V, log_p_BS = read_texts(model, common.ids_BS, len(self.tokenizer))
         passages, expected = common.passages(log_p_BS), expected_V.numpy().astype("<f4").tobytes()
         written, done = written_so_far(self.file, self.made)
@@ -143,7 +146,7 @@ class _Author:
             written += [TextRecord(document, str(place)) for place, document in documents if document is not None]
             done += at_once
             keep_written(self.file, self.made, written, done, expected)
-            count.advance(f"write text{DETAIL}{self.name}", at_once)
+            count.advance(stage, at_once)
 
     def _script(self, *, chat: bool) -> Script:
         around = self.template.around(None) if chat and self.template is not None else None
