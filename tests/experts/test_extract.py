@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import logits_of, save, tiny_model
 from modekit.errors import MismatchError, ModekitError, OutputError, UnsupportedError
@@ -19,6 +20,7 @@ from modekit.experts.extract import Extraction, extract
 from modekit.text.splits import TRAINED_FILE
 from pair_models import pair_model, pair_tokenizer
 from refusal import run_python, tree
+from tiny_decoders import tiny_decoder
 
 
 def is_linear(name: str) -> bool:
@@ -88,14 +90,19 @@ def test_a_low_rank_fine_tune_is_recovered_and_loads_in_peft(root: Path, ids: to
     assert json.loads((root / "OUT" / "extract.json").read_text()) == record.model_dump(mode="json")
     config = json.loads((root / "OUT" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["bias"]) == (3, 3, {}, "none")
-    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    linear = filter(is_linear, load_file(tuned / "model.safetensors"))
+    assert config["target_modules"] == sorted(name.removesuffix(".weight") for name in linear)
     assert Path(config["base_model_name_or_path"]) == root / "base"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "opt"])
 def test_full_rank_is_the_model(tmp_path: Path, model_type: str, ids: torch.Tensor) -> None:
-    save(tiny_model(model_type), tmp_path / "base")
-    tuned = tune(tmp_path, lambda name, weight: noise(name, weight) if is_linear(name) else None)
+    """Also of families without a row, and of GPT-2, which keeps its weights the other way round."""
+    save(
+        tiny_decoder(model_type, vocab_size=96) if model_type in ("gpt2", "opt") else tiny_model(model_type), tmp_path / "base"
+    )
+    linear = re.compile(r"(_proj|\.fc[12]|\.c_(attn|proj|fc))\.weight$")
+    tuned = tune(tmp_path, lambda name, weight: noise(name, weight) if linear.search(name) else None)
     record = run(tmp_path, rank=10_000)
     assert record.all.error < 1e-5
     assert (logits_of(with_adapter(tmp_path), ids) - logits_of(tuned, ids)).abs().max() < 1e-4
@@ -120,6 +127,14 @@ def test_encoder_and_decoder_are_told_apart(tmp_path: Path) -> None:
         pair_model("t5", seed).save_pretrained(tmp_path / name)
         pair_tokenizer().save_pretrained(tmp_path / name)
     record = run(tmp_path)
+    assert any(
+        "relative_attention_bias" in name for name in record.not_carried
+    )  # an embedding, to which PEFT has other factors
+    peft = pytest.importorskip("peft")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel(base, peft.PeftConfig.from_pretrained(tmp_path / "OUT"))
+    loaded = adapted.load_adapter(str(tmp_path / "OUT"), "default")
+    assert not loaded.missing_keys and not loaded.unexpected_keys
     stacks = [kind.partition(".")[0] for kind in record.kinds]
     assert stacks == sorted(stacks, reverse=True) and set(stacks) == {"encoder", "decoder"}
     assert all(row.modules <= 2 for row in record.kinds.values())

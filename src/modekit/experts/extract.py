@@ -1,17 +1,16 @@
 """A full fine-tune as a LoRA adapter over its base: `modekit extract MODEL OUT --base BASE --rank 16`.
 
-    MODEL - BASE, one linear weight of the decoder layers at a time (differences.py)
+    MODEL - BASE, one linear weight of the decoder layers at a time
         -> the best factors B A (weights/factorise.py)
         -> OUT/adapter_config.json, adapter_model.safetensors    an ordinary PEFT folder, scale 1 everywhere
            OUT/extract.json                                      what was kept, and what an adapter cannot carry
            OUT/trained-on.txt                                    copied from MODEL, so that its text is never scored
 
-All of it without torch.
+All of it without torch, where the family has a row.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,22 +19,116 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from modekit.experts.differences import TensorDifference, check_differs, compare, linears_of, shared_names
+from modekit.errors import MismatchError, UnsupportedError, some_of
+from modekit.evaluation.inspection.likeness import compare_each
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
 from modekit.files.change import refuse_existing
 from modekit.files.copies import copy_file
 from modekit.files.place import replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import write_json
+from modekit.files.write import digest_of_data, write_json
+from modekit.recipes.layers import order_of, stack_of
 from modekit.run import QUIET, Run
+from modekit.sources.class_names import named_by_class
+from modekit.sources.compatible import check_same_architecture, check_sizes
+from modekit.sources.config import is_mixture
 from modekit.sources.contents import OpenFiles
-from modekit.sources.source import open_source
+from modekit.sources.families import family_of, row_of
+from modekit.sources.family import Family
+from modekit.sources.header import TensorRef, check_floats
+from modekit.sources.names import is_ignored, split_layer
+from modekit.sources.source import ModelSource, open_source
 from modekit.text.splits import TRAINED_FILE
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.flat import read_float32
 from modekit.weights.numeric import to_bytes
 
 _LITTLE = 0.5  # share of the squared difference below which an adapter is more lost than kept
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor in both models. `squared_delta` and `squared_base` are sums over its elements."""
+
+    name: str
+    tuned: TensorRef
+    base: TensorRef
+    squared_delta: float
+    squared_base: float
+
+    @property
+    def module(self) -> str:
+        """Name without `.weight`."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def kind(self) -> str:
+        """Name under the layer: self_attn.q_proj; of a model with an encoder with the stack before it: encoder.fc1."""
+        layer, path = split_layer(self.module)
+        stack = "" if layer is None else stack_of(layer)[0]
+        return f"{stack}.{path}" if stack else path
+
+    @property
+    def drift(self) -> float | None:
+        """|| delta || / || W ||; None when W is zero and the difference is not."""
+        if self.squared_base == 0:
+            return None if self.squared_delta else 0.0
+        return math.sqrt(self.squared_delta / self.squared_base)
+
+
+def shared_names(tuned: ModelSource, origin: ModelSource, family: Family) -> list[str]:
+    """Tensors of both models in the base's order.
+
+    Raises SourceError, MismatchError or UnsupportedError unless both are unquantised models of the base's family.
+    """
+    for source in (tuned, origin):
+        check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
+        check_sizes(source, row_of(source.config) or family)
+    check_same_architecture(origin, tuned, family)
+    names = family.own_names(origin)
+    for name in names:
+        tuned.matching(origin.tensors[name])
+        if ".experts." in name or (is_mixture(origin.config) and len(origin.tensors[name].shape) == 3):
+            raise UnsupportedError(
+                "the experts of a mixture are no linear layers in memory, so an adapter cannot reach them",
+                where=f"{origin.where}: {name}",
+                remedy="extract from dense models",
+            )
+    return names
+
+
+def differences_of(tuned: ModelSource, origin: ModelSource, family: Family, run: Run) -> list[TensorDifference]:
+    """How far every tensor has moved, in the base's order. Raises as `shared_names`, and SourceError for NaN or Inf."""
+    names = shared_names(tuned, origin, family)
+    found = zip(names, compare_each(origin, [tuned], names, run), strict=True)
+    return [
+        TensorDifference(name, tuned.tensors[name], origin.tensors[name], float(each.products[0, 0]), each.base)
+        for name, each in found
+    ]
+
+
+def linears_of(differences: Sequence[TensorDifference], family: Family) -> list[TensorDifference]:
+    """The linear weights of the decoder layers, by layer and name."""
+    found = []
+    for each in differences:
+        layer, path = split_layer(each.module)
+        parts = [path] if family.derived is None else family.derived.parts
+        is_linear = path in parts and "norm" not in path and not family.looks_up(each.module)
+        if layer is not None and is_linear and each.name != each.module and len(each.base.shape) == 2:
+            found.append((layer, path, each))
+    return [each for _, _, each in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
+
+
+def check_differs(chosen: Sequence[TensorDifference], differences: Sequence[TensorDifference]) -> None:
+    """Raise MismatchError when an adapter would be empty."""
+    if not chosen:
+        moved = [each.name for each in differences if each.squared_delta]
+        raise MismatchError(
+            "no linear weight that could be adapted differs" if moved else "the model is its base: no tensor differs",
+            where="MODEL, BASE",
+            found=f"only {some_of(moved)}" if moved else None,
+            remedy="use the full model: an adapter would be empty" if moved else "give the fine-tuned model as MODEL",
+        )
 
 
 @dataclass(frozen=True)
@@ -128,25 +221,25 @@ def extract(
     """
     replace = replaced_by(overwrite)
     refuse_existing(out, replace, sources=(model, base))
-    tuned = open_source("MODEL", str(model), model, run=run)
-    origin = open_source("BASE", str(base), base, run=run)
-    names = shared_names(tuned, origin)
+    tuned = named_by_class(open_source("MODEL", str(model), model, run=run))
+    origin = named_by_class(open_source("BASE", str(base), base, run=run))
+    family = family_of(origin.config, where=origin.where)
+    differences = differences_of(tuned, origin, family, run)
+    chosen = [each for each in linears_of(differences, family) if each.squared_delta]
+    check_differs(chosen, differences)
+    adapted = []
     with OpenFiles() as opened:
-        differences = [compare(tuned, origin, name, opened) for name in run.over("compare", names, len(names))]
-        linears = linears_of(differences)
-        chosen = [each for each in linears if each.squared_delta]
-        check_differs(chosen, differences)
-        adapted = []
         for each in run.over("factorise", chosen, len(chosen)):
-            delta_OI = read_float32(opened, each.tuned) - read_float32(opened, each.base)
-            adapted.append(_Adapted(each, factorise(delta_OI, rank=rank)))
+            delta = read_float32(opened, each.tuned) - read_float32(opened, each.base)
+            adapted.append(_Adapted(each, factorise(delta.T if family.keeps_columns(each.module) else delta, rank=rank)))
     record = _record(model.name, base_name or base.name, adapted, differences)
     run.begin("write")
     # alpha equals the rank in every module, so that every scale is exactly 1
     changes = {entry.difference.module: ModuleChange(len(entry.factors.a), 1.0) for entry in adapted}
     pair = bool(origin.config.get("is_encoder_decoder"))
-    config = lora_config(base_name or str(base), changes, targets=_targets(adapted, linears), has_encoder=pair)
-    with staging(out, _digest_of(record, adapted), "adapter", sources=(model, base), replace=replace, sync=run.sync) as stage:
+    config = lora_config(base_name or str(base), changes, has_encoder=pair)
+    made_by = f"extract {digest_of_data(record.model_dump(mode='json'))}"  # whose errors have all their digits
+    with staging(out, made_by, "adapter", sources=(model, base), replace=replace, sync=run.sync) as stage:
         write_lora(stage, config, [tensor for entry in adapted for tensor in entry.tensors()])
         if (model / TRAINED_FILE).exists():
             copy_file(model / TRAINED_FILE, stage.folder / TRAINED_FILE)
@@ -169,19 +262,3 @@ def _record(model: str, base: str, adapted: Sequence[_Adapted], differences: Seq
         carried=(1 - together.error**2) * sum(entry.difference.squared_delta for entry in adapted) / moved,
         not_carried={each.name: each.drift for each in differences if each.squared_delta and each.name not in names},
     )
-
-
-def _digest_of(record: Extraction, adapted: Sequence[_Adapted]) -> str:
-    """Of an adapter with its factors, so that a killed write goes on only with equal ones."""
-    digest = hashlib.sha256(record.model_dump_json().encode())
-    for tensor in (tensor for entry in adapted for tensor in entry.tensors()):
-        digest.update(tensor.read())
-    return f"extract {digest.hexdigest()}"
-
-
-def _targets(adapted: Sequence[_Adapted], linears: Sequence[TensorDifference]) -> list[str]:
-    """Kinds of module where each is adapted in every layer that has it, else full names: peft adapts all that match."""
-    modules = [entry.difference.module for entry in adapted]
-    left_out = {each.module for each in linears}.difference(modules)
-    kinds = {module.rsplit(".", 1)[1] for module in modules}
-    return modules if kinds & {module.rsplit(".", 1)[1] for module in left_out} else sorted(kinds)

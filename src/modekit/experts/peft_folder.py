@@ -50,11 +50,10 @@ def lora_config(
     base_name: str,
     changes: Mapping[str, ModuleChange],
     *,
-    targets: Sequence[str] | None = None,
     parameters: Mapping[str, ModuleChange] | None = None,
     has_encoder: bool = False,
 ) -> dict[str, object]:
-    """adapter_config.json of these modules, which are its targets unless `targets` says it shorter, and of these parameters.
+    """adapter_config.json of these modules and parameters, which are its targets by their full names.
 
     `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `has_encoder`: the base is an
     encoder-decoder.
@@ -80,7 +79,7 @@ def lora_config(
         "lora_alpha": alpha,
         "rank_pattern": {module: each for module, each in ranks.items() if each != rank},
         "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
-        "target_modules": list(targets) if targets is not None else sorted(changes),
+        "target_modules": sorted(changes),
         **({"target_parameters": sorted(parameters)} if parameters else {}),
     }
 

@@ -8,7 +8,7 @@ D is the difference from the base (Frobenius). Shape legend: E experts, N elemen
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +80,16 @@ class Likeness:
 
 
 def compare(base: ModelSource, experts: Sequence[ModelSource], names: Collection[str], run: Run) -> Likeness:
-    """Read these tensors of the base and of the experts once. Raises SourceError where one holds NaN or Inf."""
-    sources = (base, *experts)
+    """Of these tensors together. Raises SourceError where one holds NaN or Inf."""
     square, products = 0.0, np.zeros((len(experts), len(experts)))
+    for each in compare_each(base, experts, names, run):
+        square, products = square + each.base, products + each.products
+    return Likeness(square, products)
+
+
+def compare_each(base: ModelSource, experts: Sequence[ModelSource], names: Collection[str], run: Run) -> Iterator[Likeness]:
+    """Of every one of these tensors, which are read once. Raises SourceError where one holds NaN or Inf."""
+    sources = (base, *experts)
     with OpenFiles() as opened:
         read = WeightReader(opened, sources)
         for name in run.over("compare", names, len(names)):
@@ -93,14 +100,13 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], names: Collection
                 for part in each.refs:
                     if not holds_only_finite(opened, part):
                         raise _damaged(sources[at], part.name)
-            added, product = _sums(made[0].numbers(read), [made[at].numbers(read) for at in changed])
+            square, product = _sums(made[0].numbers(read), [made[at].numbers(read) for at in changed])
             for at, length in zip(changed, np.diagonal(product), strict=True):
                 if not np.isfinite(length):  # DoRA of a row of zeros
                     raise _damaged(sources[at], name)
-            square += added
-            rows = np.array(changed, dtype=int) - 1
-            products[np.ix_(rows, rows)] += product
-    return Likeness(square, products)
+            products, rows = np.zeros((len(experts), len(experts))), np.array(changed, dtype=int) - 1
+            products[np.ix_(rows, rows)] = product
+            yield Likeness(square, products)
 
 
 def _damaged(source: ModelSource, name: str) -> SourceError:
