@@ -19,11 +19,11 @@ from modekit.experts.corpus.balance import (
     Balanced,
     BalanceSettings,
     Split,
-    TextsToBalance,
     balance,
     choose_apart,
     diff_percent,
 )
+from modekit.experts.corpus.texts import GivenTexts
 from modekit.run import Run
 from modekit.text.documents import read_documents
 from refusal import refuse, tree
@@ -57,8 +57,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def balanced(root: Path, texts: Mapping[str, str], out: str = "OUT", run: Run = QUICK, **settings: Any) -> Balanced:
-    tokenizer = character_tokenizer()
-    given = TextsToBalance({name: [spec] for name, spec in texts.items()}, root, tokenizer, root / "no folder")
+    folder = root / "counts"
+    if not folder.exists():
+        character_tokenizer().save_pretrained(folder)
+    given = GivenTexts({name: [spec] for name, spec in texts.items()}, root, "org/counts", folder)
     return balance(given, BalanceSettings(**settings), root / out, run=run)
 
 
@@ -95,6 +97,7 @@ def test_a_domain_of_twenty_times_the_smallest_is_as_large_in_both_splits(tmp_pa
         for name, documents in all_of_it.items():
             kept = [record["text"] for record in records_in(tmp_path / "OUT" / split / f"{name}.jsonl")]
             assert len(set(kept)) == len(kept) and set(kept) <= documents  # whole, and once
+    assert found.tokenizer == "org/counts"  # and not the folder that the hub's cache has it in
     kept_of_smallest = sum(totals_of(tmp_path / "OUT", split)["py"] for split in ("train", "validation"))
     assert kept_of_smallest >= 0.95 * sizes["py"]
     train, validation = ({r["text"] for r in records_in(tmp_path / "OUT" / s / "en.jsonl")} for s in ("train", "validation"))

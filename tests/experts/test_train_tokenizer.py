@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from command_line import modekit
 from modekit.demo.text import GENERAL, LANGUAGES, unpack_text
-from modekit.experts.corpus.tokenizer import Mix, byte_level_bpe, train_tokenizer
+from modekit.experts.corpus.texts import GivenTexts
+from modekit.experts.corpus.tokenizer import byte_level_bpe, train_tokenizer
 from modekit.run import Run
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
@@ -28,7 +29,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unpack_text(root, (*LANGUAGES, GENERAL, "code"))
     for out, names in (("ENGLISH", ["general"]), ("ALL", DATA)):
         texts = {name: [f"{name}.jsonl"] for name in names}
-        train_tokenizer(Mix(texts, root), VOCABULARY, root / out, run=Run(sync=False))
+        train_tokenizer(GivenTexts(texts, root), VOCABULARY, root / out, run=Run(sync=False))
     return root
 
 
@@ -66,7 +67,7 @@ def test_the_same_text_gives_the_same_tokenizer_in_whatever_order(room: Path, tm
         lines = (room / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[::-1]) + lines[0])
     texts = {name: [f"{name}.jsonl"] for name in DATA}
-    train_tokenizer(Mix(texts, tmp_path), VOCABULARY, tmp_path / "AGAIN", run=Run(sync=False))
+    train_tokenizer(GivenTexts(texts, tmp_path), VOCABULARY, tmp_path / "AGAIN", run=Run(sync=False))
     assert (tmp_path / "AGAIN" / "tokenizer.json").read_bytes() == (room / "ALL" / "tokenizer.json").read_bytes()
 
 
@@ -76,7 +77,7 @@ def test_a_small_domain_weighs_as_much_as_a_large_one(room: Path, tmp_path: Path
     german = (room / "german.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "german.jsonl").write_text("".join(german[:60]))
     texts = {name: [f"{name}.jsonl"] for name in ("french", "german")}
-    train_tokenizer(Mix(texts, tmp_path), VOCABULARY, tmp_path / "EVEN", run=Run(sync=False))
+    train_tokenizer(GivenTexts(texts, tmp_path), VOCABULARY, tmp_path / "EVEN", run=Run(sync=False))
     fit = [
         text for name in texts for text in documents_of_split(read_documents([f"{name}.jsonl"], root=tmp_path, where=""), "fit")
     ]

@@ -41,13 +41,13 @@ def balance(
     """Choose whole documents so that every domain has as many tokens, in train and in validation."""
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
     with running() as run:
-        from modekit.experts.corpus.balance import BalanceSettings, TextsToBalance, balance
-        from modekit.loaded.load import load_tokenizer
+        from modekit.experts.corpus.balance import BalanceSettings, balance
+        from modekit.experts.corpus.texts import GivenTexts
         from modekit.sources.folders import model_folder
 
         settings = settings_in(words, BalanceSettings, "data balance")
         folder, _ = model_folder(tokenizer, root=Path.cwd(), label="--tokenizer", run=run)
-        given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
+        given = GivenTexts(texts, Path.cwd(), tokenizer, folder)
         balanced = balance(given, settings, target, replace=replaced_by(said.overwrite), run=run)
     if common().json:
         print_json(balanced.model_dump(mode="json"))
@@ -69,14 +69,13 @@ def make_tokenizer(
     """Train a byte-level BPE in which every domain weighs the same, and say how many tokens it makes of each."""
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
     with running() as run:
-        from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
-        from modekit.loaded.load import load_tokenizer
+        from modekit.experts.corpus.texts import GivenTexts
+        from modekit.experts.corpus.tokenizer import train_tokenizer
         from modekit.sources.folders import model_folder
 
         folder, _ = (None, None) if against is None else model_folder(against, root=Path.cwd(), label="--against", run=run)
-        other = None if folder is None else load_tokenizer(folder, run=run)
-        mix = Mix(texts, Path.cwd(), other, against, folder)
-        trained = train_tokenizer(mix, vocabulary, target, replace=replaced_by(said.overwrite), run=run)
+        given = GivenTexts(texts, Path.cwd(), against, folder)
+        trained = train_tokenizer(given, vocabulary, target, replace=replaced_by(said.overwrite), run=run)
     if common().json:
         print_json(trained.model_dump(mode="json"))
     else:

@@ -26,18 +26,17 @@ from modekit.errors import ModekitError, TextError
 from modekit.experts.corpus.texts import (
     WHERE,
     DomainText,
+    GivenTexts,
     Key,
-    checked_texts,
     count_tokens,
     key_of_id,
     none_in_split,
     read_domain,
 )
-from modekit.files.change import refuse_existing
 from modekit.files.place import Replace
 from modekit.files.staging import staging
 from modekit.files.write import json_bytes, make_folder, write_file
-from modekit.recipes.paths import locate, name_of
+from modekit.recipes.paths import name_of
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of
 from modekit.text.records import data_of
@@ -87,7 +86,6 @@ class BalancedDomain(BaseModel, frozen=True):
 class Balanced(BaseModel, frozen=True):
     """A balanced corpus, as balance.json has it; `diff_percent` per split, as `max_diff_percent` has it."""
 
-    format: int = 1
     settings: BalanceSettings
     tokenizer: str
     diff_percent: dict[Split, float]
@@ -169,16 +167,6 @@ def choose_common(units: Sequence[Units], percent: float, most: int | None, seed
 
 
 @dataclass(frozen=True)
-class TextsToBalance:
-    """Text by domain (paths relative to `root`, or hub data sets), and what counts its tokens."""
-
-    texts: Mapping[str, Sequence[str]]
-    root: Path
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_folder: Path
-
-
-@dataclass(frozen=True)
 class _Domain:
     """A domain's text, the tokens of its units by split, and the documents of each unit."""
 
@@ -199,25 +187,25 @@ class _Domain:
 
 
 def balance(
-    given: TextsToBalance, settings: BalanceSettings, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
+    given: GivenTexts, settings: BalanceSettings, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> Balanced:
     """Write OUT/train/NAME.jsonl, OUT/validation/NAME.jsonl and balance.json; `replace` says what may be at OUT.
 
     Raises TextError for text that cannot be read or of which no choice is near enough, ModekitError for names, OutputError.
     """
-    texts = checked_texts(given.texts, given.root)
+    texts, sources = given.checked(out, replace)
     if len(texts) < 2:
         remedy = "give every domain a --text NAME=PATH"
         raise ModekitError("there is nothing to balance", where=WHERE, expected="2 domains or more", remedy=remedy)
-    sources = [*(path for spec in texts.values() if (path := locate(spec, given.root))), given.tokenizer_folder]
-    refuse_existing(out, replace, sources=sources)
-    domains = [_read(name, spec, given, settings, run) for name, spec in texts.items()]
+    tokenizer = given.tokenizer(run)
+    assert tokenizer is not None and given.model is not None  # by which tokens are counted
+    domains = [_read(name, spec, given.root, tokenizer, settings, run) for name, spec in texts.items()]
     splits = SPLITS if settings.validation else SPLITS[:1]
     kept = {split: _choose(split, domains, settings) for split in splits}
     shares = [{split: domain.share(split, kept[split][place]) for split in splits} for place, domain in enumerate(domains)]
     balanced = Balanced(
         settings=settings,
-        tokenizer=name_of(str(given.tokenizer_folder), given.root),
+        tokenizer=name_of(given.model, given.root),
         diff_percent={split: round(diff_percent([each[split].tokens for each in shares]), 4) for split in splits},
         domains=[
             BalancedDomain(
@@ -243,10 +231,10 @@ def balance(
     return balanced
 
 
-def _read(name: str, spec: str, given: TextsToBalance, settings: BalanceSettings, run: Run) -> _Domain:
-    text = read_domain(name, spec, given.root, run, by_id=settings.common)
+def _read(name: str, spec: str, root: Path, tokenizer: PreTrainedTokenizerBase, settings: BalanceSettings, run: Run) -> _Domain:
+    text = read_domain(name, spec, root, run, by_id=settings.common)
     run.begin(f"count {name}")
-    counts = count_tokens(given.tokenizer, [text_of(record.document) for record in text.documents.values()])
+    counts = count_tokens(tokenizer, [text_of(record.document) for record in text.documents.values()])
     units: dict[Key, list[Key]] = {}
     tokens: dict[Split, dict[Key, int]] = {split: {} for split in SPLITS}
     for (key, record), count in zip(text.documents.items(), counts, strict=True):

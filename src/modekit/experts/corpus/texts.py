@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modekit.errors import ModekitError, TextError
+from modekit.files.change import refuse_existing
+from modekit.files.place import Replace
 from modekit.files.typed import shortened
+from modekit.recipes.paths import locate
 from modekit.recipes.strict import NAME_RULE, is_name
 from modekit.run import Run
 from modekit.text.document import text_of
@@ -26,6 +29,32 @@ Key = bytes
 """16 bytes of the sha256 of a document's text, or of an id."""
 _KEY = 16
 _TOGETHER = 64  # documents that a tokenizer takes at once
+
+
+@dataclass(frozen=True)
+class GivenTexts:
+    """Text by domain (paths relative to `root`, or hub data sets); and a model, as it was named and its folder, whose tokenizer
+    counts it or is compared with.
+    """
+
+    texts: Mapping[str, Sequence[str]]
+    root: Path
+    model: str | None = None
+    folder: Path | None = None
+
+    def checked(self, out: Path, replace: Replace) -> tuple[dict[str, str], list[Path]]:
+        """Domain -> its text, and all that is read. Raises as `checked_texts`, and OutputError for what may not go to `out`."""
+        texts = checked_texts(self.texts, self.root)
+        found = [*(locate(spec, self.root) for spec in texts.values()), self.folder]
+        sources = [path for path in found if path is not None]
+        refuse_existing(out, replace, sources=sources)
+        return texts, sources
+
+    def tokenizer(self, run: Run) -> PreTrainedTokenizerBase | None:
+        """The model's. Raises SourceError."""
+        from modekit.loaded.load import load_tokenizer
+
+        return None if self.folder is None else load_tokenizer(self.folder, run=run)
 
 
 @dataclass(frozen=True)

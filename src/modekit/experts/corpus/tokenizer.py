@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -17,13 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modekit.errors import ModekitError
-from modekit.experts.corpus.texts import checked_texts, count_tokens, none_in_split, read_domain
-from modekit.files.change import refuse_existing
+from modekit.experts.corpus.texts import GivenTexts, count_tokens, none_in_split, read_domain
 from modekit.files.copies import library_writes
 from modekit.files.place import Replace
 from modekit.files.staging import staging
 from modekit.files.write import write_json
-from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of
 from modekit.text.held_out import MORE
@@ -58,7 +55,6 @@ class Fertility(BaseModel, frozen=True):
 class TrainedTokenizer(BaseModel, frozen=True):
     """A tokenizer that was made, as fertility.json has it: its tokens, and the name of the one that it is compared with."""
 
-    format: int = 1
     vocabulary: int
     against: str | None
     domains: list[Fertility]
@@ -82,19 +78,8 @@ def byte_level_bpe(documents: Iterable[str], vocabulary: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=pad)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Text by domain, paths relative to `root`; and the tokenizer that is compared, with its name and folder."""
-
-    texts: Mapping[str, Sequence[str]]
-    root: Path
-    against: PreTrainedTokenizerBase | None = None
-    against_name: str | None = None
-    against_folder: Path | None = None
-
-
 def train_tokenizer(
-    mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
+    given: GivenTexts, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> TrainedTokenizer:
     """Write a tokenizer that transformers opens, beside fertility.json.
 
@@ -105,11 +90,9 @@ def train_tokenizer(
         raise ModekitError(
             "the setting is out of range", where="--vocabulary", found=vocabulary, expected=expected, remedy="correct it"
         )
-    texts = checked_texts(mix.texts, mix.root)
-    found = [locate(spec, mix.root) for spec in texts.values()]
-    sources = [path for path in (*found, mix.against_folder) if path is not None]
-    refuse_existing(out, replace, sources=sources)
-    domains = {name: _split_text(name, spec, mix.root, run) for name, spec in texts.items()}
+    texts, sources = given.checked(out, replace)
+    other = given.tokenizer(run)
+    domains = {name: _split_text(name, spec, given.root, run) for name, spec in texts.items()}
     each = min(max(_size(documents["fit"]) for documents in domains.values()), _MOST_TRAINED)
     run.begin("train tokenizer")
     tokenizer = byte_level_bpe(_mixed([documents["fit"] for documents in domains.values()], each), vocabulary)
@@ -118,8 +101,8 @@ def train_tokenizer(
     too_few = f"the text has words for no more than {size:,} tokens of {vocabulary:,}: give more text"
     trained = TrainedTokenizer(
         vocabulary=size,
-        against=mix.against_name,
-        domains=[_fertility(name, documents["report"], tokenizer, mix.against) for name, documents in domains.items()],
+        against=given.model,
+        domains=[_fertility(name, documents["report"], tokenizer, other) for name, documents in domains.items()],
         notes=[too_few] if size < vocabulary else [],
     )
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
