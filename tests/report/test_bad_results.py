@@ -18,6 +18,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.members.licences import front_matter
@@ -91,6 +92,15 @@ def test_damaged_results_are_run_anew(checkpoint: Checkpoint) -> None:
     file.write_text(json.dumps(data))
     assert "eval.json is damaged or of another version (rows.0.domains.law.loss" in make_content(checkpoint).missing[0]
     assert evaluate(checkpoint, tokens_per_domain=200, sequence_length=32) == before == Results.read(checkpoint)
+
+
+def test_sample_texts_that_lack_a_router_are_damaged(checkpoint: Checkpoint) -> None:
+    inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
+    file = checkpoint.folder / "results" / "inspect.json"
+    data = json.loads(file.read_text())
+    data["texts"][0]["weights"].pop()
+    file.write_text(json.dumps(data))
+    assert any("inspect.json is damaged" in line for line in make_content(checkpoint).missing)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "round"])

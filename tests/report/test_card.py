@@ -16,7 +16,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.members.licences import sources_of
-from modekit.report.card import Card, make_card
+from modekit.report.card import Card, facts_of, make_card
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
 from refusal import borrow, copy_base, copy_expert, run_python
@@ -130,6 +130,14 @@ def test_the_snippet_runs(mine: Workshop, mixture: dict[str, Any]) -> None:
     assert ("import modekit" in snippet) == (not checkpoint.shape.plain)
     done = run_python(snippet, cwd=checkpoint.folder.parent)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("choice", [{"top_k": 1}, {"top_p": 0.6}, {"threshold": 0.3}])
+def test_who_takes_part_in_every_token_is_said(mine: Workshop, choice: dict[str, Any]) -> None:
+    for expert, said in (("code", "code"), ("base", "the base model")):
+        always = {"expert": expert, "weight": 0.2}
+        checkpoint = open_checkpoint(mine.build(mixture={**choice, "always_on": always, "router": {"fit": "random"}}))
+        assert str(facts_of(checkpoint)["decides"]).endswith(f", and {said} takes part in every token (weight 0.2)")
 
 
 def test_the_snippet_asks_a_model_that_knows_conversations(mine: Workshop) -> None:

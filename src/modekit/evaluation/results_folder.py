@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -19,7 +19,6 @@ from modekit.files.typed import as_kind, shortened
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
-_Read = TypeVar("_Read")
 _Kind = TypeVar("_Kind", bound="Result")
 
 
@@ -87,12 +86,18 @@ class Result(ABC):
         said: list[str] = [] if problems is None else problems
         if not cls.expected and not os.path.lexists(results_path(checkpoint, cls.file)):
             return None
-        found = read_or_say(cls.file, cls.command, lambda: cls.read(checkpoint), said)
-        if found is not None and not found.belongs_to(checkpoint):
+        try:
+            found = cls.read(checkpoint)
+        except FileNotFoundError:
+            said.append(f"there is no {cls.file}: run `{cls.command}`")
+        except UNREADABLE as error:
+            said.append(f"{cls.file} is damaged or of another version ({shortened(error)}): run `{cls.command}`")
+        else:
+            if found.belongs_to(checkpoint):
+                return found
             changed = "models, router, recipe, tokenizer or training changed since"
             said.append(f"{cls.file} is of another state of this mixture ({changed}): run `{cls.command}` again")
-            return None
-        return found
+        return None
 
 
 def results_path(checkpoint: Checkpoint, file: str) -> Path:
@@ -106,14 +111,3 @@ def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of:
     """
     inside = {f"{RESULTS_FOLDER}/{name}": content for name, content in files.items()}
     change_together(checkpoint.folder, inside, remove_in=f"{RESULTS_FOLDER}/{all_of}" if all_of else None)
-
-
-def read_or_say(file: str, command: str, read: Callable[[], _Read], problems: list[str]) -> _Read | None:
-    """What is read; None, and in `problems` why and what to run, where there is nothing that can be."""
-    try:
-        return read()
-    except FileNotFoundError:
-        problems.append(f"there is no {file}: run `{command}`")
-    except UNREADABLE as error:
-        problems.append(f"{file} is damaged or of another version ({shortened(error)}): run `{command}`")
-    return None

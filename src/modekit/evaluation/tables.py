@@ -63,17 +63,11 @@ def _whole(cell: str) -> str:
     return _ENDS.sub(" ", cell).replace("|", "\\|")
 
 
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]], escape: Callable[[str], str] = _whole) -> str:
-    """A table without a line break at its end; `escape` makes text into a cell."""
-    lines = ["| " + " | ".join(map(escape, cells)) + " |" for cells in [header, *body]]
-    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
-
-
 def as_markdown(table: ResultTable, escape: Callable[[str], str] = _whole) -> str:
-    """A table in Markdown; two figures in a cell are separated by ` / `."""
-    header = [" / ".join(title.split("\n")) for title in table.header]
-    body = [[" / ".join(cell.text.split("\n")) for cell in cells_of(row)] for row in table.rows]
-    return markdown_table(header, body, escape)
+    """Without a line break at its end; two figures in a cell are separated by ` / `; `escape` makes text into a cell."""
+    rows = [[cell.text for cell in cells_of(row)] for row in (table.header, *table.rows)]
+    lines = ["| " + " | ".join(escape(" / ".join(text.split("\n"))) for text in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(table.header), *lines[1:]])
 
 
 def markdown_page(tables: Iterable[ResultTable], notes: Iterable[str]) -> str:

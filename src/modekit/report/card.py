@@ -21,12 +21,13 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord, TrainingRecord
 from modekit.evaluation.forced import ForcedExperts
 from modekit.evaluation.results import Results
-from modekit.evaluation.tables import as_markdown, markdown_table, plain
+from modekit.evaluation.tables import ResultTable, as_markdown, plain
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
 from modekit.members.licences import Source, facts, sources_of
 from modekit.recipes.choices import why_chosen
 from modekit.recipes.strict import BASE
+from modekit.report.sections import licence_table
 from modekit.sources.config import architecture_of
 from modekit.sources.tokenizer_choice import chat_template
 from modekit.text.documents import is_local
@@ -49,9 +50,7 @@ def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> 
     data = _metadata(checkpoint, sources)
     if shown is not None:
         sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
-    header = ["used as", "model", "revision", "licence", "source of the licence"]
-    body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
-    known, table, problems = facts(sources), markdown_table(header, body, plain), list[str]()
+    known, table, problems = facts(sources), as_markdown(licence_table(sources), plain), list[str]()
     values = {**_measured(checkpoint, problems), **_made_of(Checkpoint(checkpoint.folder, shown or checkpoint.record))}
     template = files("modekit.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     values |= {"source_table": table, "facts": [plain(fact) for fact in known]}
@@ -102,17 +101,22 @@ def _backbone(label: str) -> str:
 
 def _decides(checkpoint: Checkpoint) -> str:
     mixture = checkpoint.record.recipe.mixture
+    always = mixture.always_on
     if mixture.method == "linear":
         return "every expert takes part in every token with a fixed weight"
     if mixture.top_p is not None:
-        return f"per token the fewest experts whose probabilities reach {mixture.top_p}"
-    if mixture.threshold is not None:
-        return f"per token every expert whose probability reaches {mixture.threshold}, or the best"
-    chosen = checkpoint.record.recipe.top_k
-    said = "a router weighs all experts" if mixture.method == "gating" else f"a router chooses {chosen} of them"
-    if not checkpoint.shape.routing.runs_common or mixture.always_on is None:
+        said = f"per token the fewest experts whose probabilities reach {mixture.top_p}"
+    elif mixture.threshold is not None:
+        said = f"per token every expert whose probability reaches {mixture.threshold}, or the best"
+    elif mixture.method == "gating":
+        said = "a router weighs all experts"
+    else:
+        said = f"a router chooses {checkpoint.record.recipe.top_k} of them"
+    if always is None:
         return said
-    return f"{said}, and the base model reads every text beside them (weight {mixture.always_on.weight:g})"
+    who = "the base model" if always.expert == BASE else always.expert
+    does = "reads every text beside them" if checkpoint.shape.routing.runs_common else "takes part in every token"
+    return f"{said}, and {who} {does}{'' if always.weight is None else f' (weight {always.weight:g})'}"
 
 
 def facts_of(checkpoint: Checkpoint) -> dict[str, object]:
@@ -154,7 +158,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "recipe": dumped,
         "fence": "`" * max(3, *(len(run) + 1 for run in re.findall("`+", dumped) or [""])),  # longer than any inside
         "packed": [plain(f"{source.label} (from {source.packed})") for source in record.sources if source.packed],
-        "text_table": markdown_table(["domain", "documents", "tokens", "sha256"], text, plain) if text else "",
+        "text_table": as_markdown(ResultTable("", ["domain", "documents", "tokens", "sha256"], text), plain) if text else "",
         "trainings": [_training(each) for each in record.training],
     }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from modekit.evaluation.results import Kind, Results, Row
 
@@ -51,9 +51,9 @@ def gap_chart(results: Results) -> Markup:
             parts += [_text(8, y + 12, _short(row.name)), _text(_WIDTH - _FIGURES + 6, y + 12, said)]
             parts += _bar(y, value, error or 0.0, row.kind, (low, high))
         y += _LINE + 5
-    return (
-        _svg(y, parts, "Gap closed per domain, with standard errors; the table below has the figures") if parts else Markup("")
-    )
+    said = "Gap closed per domain, with standard errors; the table below has the figures"
+    head = f'<svg class="chart" viewBox="0 0 {_WIDTH} {y}" role="img" aria-label="{said}">'
+    return Markup(head + "".join(parts) + "</svg>") if parts else Markup("")
 
 
 def _bar(y: int, value: float, error: float, kind: str, span: tuple[float, float]) -> Iterator[str]:
@@ -76,9 +76,3 @@ def _text(x: float, y: float, text: str, look: str = "") -> Markup:
 
 def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 7]}…{name[-6:]}"
-
-
-def _svg(height: int, parts: Iterable[str], label: str) -> Markup:
-    """A picture of what is markup already."""
-    head = f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">'
-    return Markup(head + "".join(parts) + "</svg>")

@@ -152,9 +152,6 @@ def _shown(checkpoint: Checkpoint) -> MixtureRecord:
 
 def _named(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Settings of a training with names where they have paths."""
-    teacher, generic = settings.get("teacher"), settings.get("generic")
-    return {
-        **settings,
-        **({"teacher": name_of(teacher, root)} if teacher else {}),
-        **({"generic": [name_of(text, root) for text in generic]} if generic else {}),
-    }
+    teacher, generic = settings.get("teacher"), settings.get("generic") or []
+    named = {"teacher": teacher and name_of(teacher, root), "generic": [name_of(text, root) for text in generic]}
+    return {key: named.get(key, value) for key, value in settings.items()}

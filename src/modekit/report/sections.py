@@ -16,12 +16,12 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.forced import ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, TokenTrace
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import Result, read_or_say
+from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import ResultTable
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import bytes_of, count_of, or_dash
-from modekit.members.licences import facts, sources_of
+from modekit.members.licences import Source, facts, sources_of
 from modekit.report.drawing import gap_chart
 
 Block = ResultTable | Markup | str
@@ -84,8 +84,7 @@ def make_content(checkpoint: Checkpoint) -> Content:
         if (found := kind.find(checkpoint, missing)) is not None:
             sections.append(Section(title, found.tables(), found.notes))
     sections += [_size(checkpoint), _sources(checkpoint)]
-    samples = read_or_say(Inspection.file, Inspection.command, lambda: samples_of(inspection), missing)
-    return Content(results, sections, samples or {}, missing)
+    return Content(results, sections, samples_of(inspection), missing)
 
 
 def _training(checkpoint: Checkpoint) -> list[Section]:
@@ -120,23 +119,27 @@ def _size(checkpoint: Checkpoint) -> Section:
 
 def _sources(checkpoint: Checkpoint) -> Section:
     record, sources = checkpoint.record, sources_of(checkpoint)
-    licences = [[", ".join(s.used_as), s.spec, s.revision or "-", s.said, s.said_by] for s in sources]
     read = [(s, name, file) for s in record.sources for name, file in s.files.items()]
     files = [[s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3] for s, name, file in read]
-    titles, said = ["used as", "model", "revision", "licence", "found in"], "As each source states it."
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
     blocks: list[Block] = [
-        ResultTable("Licences", titles, licences, said, prose=True),
+        licence_table(sources),
         ResultTable("Files read", ["source", "file", "size", "blake3"], files, detail=True, prose=True),
         _RECIPE.format(record.recipe_digest, recipe),
     ]
     return Section("Sources and licences", blocks, [*facts(sources), *(f"{each.on}: {each.said}" for each in record.history)])
 
 
+def licence_table(sources: Sequence[Source]) -> ResultTable:
+    """What every source says."""
+    rows = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
+    titles = ["used as", "model", "revision", "licence", "found in"]
+    return ResultTable("Licences", titles, rows, "As each source states it.", prose=True)
+
+
 def samples_of(inspection: Inspection | None) -> dict[str, object]:
     """Sample texts with their weights in thousandths, means over the routers of a layer: one of each domain first, as many as
-    there is room for. Of a pair `source` says how many tokens stand before the target; of a text it is 0. Raises ValueError for
-    weights that are not of every token.
+    there is room for. Of a pair `source` says how many tokens stand before the target; of a text it is 0.
     """
     if inspection is None or not inspection.routers:
         return {}
@@ -152,25 +155,14 @@ def samples_of(inspection: Inspection | None) -> dict[str, object]:
         if room < 0:
             break
         kept.append(data)
-    return (
-        {
-            "experts": inspection.experts,
-            "routers": list(layers),
-            "texts": kept,
-        }
-        if kept
-        else {}
-    )
+    return {"experts": inspection.experts, "routers": list(layers), "texts": kept} if kept else {}
 
 
 def _sample(sample: TokenTrace, layers: Sequence[Sequence[int]]) -> dict[str, object]:
     weights = []
     for places in layers:
         by_token = zip(*(sample.weights[place] for place in places), strict=True)
-        mean = [[round(1000 * sum(each) / len(places)) for each in zip(*rows, strict=True)] for rows in by_token]
-        if len(mean) != len(sample.tokens):
-            raise ValueError("texts[].weights is not of every token")
-        weights.append(mean)
+        weights.append([[round(1000 * sum(each) / len(places)) for each in zip(*rows, strict=True)] for rows in by_token])
     target = next((place for place, token in enumerate(sample.tokens) if token.loss is not None), 0)
     return {
         "domain": sample.domain,

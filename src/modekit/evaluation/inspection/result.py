@@ -113,6 +113,12 @@ class Inspection(Result):
     command = "modekit inspect"
     expected = True
 
+    def __post_init__(self) -> None:
+        for text in self.texts:
+            whole = [[len(self.experts)] * len(text.tokens)] * len(self.routers)
+            if [[len(row) for row in rows] for rows in text.weights] != whole:
+                raise ValueError("weights of a text must be of every router, token and expert")
+
     def as_json(self) -> bytes:
         """As it is written: indented it would be three times as long."""
         return (json.dumps(self.as_data(), sort_keys=True, ensure_ascii=False) + "\n").encode()
