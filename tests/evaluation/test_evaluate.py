@@ -125,6 +125,14 @@ def test_an_unseen_domain_by_nearly_the_name_of_an_expert_is_pointed_out(evaluat
     assert [note for note in notes if "unseen domain" in note] == [
         "no expert is called lw, so it is an unseen domain; did you mean 'law'?"
     ]
+    assert "--text" in " ".join(notes) and "--text" not in " ".join(evaluated[1].notes)  # eval.json and report say so
+
+
+def test_an_unseen_domain_called_base_has_no_expert(evaluated: tuple[Checkpoint, Results]) -> None:
+    """Its row of the base is not its own expert's, that gains nothing."""
+    scored = scored_on(evaluated[0], {"base": ["text/law.jsonl"]}, evaluated[0].recipe_root)
+    notes = evaluate(scored, tokens_per_domain=100, sequence_length=32, write=False).notes
+    assert not [note for note in notes if "base 0.000" in note]
 
 
 def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop: Workshop) -> None:

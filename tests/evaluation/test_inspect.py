@@ -31,9 +31,9 @@ from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.likeness import similarity
-from modekit.evaluation.inspection.result import Inspection, TextTrace
+from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss
 from modekit.evaluation.inspection.text import UserMessage, inspect_text
-from modekit.evaluation.inspection.tokens import token_texts
+from modekit.evaluation.inspection.tokens import token_texts, words_of
 from modekit.files.typed import as_kind
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -407,6 +407,27 @@ def test_characters_of_several_tokens_come_whole() -> None:
     assert token_texts(Bytes(), [97, 0xC3]) == ["a", "\ufffd"]  # type: ignore[arg-type]
 
 
+def test_a_character_of_several_tokens_counts_with_the_word_that_it_begins() -> None:
+    """Tokens of bytes: the space and two thirds of the character come before the token that shows them."""
+    tokens = [TokenLoss(text, loss) for text, loss in (("ab", None), ("", 2.0), ("", 3.0), (" \u6f22", 4.0), (" c", 5.0))]
+    weights = [[[1.0, 0.0]] + [[0.0, 1.0]] * 3 + [[0.5, 0.5]]]
+    trace = TextTrace(
+        loss=3.5,
+        tokens=tokens,
+        weights=weights,
+        without={},
+        experts=["a", "b"],
+        routers=[],
+        top_k=1,
+        base_loss=None,
+        entropy=0.0,
+        notes=[],
+    )
+    words, more = words_of(trace, 9)
+    assert [(word.text, word.loss) for word in words] == [("ab", None), ("\u6f22", 9.0), ("c", 5.0)] and not more
+    assert [word.weights_E.tolist() for word in words] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+
+
 def test_a_text_of_no_domain_is_said_to_be_one(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 3, "router": RANDOM}))
@@ -485,6 +506,13 @@ def test_a_chat_is_shown_up_to_where_its_answer_begins(tmp_path: Path) -> None:
     assert checkpoint.names[last.index(max(last))] == "medicine"
     shown = modekit("inspect", str(checkpoint.folder), "--chat", "--text", "what does def mean")
     assert "the answer begins with code" in shown
+
+
+def test_of_a_long_chat_the_end_is_read_where_the_answer_begins(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_chat_workshop(tmp_path).build("OUT", output={"format": "plain"}))
+    said = inspect_text(checkpoint, UserMessage(None, "what is a fever " * 1_200))
+    assert len(said.tokens) == 4096 and "at most 4,096 tokens" in said.notes[-1]
+    assert "".join(token.text for token in said.tokens).replace(" ", "").endswith("<|im_start|>assistant")
 
 
 def test_without_a_template_there_is_no_chat(shared_workshop: Workshop) -> None:

@@ -18,13 +18,13 @@ from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import modekit.evaluation.rows as rows_module
 from command_line import ended
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import CheckpointError, SourceError
-from modekit.evaluation.tasks import evaluate as run
 from modekit.evaluation.tasks.evaluate import TaskSettings, evaluate_tasks
 from modekit.evaluation.tasks.questions import (
     CHOICES,
@@ -214,14 +214,14 @@ class Oracle(LM):  # type: ignore[misc]
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Which models `run` loads."""
+    """Which models are loaded."""
     loaded: list[str] = []
 
     def counted(folder: Path, **options: Any) -> PreTrainedModel:
         loaded.append(folder.name)
         return load_model(folder, **options)
 
-    monkeypatch.setattr(run, "load_model", counted)
+    monkeypatch.setattr(rows_module, "load_model", counted)
     monkeypatch.setattr("modekit.loaded.experts.load_model", counted)
     yield loaded
 
@@ -348,7 +348,7 @@ def test_a_model_of_nan_has_no_score(
         model.get_output_embeddings().weight.data[0, 0] = float("nan")
         return model
 
-    monkeypatch.setattr(run, "load_model", damaged)
+    monkeypatch.setattr(rows_module, "load_model", damaged)
     for names, settings in ((["spell"], own(own_task(tmp_path / "tasks"), "mixture")), (["glosses"], TaskSettings(limit=2))):
         with pytest.raises(CheckpointError, match="not finite"):
             evaluate_tasks(checkpoint, names, settings)

@@ -22,6 +22,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, ModekitError
 from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.rows import row_jobs
 from modekit.loaded.experts import load_expert, load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -31,6 +32,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.token_text import load_token_text
+from modekit.run import QUIET
 
 CHAT = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -310,6 +312,17 @@ def test_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "law" / "tokenizer.json").unlink()
     (tmp_path / "law" / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 96, "<|im_end|>": 97}))
     assert "'<|im_end|>' 97" in " ".join(planned(shop).notes)
+
+
+def test_rows_that_the_base_lacks_make_another_base_of_it(tmp_path: Path) -> None:
+    """They are other experts': what was scored beside one is not what it scores beside another."""
+    found = []
+    for seed in (2, 7):
+        shop = shop_of(tmp_path / str(seed), WHOLE, code={"tokens": CHAT})
+        save(shop.root / "code", seed, CHAT)
+        (base, *_), _ = row_jobs(built(shop), run=QUIET)
+        found.append(base.identity)
+    assert found[0] != found[1]
 
 
 def test_it_is_evaluated_with_the_rows_that_models_lack(tmp_path: Path) -> None:

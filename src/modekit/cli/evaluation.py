@@ -80,7 +80,7 @@ def evaluate(checkpoint: OutFolder, scored: ScoredOptions, labels: LabelOption =
             labels=labels,
             run=run,
         )
-    _show(results, checkpoint)
+    show_results(results, checkpoint)
     if not common().json:
         print_next(f"modekit inspect {checkpoint}", f"modekit report {checkpoint}")
 
@@ -110,7 +110,7 @@ def eval_tasks(
             limit=options.limit,
         )
         results = evaluate_tasks(checkpoint_in(checkpoint), _listed(tasks), settings, run)
-    _show(results, checkpoint)
+    show_results(results, checkpoint)
 
 
 @app.command()
@@ -128,10 +128,10 @@ def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: La
             labels=labels,
             run=run,
         )
-    _show(results, checkpoint)
+    show_results(results, checkpoint)
 
 
-def _show(results: Result, checkpoint: Path) -> None:
+def show_results(results: Result, checkpoint: Path) -> None:
     """As tables and where its files lie, or as JSON."""
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 

@@ -14,8 +14,9 @@ from rich.columns import Columns
 from rich.style import Style
 from rich.text import Text
 
+from modekit.cli.evaluation import show_results
 from modekit.cli.options import grouped
-from modekit.cli.printing import out, print_json, print_notes, print_result, print_table, visible
+from modekit.cli.printing import out, print_json, print_notes, print_table, visible
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.evaluation.tables import ResultTable
@@ -68,17 +69,15 @@ def inspect(
         from modekit.evaluation.inspection.inspect import inspect
         from modekit.evaluation.inspection.result import Inspection
         from modekit.evaluation.inspection.text import inspect_text
-        from modekit.evaluation.results_folder import RESULTS_FOLDER
 
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
         else:
             found = inspect_text(opened, text, sequence_length=sequence_length, run=run)
-    if common().json:
+    if isinstance(found, Inspection):
+        show_results(found, checkpoint)
+    elif common().json:
         print_json(found.as_data())
-    elif isinstance(found, Inspection):
-        print_result(found)
-        out.print(Text(f"{checkpoint / RESULTS_FOLDER}: inspect.json, inspect.md", style="dim"))
     else:
         print_trace(found, chat=shown.chat)
 

@@ -6,17 +6,14 @@ Honest by construction: what is scored set, trained and chose nothing (text/held
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from functools import partial
-
-from transformers import PreTrainedModel
+from collections.abc import Collection, Iterator, Sequence
 
 from modekit.checkpoint.carried import lost_by
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.loss import not_finite, score_domain
 from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, rows_scored_here, with_gaps
-from modekit.evaluation.rows import Labels, RowJob, label_jobs, row_identity, row_jobs
+from modekit.evaluation.rows import Labels, RowJob, label_jobs, row_identity, row_jobs, run_jobs
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import did_you_mean
 from modekit.run import QUIET, Run
@@ -53,48 +50,38 @@ def evaluate(
     jobs, notes = row_jobs(checkpoint, run=run)
     if labels is not None:
         jobs += label_jobs(checkpoint, labels, domains, load_tokenizer(checkpoint.folder, run=run), list(jobs), wrong)
-    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
-    names, (owned, unseen) = [domain.name for domain in domains], known_and_unseen(domains)
+    rows = list(_rows(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run))
+    owned, unseen = known_and_unseen(domains)
+    if checkpoint.record.recipe.digest() != checkpoint.record.recipe_digest:
+        notes.append("the text is not all the recipe's: some was given by --text")
     hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}
     notes += [
-        *gapless_notes(rows, names),
+        *gapless_notes(rows, owned),
         *label_notes(rows, owned),
         *lost_by(checkpoint),
         *written_notes(checkpoint.record.recipe, checkpoint.recipe_root),
         *(f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()),
     ]
-    results = Results(with_gaps(rows, names), owned, unseen, notes=notes, checkpoint=checkpoint.identity)
+    results = Results(with_gaps(rows, owned), owned, unseen, notes=notes, checkpoint=checkpoint.identity)
     if write:
         results.write(checkpoint)
     return results
 
 
-def _run(
+def _rows(
     jobs: Sequence[RowJob], checkpoint: Checkpoint, domains: Sequence[Domain], known: Sequence[Row], run: Run
-) -> list[Row]:
-    """Every job's scores, taken over where `known` rows have them; one model is in memory at a time."""
+) -> Iterator[Row]:
+    """Every job's scores, taken over where `known` rows have them. Raises CheckpointError for a loss that is not finite."""
     earlier = {(row.identity, name): score for row in known for name, score in row.scores.items()}
-    total = sum(domain.scored_tokens for domain in domains) * len(jobs)
-    done, sizes = 0, checkpoint.parameters
-    rows: list[Row] = []
-    for job in jobs:
-        identity = row_identity(job.identity, checkpoint, domains)
-        model: PreTrainedModel | None = None
-        scores: dict[str, Score] = {}
-        for domain in domains:
-            text = job.text(domain)
-            if text is not None:
-                score = earlier.get((identity, domain.name))
-                if score is None:
-                    model = model if model is not None else job.load()
-                    with job.within(model, text):
-                        score = score_domain(model, text, partial(run.progress, f"score {job.name}", total=total), done)
-                if not math.isfinite(score.loss):
-                    raise not_finite("the loss is", f"{job.name} on the text '{domain.name}'")
-                scores[domain.name] = earlier[identity, domain.name] = score
-            done += domain.scored_tokens
-            run.progress(f"score {job.name}", done, total)
-        parameters = (sizes.dense, sizes.dense - sizes.idle) if job.dense else (sizes.total, sizes.active)
-        rows.append(Row(job.name, job.kind, *parameters, scores, identity))
-        del model
-    return rows
+
+    def identity(job: RowJob) -> str:
+        return row_identity(job.identity, checkpoint, domains)
+
+    def found(job: RowJob, text: Domain) -> Score | None:
+        return earlier.get((identity(job), text.name))
+
+    for job, parameters, scores in run_jobs(checkpoint, jobs, domains, score_domain, run, found):
+        for name, score in scores.items():
+            if not math.isfinite(score.loss):
+                raise not_finite("the loss is", f"{job.name} on the text '{name}'")
+        yield Row(job.name, job.kind, *parameters, scores, identity(job))

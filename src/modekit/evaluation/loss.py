@@ -26,21 +26,18 @@ def tokens_per_pass(config: PreTrainedConfig) -> int:
     return max(512, min(8_192, 2**26 // int(config.vocab_size)))
 
 
-def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
+def score_domain(model: PreTrainedModel, domain: Domain, advance: Callable[[int], object]) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored.
 
-    `progress` is called with the number of tokens that are scored, `done` before the first. Raises TextError for text of
-    another kind than the model reads.
+    `advance` is called with how many tokens more are scored. Raises TextError for text of another kind than the model reads.
     """
     check_text(model, domain.sequences, where=domain.name or None)
     tokens = min(tokens_per_pass(model.config), tokens_per_batch(model))
-    progress(done)
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):
             sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
-            done += batch.scored
-            progress(done)
+            advance(batch.scored)
     blocks = in_blocks(sums.tolist()) if len(sums) > 1 else ()
     return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)
 
@@ -51,12 +48,12 @@ def not_finite(what: str, where: str) -> CheckpointError:
 
 
 @contextmanager
-def only_finite(model: PreTrainedModel, name: str) -> Iterator[None]:
+def only_finite(model: PreTrainedModel) -> Iterator[None]:
     """While open, a pass whose logits are not finite raises CheckpointError."""
 
     def check(_: object, _inputs: object, output: Any) -> None:
         if not torch.isfinite(output.logits).all():
-            raise not_finite("what the model says is", name)
+            raise not_finite("what the model says is", str(model.config.name_or_path))
 
     hook = model.register_forward_hook(check)
     try:

@@ -1,4 +1,4 @@
-"""The rows of the table: which models are run on which text, and how each is loaded.
+"""The rows of the table: which models are run on which text, how each is loaded, and the one loop that runs them.
 
 Labels at test time (arXiv 2407.01126):
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +31,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.recipes.mixture import CHOICES
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
-from modekit.run import Run
+from modekit.run import ProgressCount, Run
 from modekit.sources.adapter import is_adapter
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import labels_of, opening_ids, place_of_tag, tag_ids, tag_of
@@ -42,6 +42,9 @@ ALONE = "without the base beside it"
 """Row of a mixture whose base runs apart (always_on): what its experts are worth without it."""
 Labels = Literal["gate", "tag"]
 """How labels act."""
+Advance = Callable[[int], object]
+"""Called with how many tokens more are scored."""
+_Score = TypeVar("_Score")
 
 
 def row_identity(model: str, checkpoint: Checkpoint, domains: Sequence[Domain]) -> str:
@@ -92,7 +95,8 @@ def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[st
 def _source_jobs(checkpoint: Checkpoint, there: Collection[str], run: Run) -> Iterator[RowJob]:
     """Base, experts, and their average, as far as their models are `there`."""
     record = checkpoint.record
-    hashes = [" ".join(source.digests) for source in record.sources]
+    rows = [] if record.tokens is None else [checkpoint.identity["sources"]]  # of tokens that models lack, made of all models
+    hashes = [" ".join([*source.digests, *rows]) for source in record.sources]
     load = partial(load_recorded, checkpoint, run=run)
     if BASE in there:
         yield RowJob(BASE, "base", hashes[0], partial(load, 0), dense=True)
@@ -116,9 +120,9 @@ def mixture_jobs(checkpoint: Checkpoint, run: Run, *, experts: bool = False) -> 
     job = RowJob("mixture", "mixture", f"{experts_id} {router_id}", partial(load_model, checkpoint.folder, run=run))
     if checkpoint.record.recipe.mixture.weights is None:
         for place, name in enumerate(checkpoint.names) if experts else ():
-            forced = _forced(checkpoint, job, f"forced {name} {experts_id}", partial(_always, place))
-            yield replace(forced, name=name, kind="expert")
-        oracle = _forced(checkpoint, job, f"oracle {experts_id}", lambda domain: domain.expert)
+            forced = _forced(checkpoint, job, f"forced {name} {experts_id}", place)
+            yield replace(forced, name=name, kind="expert", dense=True)
+        oracle = _forced(checkpoint, job, f"oracle {experts_id}")
         yield replace(oracle, name="oracle", kind="oracle")
     yield job
     if checkpoint.shape.routing.runs_common:
@@ -130,16 +134,48 @@ def mixture_jobs(checkpoint: Checkpoint, run: Run, *, experts: bool = False) -> 
         )
 
 
-def _always(place: int, _domain: Domain) -> int:
-    return place
+def run_jobs(
+    checkpoint: Checkpoint,
+    jobs: Sequence[RowJob],
+    domains: Sequence[Domain],
+    score: Callable[[PreTrainedModel, Domain, Advance], _Score],
+    run: Run,
+    known: Callable[[RowJob, Domain], _Score | None] = lambda _job, _text: None,
+) -> Iterator[tuple[RowJob, tuple[int, int], dict[str, _Score]]]:
+    """Every job with its parameters, in all and active, and its scores by domain; what is `known` is not scored again.
+
+    One model is in memory at a time; jobs in a row that run the same one load it once.
+    """
+    work, sizes = ProgressCount(run, sum(domain.scored_tokens for domain in domains) * len(jobs)), checkpoint.parameters
+    model: PreTrainedModel | None = None
+    loaded: object = None
+    for job in jobs:
+        advance, scores = partial(work.advance, f"score {job.name}"), dict[str, _Score]()
+        advance(0)
+        for domain in domains:
+            text = job.text(domain)
+            found = None if text is None else known(job, text)
+            if text is None or found is not None:
+                advance(domain.scored_tokens)
+            else:
+                if model is None or job.load is not loaded:
+                    model = None  # it goes before the next one comes
+                    model, loaded = job.load(), job.load
+                with job.within(model, text):
+                    found = score(model, text, advance)
+            if found is not None:
+                scores[domain.name] = found
+        yield job, (sizes.dense, sizes.dense - sizes.idle) if job.dense else (sizes.total, sizes.active), scores
 
 
-def _by_name(places: Mapping[str, int], domain: Domain) -> int | None:
-    return places.get(domain.name)
+def _forced(checkpoint: Checkpoint, job: RowJob, identity: str, to: int | Mapping[str, int] | None = None) -> RowJob:
+    """All weight on one expert, on one by the name of each domain, or (None) on each domain's own; domains that have none are
+    not scored. The router is no part of such a row.
+    """
 
+    def expert(domain: Domain) -> int | None:
+        return to if isinstance(to, int) else domain.expert if to is None else to.get(domain.name)
 
-def _forced(checkpoint: Checkpoint, job: RowJob, identity: str, expert: Callable[[Domain], int | None]) -> RowJob:
-    """All weight on an expert of each domain; those that have none are not scored. The router is no part of such a row."""
     return replace(
         job,
         identity=identity,
@@ -166,7 +202,7 @@ def label_jobs(
             continue
         for kind, places in zip(("right", "wrong"), label_places(domains, recipe), strict=True):
             if labels == "gate":
-                told = _forced(checkpoint, job, f"told {places} {experts_id}", partial(_by_name, places))
+                told = _forced(checkpoint, job, f"told {places} {experts_id}", places)
             else:
                 told = _tagged(job, label_tags(places, recipe, labels_of(tokenizer)), tokenizer)
             if places and (wrong or kind == "right"):

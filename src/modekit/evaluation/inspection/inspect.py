@@ -3,7 +3,8 @@
 The text is what `modekit eval` scores. A *text* here is one sequence of it: a document, a piece of one, or a pair. Of a pair a
 router counts the tokens of the side that it reads, and losses are per token of the target.
 
-Shape legend: S sequence (of a pair the source and behind it the target), E experts, R routers, N sequences.
+Shape legend: S sequence (of a pair the source and behind it the target), E experts, R routers, M experts of a
+base that is a mixture.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def inspect(
     top = TopTokens(vocabulary, len(checkpoint.names))
     usages, texts = dict[str, Usage](), list[TokenTrace]()
     for domain in domains:
-        usages[domain.name], samples = _of_domain(model, checkpoint, domain, top, advance)
-        texts += [replace(token_trace(checkpoint, tokenizer, *sample), domain=domain.name) for sample in samples]
+        usages[domain.name], samples = _of_domain(model, checkpoint, domain, tokenizer, top, advance)
+        texts += samples
     alike, notes = similarity(checkpoint, run)
     found = Inspection(
         checkpoint=checkpoint.identity,
@@ -80,73 +81,75 @@ def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]
     return advance
 
 
-_Sample = tuple[Sequence[int], Array32, Array32, Sequence[Array32]]
-"""Tokens, their losses (S) as `loss_per_token` has them, weights (R, S, E), and losses without each expert (S)."""
-
-
 def token_trace(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    losses_S: Array32,
     weights_RSE: Array32,
-    without_ES: Sequence[Array32],
+    losses: Sequence[Array32],
 ) -> TokenTrace:
-    """What is known of every token of a text."""
-    texts = token_texts(tokenizer, ids)
-    changes = [float(np.nanmean(each, dtype=np.float64) - np.nanmean(losses_S, dtype=np.float64)) for each in without_ES]
+    """What is known of the tokens of a text of which there are weights. `losses`: as `loss_per_token` has them (S), then those
+    without each expert.
+    """
+    size = weights_RSE.shape[1]
+    texts, (losses_S, *without_ES) = token_texts(tokenizer, ids[:size]), [each[:size] for each in losses]
+    mean, *others = (float(np.nanmean(each, dtype=np.float64)) for each in (losses_S, *without_ES))
     return TokenTrace(
-        loss=float(np.nanmean(losses_S, dtype=np.float64)),
+        loss=mean,
         tokens=[TokenLoss(text, None if np.isnan(loss) else float(loss)) for text, loss in zip(texts, losses_S, strict=True)],
         weights=weights_RSE.tolist(),
-        without=dict(zip(checkpoint.names, changes, strict=False)),
+        without={name: other - mean for name, other in zip(checkpoint.names, others, strict=False)},
     )
 
 
 def _of_domain(
-    model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, top: TopTokens, advance: Advance
-) -> tuple[Usage, list[_Sample]]:
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    domain: Domain,
+    tokenizer: PreTrainedTokenizerBase,
+    top: TopTokens,
+    advance: Advance,
+) -> tuple[Usage, list[TokenTrace]]:
     """What the routers do with a domain, and a few of its texts."""
     sequences, names = domain.sequences, checkpoint.names
-    shape = (len(sequences), len(checkpoint.shape.positions))
-    shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
-    entropy_NR, agreement_NR, tokens_NR = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    inner_RM = np.zeros((shape[1], checkpoint.shape.inner if checkpoint.shape.inner > 1 else 0))
-    longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (shape[1] * len(names))))
+    routers, inner = len(checkpoint.shape.positions), checkpoint.shape.inner
+    shares_RE, chosen_RE = np.zeros((2, routers, len(names)))
+    entropy_R, agreement_R, tokens_R = np.zeros((3, routers))
+    inner_RM = np.zeros((routers, inner if inner > 1 else 0))
+    longest = min(_SAMPLE_TOKENS, max(3, _SAMPLE_WEIGHTS // (routers * len(names))))  # with a tag there are two, and the first
     weights: dict[int, Array32] = dict.fromkeys(_samples(sequences, longest), np.zeros(0, np.float32))
 
     def consume(row: int, decided: Decided) -> None:
-        tokens_NR[row] = decided.reads_RS.sum(1)
-        shares_NRE[row] = decided.weights_RSE.sum(1, dtype=np.float64)
-        chosen_NRE[row] = decided.chosen_RSE.sum(1, dtype=np.float64)
-        entropy_NR[row] = decided.entropy_RS.sum(1, dtype=np.float64)
+        tokens_R[:] += decided.reads_RS.sum(1)
+        shares_RE[:] += decided.weights_RSE.sum(1, dtype=np.float64)
+        chosen_RE[:] += decided.chosen_RSE.sum(1, dtype=np.float64)
+        entropy_R[:] += decided.entropy_RS.sum(1, dtype=np.float64)
         inner_RM[:] += decided.inner_RSM.sum(1, dtype=np.float64)
         if domain.expert is not None:
-            agreement_NR[row] = _led(decided, domain.expert)
+            agreement_R[:] += _led(decided, domain.expert)
         read_S = decided.reads_RS.any(0)
-        ids_S = np.array((*sequences[row].ids, *sequences[row].target))
-        top.add(ids_S[read_S].tolist(), decided.mean_SE[read_S])
+        top.add(np.array(_ids(sequences[row]))[read_S].tolist(), decided.mean_SE[read_S])
         if row in weights:
-            weights[row] = decided.weights_RSE[:, : _shown(sequences[row], longest)]
+            weights[row] = decided.weights_RSE[:, :longest]
 
     losses = traced_losses(model, checkpoint, sequences, consume, advance)
     without = losses_without(model, checkpoint, sequences, advance)
-    tokens_R, whole = tokens_NR.sum(0), _sum(losses)
+    whole = _sum(losses)
     changes = {name: (_sum(each) - whole) / domain.scored_tokens for name, each in zip(names, without, strict=False)}
-    shares_RE = shares_NRE.sum(0) / tokens_R[:, None]
-    if not _base_is_outside(checkpoint):
-        shares_RE = shares_RE / shares_RE.sum(-1, keepdims=True)  # rounding
+    sums_R = tokens_R if _base_is_outside(checkpoint) else shares_RE.sum(-1)  # a token's weights sum to one, but for rounding
     usage = Usage(
         expert=None if domain.expert is None else names[domain.expert],
         loss=whole / domain.scored_tokens,
-        shares=shares_RE.tolist(),
-        chosen=(chosen_NRE.sum(0) / tokens_R[:, None]).tolist(),
-        entropy=(entropy_NR.sum(0) / tokens_R).tolist(),
-        agreement=None if domain.expert is None else (agreement_NR.sum(0) / tokens_R).tolist(),
+        shares=(shares_RE / sums_R[:, None]).tolist(),
+        chosen=(chosen_RE / tokens_R[:, None]).tolist(),
+        entropy=(entropy_R / tokens_R).tolist(),
+        agreement=None if domain.expert is None else (agreement_R / tokens_R).tolist(),
         without=changes,
         inner=(inner_RM / tokens_R[:, None]).tolist() if inner_RM.size else (),
     )
-    return usage, [_sample(sequences[row], each, [of[row] for of in (losses, *without)]) for row, each in weights.items()]
+    told = {row: [loss_per_token(sequences[row], each[row]) for each in (losses, *without)] for row in weights}
+    texts = (token_trace(checkpoint, tokenizer, _ids(sequences[row]), each, told[row]) for row, each in weights.items())
+    return usage, [replace(text, domain=domain.name) for text in texts]
 
 
 def _led(decided: Decided, expert: int) -> np.ndarray:
@@ -156,11 +159,9 @@ def _led(decided: Decided, expert: int) -> np.ndarray:
     return led_R
 
 
-def _sample(sequence: TokenSequence, weights_RSE: Array32, losses: Sequence[Array32]) -> _Sample:
-    """The tokens of a sequence of which there are weights."""
-    size = weights_RSE.shape[1]
-    whole_S, *without_ES = [loss_per_token(sequence, each)[:size] for each in losses]
-    return (*sequence.ids, *sequence.target)[:size], whole_S, weights_RSE, without_ES
+def _ids(sequence: TokenSequence) -> tuple[int, ...]:
+    """Of all its tokens."""
+    return (*sequence.ids, *sequence.target)
 
 
 def _sum(losses: Sequence[Array32]) -> float:
@@ -172,11 +173,6 @@ def _samples(sequences: Sequence[TokenSequence], longest: int) -> list[int]:
     """Places of a few texts that are long enough to show something; pairs, which are never cut, are as short."""
     fitting = [row for row, sequence in enumerate(sequences) if not sequence.target or sequence.size <= longest]
     return sorted(sorted(fitting, key=lambda row: (-min(longest, sequences[row].size), row))[:_SAMPLES])
-
-
-def _shown(sequence: TokenSequence, longest: int) -> int:
-    """So many tokens of a sample; behind a tag that stands first there are two, of which one is predicted."""
-    return min(sequence.size, longest if sequence.tag is None else max(longest, sequence.tag + 3))
 
 
 def _base_is_outside(checkpoint: Checkpoint) -> bool:

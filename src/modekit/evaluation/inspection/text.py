@@ -39,8 +39,8 @@ class UserMessage:
 
 
 def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_length: int = 512, run: Run = QUIET) -> TextTrace:
-    """What the routers do with the first 4,096 tokens of a text; what is said in a chat is shown in the chat template, up to
-    where the answer begins.
+    """What the routers do with the first 4,096 tokens of a text; what is said in a chat is shown in the chat template, with the
+    last 4,096 tokens up to where the answer begins.
 
     Raises TextError for a text of fewer than two tokens, or without a chat template, UnsupportedError for a model that reads
     pairs, CheckpointError when losses or weights are not finite.
@@ -72,7 +72,7 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
     }
     recipe = checkpoint.record.recipe
     return TextTrace(
-        **vars(token_trace(checkpoint, tokenizer, ids, losses, weights_RSE, without)),
+        **vars(token_trace(checkpoint, tokenizer, ids, weights_RSE, [losses, *without])),
         experts=checkpoint.names,
         routers=list(checkpoint.shape.positions),
         top_k=None if recipe.mixture.varies else recipe.top_k,
@@ -95,7 +95,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage, length
     else:
         above = [] if text.system is None else [message_of("system", text.system)]
         written = needed_template(tokenizer, "--chat").text([*above, message_of("user", text.text)], answer=True)
-        ids: Any = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"][:_MOST]
+        ids: Any = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"][-_MOST:]
         windows = [TokenSequence(tuple(ids[start : start + length])) for start in range(0, len(ids), length)]
     if not windows:
         raise TextError(

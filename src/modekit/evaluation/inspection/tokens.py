@@ -101,6 +101,8 @@ def words_of(trace: TextTrace, most: int) -> tuple[list[Word], bool]:
     for place, token in enumerate(tokens):
         ended = token.text[:1].isspace() or text[-1:].isspace() or len(text) >= _LONGEST_WORD
         if ended and text.strip():
+            while not tokens[place - 1].text:  # they begin the character that this one ends
+                place -= 1
             words.append(_word(trace, start, place, text))
             if len(words) == most:
                 return words, True

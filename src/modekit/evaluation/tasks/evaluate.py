@@ -19,15 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
-from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, SourceError, TextError, check_packages
 from modekit.evaluation.loss import only_finite
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
+from modekit.evaluation.rows import RowJob, row_jobs
 from modekit.evaluation.tables import MIXTURE
 from modekit.evaluation.tasks.questions import GROUPS, Questions, make_questions
 from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
-from modekit.loaded.experts import load_expert_source
-from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 
@@ -81,16 +80,21 @@ def evaluate_tasks(
         )
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     check_packages(("lm_eval.models.huggingface",), "pip install 'modekit[eval]'")
-    models = _chosen(checkpoint, settings.models)
+    jobs, notes = _jobs(checkpoint, settings.models, run)
     forms = {form for name in names for form in GROUPS.get(name, ())}
-    questions, notes = _written_questions(checkpoint, forms) if forms else ({}, [])
+    questions, lacking = _written_questions(checkpoint, forms) if forms else ({}, [])
+    notes += lacking
     folder = (checkpoint.folder / RESULTS_FOLDER / FOLDER).resolve()
     with _quiet():
         named = [name for name in names if name not in GROUPS]
         tasks = _harness_tasks(named, settings.folders, [each.config(folder) for each in questions.values()])
         if not tasks:
             raise TextError("no task is left to run", where="TASKS", found="; ".join(notes) or None, remedy="name another")
-        found = _run(checkpoint, tasks, models, settings, notes, run)
+        tokenizer, found = load_tokenizer(checkpoint.folder, run=run), dict[str, dict[str, tuple[str, int, Estimate]]]()
+        for place, job in enumerate(jobs):
+            run.progress(f"score {job.name}", place, len(jobs))
+            found[job.name] = _scored(job.load(), tokenizer, tasks, settings)
+        run.progress("score", len(jobs), len(jobs))
     scores = {}
     for name, (metric, items, _) in next(iter(found.values())).items():
         rows, better = {model: found[model][name][2] for model in found}, bool(tasks[name].higher_is_better()[metric])
@@ -102,8 +106,11 @@ def evaluate_tasks(
     return results
 
 
-def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
-    """Rows that were asked for, of the base, every expert that is not the base itself, and the mixture."""
+def _jobs(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> tuple[list[RowJob], list[str]]:
+    """Of the base, every expert that is not the base itself, and the mixture those that were asked for; why some are left out.
+
+    Raises ModekitError for another name, and SourceError where none is left.
+    """
     places = checkpoint.record.expert_sources
     known = [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
     for name in models:
@@ -111,7 +118,17 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
             raise ModekitError(
                 "unknown model", where="--models", found=name, expected=", ".join(known), remedy="write some of them"
             )
-    return [name for name in known if not models or name in models]
+    jobs, left_out = row_jobs(checkpoint, run=run)
+    jobs = [job for job in jobs if job.name in (models or known)]
+    notes = [note for note in left_out if note.partition(" left out")[0] in (models or known)]
+    if not jobs:
+        raise SourceError(
+            "none of the models that were asked for can be scored",
+            where=str(checkpoint.folder),
+            found="; ".join(notes),
+            remedy="ask for the mixture as well, or put the models back",
+        )
+    return jobs, notes
 
 
 def _written_questions(checkpoint: Checkpoint, forms: set[str]) -> tuple[dict[str, Questions], list[str]]:
@@ -151,38 +168,6 @@ def _harness_tasks(names: Sequence[str], folders: Sequence[Path], configs: Seque
     return tasks
 
 
-def _run(
-    checkpoint: Checkpoint,
-    tasks: Mapping[str, Task],
-    models: Sequence[str],
-    settings: TaskSettings,
-    notes: list[str],
-    run: Run,
-) -> dict[str, dict[str, tuple[str, int, Estimate]]]:
-    """Model -> task -> metric, items and score. One model is in memory at a time."""
-    tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    scored = {}
-    for place, name in enumerate(models):
-        run.progress(f"score {name}", place, len(models))
-        expert = checkpoint.names.index(name) if name in checkpoint.names else None
-        reason = None if name == MIXTURE else why_not(checkpoint, expert, run=run)
-        if reason:
-            notes.append(f"{name} left out: {reason}")
-            continue
-        model = load_model(checkpoint.folder, run=run) if name == MIXTURE else load_expert_source(checkpoint, expert, run=run)
-        scored[name] = _scored(model, tokenizer, tasks, settings)
-        del model
-    run.progress("score", len(models), len(models))
-    if not scored:
-        raise SourceError(
-            "none of the models that were asked for can be scored",
-            where=str(checkpoint.folder),
-            found="; ".join(notes),
-            remedy="ask for the mixture as well, or put the models back",
-        )
-    return scored
-
-
 def _scored(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task], settings: TaskSettings
 ) -> dict[str, tuple[str, int, Estimate]]:
@@ -196,7 +181,7 @@ def _scored(
     batch = 1 if hasattr(model.config, "modekit") else _BATCH
     for task in tasks.values():
         task.set_fewshot_seed(_SEED)  # the same examples for every model
-    with _explained(tasks), only_finite(model, str(model.config.name_or_path)):
+    with _explained(tasks), only_finite(model):
         found: Any = evaluate(
             lm=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype="float32"),
             task_dict={"tasks": dict(tasks), "groups": {}},
@@ -236,22 +221,14 @@ def _explained(tasks: Sequence[str] | Mapping[str, object]) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """While open the harness logs, warns and draws nothing."""
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
+    from tqdm import std  # type: ignore[import-untyped]
 
-    logger = logging.getLogger("lm_eval")
+    logger, begin = logging.getLogger("lm_eval"), std.tqdm.__init__
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL)
-        if datasets.is_progress_bar_enabled():
-            datasets.disable_progress_bars()
-            stack.callback(datasets.enable_progress_bars)
-        for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-            bar = module.tqdm
-            stack.callback(setattr, module, "tqdm", bar)
-            module.tqdm = lambda *of, bar=bar, **settings: bar(*of, **{**settings, "disable": True})
+        stack.callback(setattr, std.tqdm, "__init__", begin)
+        setattr(std.tqdm, "__init__", lambda bar, *of, **settings: begin(bar, *of, **{**settings, "disable": True}))  # noqa: B010
         yield

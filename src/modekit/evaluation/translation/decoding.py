@@ -57,7 +57,7 @@ def translated(
     advance: Callable[[int], object] = lambda _count: None,
 ) -> list[str]:
     """Translate the sources of pairs. `begins` is the first token, where the model's own settings force none; `advance` gets
-    how many are done.
+    how many tokens the targets have of what is done.
     """
     texts = [""] * len(pairs)
     own: Any = model.generation_config
@@ -74,5 +74,5 @@ def translated(
             out_BW: Any = model.generate(input_ids=ids_BS, attention_mask=mask_BS, **settings)
         for row, text in zip(rows, tokenizer.batch_decode(out_BW[:, 1:], skip_special_tokens=True), strict=True):
             texts[row] = text.strip()
-        advance(len(rows))
+        advance(sum(pairs[row].scored for row in rows))
     return texts

@@ -5,7 +5,7 @@ Every row translates the same sources in the same way. An expert's row is the mi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,19 +16,18 @@ from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, check_packages
 from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
 from modekit.evaluation.loss import only_finite
-from modekit.evaluation.rows import Labels, RowJob, label_jobs, mixture_jobs
+from modekit.evaluation.rows import Advance, Labels, RowJob, label_jobs, mixture_jobs, run_jobs
 from modekit.evaluation.translation.decoding import Decoding, first_token, translated
 from modekit.evaluation.translation.results import TranslationResults, TranslationRow, TranslationScore
 from modekit.loaded.experts import load_recorded
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
-from modekit.run import QUIET, ProgressCount, Run
+from modekit.run import QUIET, Run
 from modekit.text.document import Pair
 from modekit.text.held_out import HeldOutText
 from modekit.text.sequences import TokenSequence, encode
 
 _LONGEST = 512  # tokens of a side, as `modekit eval` reads them
-_Score = Callable[[PreTrainedModel, Domain, Callable[[int], object]], TranslationScore]
 
 
 class Scorer:
@@ -75,8 +74,7 @@ def evaluate_translation(
             expected="Bart, mBART, Marian, M2M100 or T5",
             remedy="run modekit eval, which scores such a mixture by its loss",
         )
-    scorer, notes = Scorer(), list[str]()
-    tokenizer = load_tokenizer(checkpoint.folder, run=run)
+    scorer, notes, tokenizer = Scorer(), list[str](), load_tokenizer(checkpoint.folder, run=run)
     decoding, longest, positions = decoding or Decoding(), _LONGEST, checkpoint.config.get("max_position_embeddings")
     if isinstance(positions, int):
         longest = min(longest, positions - (labels == "tag"))
@@ -92,11 +90,13 @@ def evaluate_translation(
             "unless a model's generation_config.json forces another token"
         )
 
-    def score(model: PreTrainedModel, domain: Domain, advance: Callable[[int], object]) -> TranslationScore:
-        texts = translated(model, tokenizer, domain.sequences, decoding, begins=begins, advance=advance)
+    def score(model: PreTrainedModel, domain: Domain, advance: Advance) -> TranslationScore:
+        with only_finite(model):
+            texts = translated(model, tokenizer, domain.sequences, decoding, begins=begins, advance=advance)
         return scorer.corpus(texts, targets[domain.name])
 
-    rows = list(_rows(checkpoint, jobs, domains, score, run))
+    found = run_jobs(checkpoint, jobs, domains, score, run)
+    rows = [TranslationRow(job.name, job.kind, *parameters, scores) for job, parameters, scores in found]
     notes += [
         f"pairs: {', '.join(f'{domain.name} {len(domain.sequences)}' for domain in domains)}",
         "mean: of the domains that have an expert; an expert's row is the mixture with all weight on it",
@@ -144,24 +144,3 @@ def _domain(
             "no held-out pair fits into the model", expected=f"sides of at most {longest} tokens", remedy="give shorter pairs"
         )
     return Domain(held.name, held.expert, encoded), targets
-
-
-def _rows(
-    checkpoint: Checkpoint, jobs: Sequence[RowJob], domains: Sequence[Domain], score: _Score, run: Run
-) -> Iterator[TranslationRow]:
-    """In the order of the jobs, over all domains; one model is in memory at a time. Several jobs of one model load it once."""
-    texts = [[text for each in domains if (text := job.text(each)) is not None] for job in jobs]
-    work = ProgressCount(run, sum(len(text.sequences) for read in texts for text in read))
-    sizes, loaded, model = checkpoint.parameters, None, None
-    for job, read in zip(jobs, texts, strict=True):
-        advance = partial(work.advance, f"translate: {job.name}")
-        advance(0)
-        if model is None or job.load is not loaded:
-            model = None
-            model, loaded = job.load(), job.load
-        scores = {}
-        for text in read:
-            with job.within(model, text), only_finite(model, job.name):
-                scores[text.name] = score(model, text, advance)
-        total, active = (sizes.dense, sizes.dense) if job.dense or job.kind == "expert" else (sizes.total, sizes.active)
-        yield TranslationRow(job.name, job.kind, total, active, scores)
