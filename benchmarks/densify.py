@@ -25,12 +25,12 @@ from modekit.conversion.densify import Densify, course_of, densify
 from modekit.conversion.merges import Merge, Merger
 from modekit.demo.text import DOMAINS
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.experts.specialist import held_out_losses
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
+from study import mean_losses
 from whole import recipe
 
 COURSE = {"batch_tokens": 3_072, "learning_rate": 2e-3, "select_tokens": 512}
@@ -68,10 +68,10 @@ class Pool:
     @cached_property
     def ends(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Losses of the base, and of each domain's own expert."""
-        base = held_out_losses(load_expert_source(self.mixture, None), self.report, "the base", QUIET)
+        base = mean_losses(load_expert_source(self.mixture, None), self.report)
         experts: dict[str, float] = {}
         for domain in self.report:
-            experts |= held_out_losses(load_expert_source(self.mixture, domain.expert), [domain], domain.name, QUIET)
+            experts |= mean_losses(load_expert_source(self.mixture, domain.expert), [domain])
         return base, experts
 
     def gap(self, model: PreTrainedModel) -> float:
@@ -81,7 +81,7 @@ class Pool:
 
     def losses(self, model: PreTrainedModel) -> Mapping[str, float]:
         """Of the four domains."""
-        return held_out_losses(model, self.report, "a model", QUIET)
+        return mean_losses(model, self.report)
 
 
 def merges(pool: Pool) -> None:

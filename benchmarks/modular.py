@@ -25,7 +25,7 @@ import torch
 from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.text import unpack_text
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.settings import DistillSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Progress, Run
@@ -107,7 +107,7 @@ def taught_four(study: Study, slug: str, settings: DistillSettings) -> Losses:
 def late_spread(file: Path) -> float:
     """Standard deviation of the cross-entropy over the last third of the steps."""
     rows = [line.split(",") for line in file.read_text().splitlines()]
-    column = rows[0].index("cross_entropy")
+    column = rows[0].index("loss_lm")
     values = [float(row[column]) for row in rows[1:] if row[column]]
     return statistics.stdev(values[-len(values) // 3 :])
 

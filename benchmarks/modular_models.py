@@ -30,9 +30,9 @@ from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.teaching import Mix, Teaching
+from modekit.experts.distill.teaching import Teaching
 from modekit.experts.moving import What
+from modekit.experts.settings import DistillSettings, Mix
 from modekit.experts.specialize import specialize
 from modekit.files.change import is_there
 from modekit.files.copies import library_writes

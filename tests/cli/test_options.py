@@ -17,6 +17,7 @@ from modekit.cli.shell import app
 from modekit.cli.words import SETTINGS, described, said_in
 from modekit.errors import ModekitError
 from modekit.recipes.edit import changes_of
+from modekit.training.settings import given_settings
 from refusal import borrow
 
 
@@ -86,8 +87,9 @@ def test_words_of_fit_are_changes_of_the_mixture() -> None:
 
 
 def test_words_of_train_are_settings() -> None:
-    said = training.train_words(["losses=lm=2,z", "what=routers", "select_tokens=128"])
-    assert said == {"losses": {"lm": 2.0, "z": 0.001}, "what": ["routers"], "select_tokens": 128}
+    said = given_settings(training.train_words(["losses=lm=2,z", "what=routers", "select_tokens=128"]), None)
+    wanted = {"losses": {"lm": 2.0, "z": 0.001}, "what": ["routers"], "select_tokens": 128}
+    assert said.model_dump(exclude_unset=True) == wanted
     for word, hint in (
         ("step=3", "did you mean 'steps'?"),
         ("--steps", "did you mean 'steps'?"),
@@ -95,7 +97,7 @@ def test_words_of_train_are_settings() -> None:
         ("losses=[1]", "one of lm, forward_kl"),
     ):
         with pytest.raises(ModekitError, match=re.escape(hint)):
-            training.train_words([word])
+            given_settings(training.train_words([word]), None)
 
 
 @pytest.mark.parametrize("value", ["2001-99-99", "9" * 5_000, "[" * 3_000, "[1"], ids=["date", "digits", "depth", "open"])

@@ -20,7 +20,7 @@ from modekit.conversion.merges import By
 from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import InterruptError, SourceError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
-from modekit.experts.specialist import held_out_losses
+from modekit.experts.specialist import held_out_scores
 from modekit.run import QUIET, Run
 from modekit.sources import contents
 from modekit.text.splits import split_of
@@ -76,7 +76,8 @@ def test_the_best_expert_is_that_of_the_lowest_loss(tmp_path: Path, monkeypatch:
     record = made(shop, "OUT", "best")
     scored = {name: record.losses["dense"][name] for name in record.losses["dense"]}
     domains = held_out_domains(open_checkpoint(tmp_path / "OUT"), tokens_per_domain=200, sequence_length=64)
-    assert held_out_losses(opened(tmp_path / "DENSE").eval(), domains, "dense", QUIET) == pytest.approx(scored, abs=1e-4)
+    found = held_out_scores(opened(tmp_path / "DENSE").eval(), domains, "dense", QUIET)
+    assert {name: score.loss for name, score in found.items()} == pytest.approx(scored, abs=1e-4)
     own = dict(opened(tmp_path / str(record.merge.expert)).named_parameters())
     assert all(torch.equal(parameter, own[name]) for name, parameter in opened(tmp_path / "DENSE").named_parameters())
 

@@ -16,9 +16,9 @@ import modekit.loaded.engine as engine_module
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.cli.experts import print_specialist
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
-from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import Lesson, kl_to_teacher
 from modekit.experts.distill.teaching import Teaching
+from modekit.experts.settings import DistillSettings
 from modekit.experts.specialist import SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
@@ -97,7 +97,7 @@ def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Works
     assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
     rows = list(csv.DictReader((shop.root / "new" / "distill.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
-    assert {row["cross_entropy_weight"] for row in rows} == {"0.5"}
+    assert {row["weight_lm"] for row in rows} == {"0.5"} and {"loss_lm", "loss_distill"} <= set(rows[0])
     assert not list(shop.root.glob("new.*"))
 
 

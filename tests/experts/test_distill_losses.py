@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student, kl_to_teacher
+from modekit.experts.settings import DistillSettings
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Batches, DomainSequences, plan_parts, predicted_in
 from modekit.training.losses import distillation

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from conftest import tiny_model
 from modekit.errors import TrainingError
-from modekit.experts.distill.settings import DistillSettings, losses_of
-from modekit.experts.distill.student import CrossEntropyWeight, adaptive_share
-from modekit.training.settings import checked_settings
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student, adaptive_share
+from modekit.experts.settings import DistillSettings
+from modekit.training.settings import checked_settings, train_settings
 
 FALLING = [3.0 - 0.01 * step for step in range(20)]
 
@@ -23,12 +25,13 @@ def test_a_text_loss_that_rises_by_half_its_mean_counts_a_third() -> None:
 
 
 def test_only_the_last_steps_are_remembered() -> None:
-    weight = CrossEntropyWeight(DistillSettings(adaptive=True), steps=100)
-    assert weight.share() == 0.5
-    weight.remember(9.0, 1.0)  # long ago: the next 20 rise
-    for step in range(20):
-        weight.remember(1.0 + 0.01 * step, 1.0)
-    assert weight.share() == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
+    model, losses = tiny_model(num_hidden_layers=1), {"lm": torch.tensor(1.0), "distill": torch.tensor(1.0)}
+    lesson = Lesson(tiny_model(seed=4, num_hidden_layers=1), 96, DistillSettings(adaptive=True))
+    student = Student(model, lesson, train_settings({"what": ["all"]}, where="test"), 100)
+    assert student.weights(losses) == {"lm": 0.5, "distill": 0.5}
+    rising = [9.0, *(1.0 + 0.01 * step for step in range(20))]  # the first was long ago: the next 20 rise
+    student.go_on([{CROSS_ENTROPY: value, DISTILLATION: 1.0} for value in rising])
+    assert student.weights(losses)["lm"] == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,9 @@ def test_wrong_and_dead_settings_are_refused(values: dict[str, object]) -> None:
 
 
 def test_losses_are_said_by_name_or_with_a_weight() -> None:
-    assert losses_of(["forward_kl", "total_variation=0.5"]) == {"forward_kl": 1.0, "total_variation": 0.5}
+    for said in (["forward_kl", "total_variation=0.5"], "forward_kl,total_variation=0.5"):
+        found = checked_settings({"losses": said}, DistillSettings, where="test")
+        assert found.losses == {"forward_kl": 1.0, "total_variation": 0.5}
     for wrong in (["kl"], ["forward_kl=x"], ["forward_kl=nan"], ["forward_kl", "forward_kl=2"], [""]):
         with pytest.raises(TrainingError, match="unknown loss or weight"):
-            losses_of(wrong)
+            checked_settings({"losses": wrong}, DistillSettings, where="test")

@@ -195,6 +195,12 @@ def test_new_rows_move_and_plain_transformers_loads_them(shop: Path, tmp_path: P
     assert not torch.allclose(*logits)
 
 
+def test_weights_do_not_decay_beside_new_tags(shop: Path, tmp_path: Path) -> None:
+    """The embedding's other rows would, and what is measured would not be what is written."""
+    with pytest.raises(UnsupportedError, match="weight decay would move rows"):
+        run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), train="mlp", training=TRAINING.with_(weight_decay=0.1))
+
+
 def test_rows_that_nothing_used_yet_are_taken_first() -> None:
     """As in models whose embedding is padded to a round number: it does not grow, and what was there stays."""
     model = tiny_model(num_hidden_layers=1, vocab_size=128)

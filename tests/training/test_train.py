@@ -625,7 +625,8 @@ def test_adapters_move_themselves_under_low_rank_training(workshop: Workshop) ->
     assert done.improved and is_proven(verify(open_checkpoint(checkpoint.folder)))
     export_adapter(open_checkpoint(checkpoint.folder), "law", workshop.root / "law-again", overwrite=False)
     record = json.loads((workshop.root / "law-again" / "export.json").read_text())
-    assert any("trained" in note for note in record["notes"])
+    said = [note for note in record["notes"] if "modekit train" in note]
+    assert len(said) == 2 and "it was trained on" in said[0] and "stands on a trained backbone" in said[1]
 
 
 def test_routers_that_score_by_a_norm_can_be_trained_beside_the_base(workshop: Workshop) -> None:

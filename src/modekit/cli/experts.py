@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from pydantic import BaseModel, BeforeValidator, Field
 from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
@@ -20,60 +20,21 @@ from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of, three_digits
 
 if TYPE_CHECKING:
-    from modekit.experts.distill.settings import DistillSettings
     from modekit.experts.distill.teaching import Teaching
+    from modekit.experts.settings import SpecialistSettings
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.run import Run
 
 
-def _listed(value: object) -> object:
-    return value.split(",") if isinstance(value, str) else value
-
-
-class SpecialistSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """Settings of `modekit specialize`; those of a kind of training that is not asked for have no effect and are refused."""
-
-    rank: int | None = Field(None, ge=1, description="Rank of the adapter (--train lora; default 16).")
-    steps: int | None = Field(None, ge=1, description="Optimiser steps; default: once over the text.")
-    learning_rate: float | None = Field(None, gt=0, le=10, description="Peak learning rate (default 1e-4; lora 1e-3).")
-    batch_tokens: int = Field(4_096, ge=2, description="Tokens per step.")
-    sequence_length: int = Field(512, ge=8, description="Longest piece of a document, in tokens.")
-    seed: int = Field(0, ge=0, description="Random seed of the text order.")
-    losses: Annotated[list[str] | dict[str, float] | None, BeforeValidator(_listed)] = Field(
-        None,
-        description="--teacher: names, or names with weights: forward_kl (default), reverse_kl, teacher_ce, total_variation.",
-    )
-    temperature: float | None = Field(None, description="--teacher: softmax temperature of teacher and student (default 2).")
-    weights: float | None = Field(None, description="--teacher: weight of the text loss, the teacher's is the rest (0.5).")
-    adaptive: bool | None = Field(None, description="--teacher: a loss that rises counts less, in place of weights.")
-    alternate: bool | None = Field(None, description="--teacher: steps on text and teacher in turn, not their sum.")
-    mix: Literal["equal", "turns"] | None = Field(
-        None, description="--teacher: equal: as much of each --text in every step; turns: one per step; default: shuffled."
-    )
-    randomise: float | None = Field(None, ge=0, lt=1, description="--tags: probability of a random label.")
-    randomise_to: Literal["all", "others", "generic", "half"] | None = Field(
-        None, description="--tags: labels to draw from: all (default; its own, too), others, generic (none), half."
-    )
-    generic_share: float | None = Field(None, gt=0, lt=1, description="--generic: its share of the tokens (default 0.3).")
-
-    def check(self, **there: object) -> None:
-        """Raise ModekitError for a setting that changes nothing; `there`: what its other options are."""
-        for key, field in type(self).model_fields.items():
-            option, colon, _ = (field.description or "").partition(":")
-            if colon and option.startswith("--") and not there[option[2:]]:
-                refuse_without_effect(option, {key: getattr(self, key)})
-        if not self.randomise:
-            refuse_without_effect("a probability above 0 (randomise)", {"randomise_to": self.randomise_to})
-
-    def distillation(self) -> DistillSettings:
-        """What the expert learns from a teacher. Raises TrainingError."""
-        from modekit.experts.distill.settings import DistillSettings, losses_of
-        from modekit.training.settings import checked_settings
-
-        losses = losses_of(self.losses) if isinstance(self.losses, list) else self.losses
-        said = {"losses": losses, **{key: getattr(self, key) for key in ("temperature", "weights", "adaptive", "alternate")}}
-        given = {key: value for key, value in said.items() if value is not None}
-        return checked_settings(given, DistillSettings, where="--teacher")
+def _check(settings: SpecialistSettings, there: Mapping[str, object]) -> None:
+    """Raise ModekitError for a setting that changes nothing; `there`: options, and whether they are given."""
+    given = {key: getattr(settings, key) for key in type(settings).model_fields if key in settings.model_fields_set}
+    for key, value in given.items():
+        option, _, _ = str(type(settings).model_fields[key].description).partition(":")
+        if not there.get(option, True):
+            refuse_without_effect(option, {key: value})
+    if not settings.randomise:
+        refuse_without_effect("a probability above 0 (randomise)", {"randomise_to": given.get("randomise_to")})
 
 
 @dataclass(frozen=True)
@@ -81,7 +42,7 @@ class SpecializeOptions(Writing):
     """What an expert is trained on, and what of it moves."""
 
     train: Annotated[
-        str,
+        Literal["mlp", "lora", "full"],
         typer.Option(help="mlp: train the FFN alone; lora: train an adapter (OUT is a PEFT folder); full: train everything."),
     ] = "mlp"
     tags: Annotated[
@@ -105,10 +66,12 @@ def specialize(
     words: Words = None,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well; --tags: on several; --teacher: from another model."""
+    from modekit.experts.settings import SpecialistSettings
     from modekit.sources.folders import model_folder
 
-    settings = settings_in(words, SpecialistSettings, "specialize")
-    settings.check(teacher=options.teacher, tags=options.tags, generic=options.generic)
+    settings, lora = settings_in(words, SpecialistSettings, "specialize"), options.train == "lora"
+    there = {"--train lora": lora, "--teacher": options.teacher, "--tags": options.tags, "--generic": options.generic}
+    _check(settings, there)
     if options.teacher is not None:
         refuse_without_effect(
             "a training without --teacher", {"--tags": options.tags or None, "--generic": options.generic or None}
@@ -117,25 +80,22 @@ def specialize(
             refuse_without_effect("several texts (--text A --text B)", {"mix": settings.mix})
     target = writable(output, options.overwrite, trains=True)
     with running() as run:
-        from modekit.experts.labelled import SHARE, Generic, Labelled
-        from modekit.experts.specialize import checked_choice, specialize
+        from modekit.experts.labelled import Generic, Labelled
+        from modekit.experts.specialize import specialize
         from modekit.loaded.text_training import Training
 
-        train, rank, rate = checked_choice(options.train, settings.rank, settings.learning_rate)
         shared = {key: getattr(settings, key) for key in ("steps", "batch_tokens", "sequence_length", "seed")}
-        training = Training(learning_rate=rate, **shared)
+        training = Training(learning_rate=settings.learning_rate or (1e-3 if lora else 1e-4), **shared)
         folder, _ = model_folder(base, root=Path.cwd(), label="BASE", run=run)
-        generic = Generic(options.generic, settings.generic_share or SHARE) if options.generic else None
-        labelled = (
-            Labelled(_by_label(text), settings.randomise or 0.0, settings.randomise_to or "all") if options.tags else None
-        )
+        generic = Generic(options.generic, settings.generic_share) if options.generic else None
+        labelled = Labelled(_by_label(text), settings.randomise, settings.randomise_to) if options.tags else None
         record = specialize(
             folder,
             target,
             labelled or text,
             root=Path.cwd(),
-            train=train,
-            rank=rank,
+            train=options.train,
+            rank=settings.rank,
             training=training,
             generic=generic,
             teaching=_teaching(options.teacher, settings, run),
@@ -152,7 +112,7 @@ def _teaching(teacher: str | None, settings: SpecialistSettings, run: Run) -> Te
     from modekit.sources.folders import model_folder
 
     folder, _ = model_folder(teacher, root=Path.cwd(), label="--teacher", run=run)
-    return Teaching(folder, settings.distillation(), settings.mix)
+    return Teaching(folder, settings, settings.mix)
 
 
 def print_specialist(output: Path, record: SpecialistRecord) -> None:

@@ -64,18 +64,9 @@ def train(
 
 
 def train_words(words: list[str] | None) -> RecipeData:
-    """The settings of a training; losses may be said by their names alone, and a list of one by its word. Raises
-    ModekitError, TrainingError.
-    """
-    from modekit.training.settings import WEIGHTS, losses_said
-
+    """The settings of a training; lists may be said with commas alone. Raises ModekitError."""
     said = said_in(words, "train")
-    for key in ("what", "generic", "losses"):
-        if isinstance(said.get(key), str):
-            said[key] = said[key].split(",")
-    if isinstance(said.get("losses"), list):
-        said["losses"] = losses_said(said["losses"], WEIGHTS, where="losses")
-    return said
+    return said | {key: said[key].split(",") for key in ("what", "generic") if isinstance(said.get(key), str)}
 
 
 def print_training(folder: Path, training: TrainedMixture) -> None:

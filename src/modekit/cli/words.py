@@ -29,7 +29,7 @@ SETTINGS = {
     "densify": ["modekit.cli.conversion:DensifySettings"],
     "add": ["modekit.recipes.recipe:Expert"],
     "replace": ["modekit.recipes.recipe:Expert"],
-    "specialize": ["modekit.cli.experts:SpecialistSettings"],
+    "specialize": ["modekit.experts.settings:SpecialistSettings"],
     "balance": ["modekit.experts.corpus.balance:BalanceSettings"],
 }
 """Command -> classes whose fields its words may name. They need no torch."""

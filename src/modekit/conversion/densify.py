@@ -33,9 +33,9 @@ from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, scored_on
 from modekit.evaluation.results import Kind, Row, gapless_notes, with_gaps
-from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.experts.moving import Save, make_trainable
+from modekit.experts.settings import DistillSettings
 from modekit.experts.specialist import SpecialistFolder, held_out_scores
 from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes

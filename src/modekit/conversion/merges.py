@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain
-from modekit.experts.specialist import held_out_losses
+from modekit.experts.specialist import held_out_scores
 from modekit.loaded.experts import load_expert_source
 from modekit.planning.make import backbone_of
 from modekit.planning.plan import Plan
@@ -94,7 +94,8 @@ class Merger:
         return min(found, key=self._loss)
 
     def _loss(self, merge: Merge) -> float:
-        return sum(held_out_losses(self.set(merge), self.domains, merge.said, self.run).values())
+        scores = held_out_scores(self.set(merge), self.domains, merge.said, self.run)
+        return sum(score.loss for score in scores.values())
 
     def _scale(self, times: float) -> float:
         moved = sum(not expert.is_base for expert in self.plan.recipe.experts)

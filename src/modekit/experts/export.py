@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +137,9 @@ def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
         yield "only what the mixture mixes is here (mixture.modules, mixture.layers)"
     if recipe.mixture.backbone != BASE:
         yield "the adapter changes the base model; in the mixture it stands on a merged backbone (mixture.backbone)"
+    own = tuple(f"{module}.{part}" for module in checkpoint.shape.mixture.places for part in ("lora_", "inside.", "experts."))
+    if not all(name.startswith(own) for name in checkpoint.record.trained):
+        yield "the adapter changes the base model; in the mixture it stands on a trained backbone (modekit train)"
     if recipe.experts[expert].lora_rank is not None:
         yield "a low-rank part of a full model's difference to the base (as: lora)"
 
@@ -178,23 +181,20 @@ def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -
             around = sum(module_of(f"{module}.{other.tensor}") == owner for other in changed[number + 1 :])
             held.append((f"{module}.{each.name}", owner + ".base_layer" * around, each.ranks))  # the class's last is outermost
         for name, called, ranks in held:
-            a, b = (checkpoint.tensors[f"{name}.lora_{side}"] for side in "AB")
-            times = a.shape[0] // sum(ranks)
-            start, rank = times * sum(ranks[:expert]), times * ranks[expert]
-            own = slice(start, start + rank)
-            yield _tensor(peft_name(called, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
-            yield _tensor(peft_name(called, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
+            for axis, side in enumerate("AB"):
+                ref = checkpoint.tensors[f"{name}.lora_{side}"]
+                times = ref.shape[axis] // sum(ranks)
+                own = slice(times * sum(ranks[:expert]), times * sum(ranks[: expert + 1]))
+                yield _cut(peft_name(called, f"lora_{side}.weight"), ref, axis, own, opened)
 
 
-_Index = tuple[slice | int, slice]
+def _cut(name: str, ref: TensorRef, axis: int, own: slice, opened: OpenFiles) -> PeftTensor:
+    """A part of a tensor's rows (axis 0) or columns, read when it is asked for."""
 
+    def read() -> memoryview:
+        whole = as_array(opened.read(ref), ref.dtype).reshape(ref.shape)
+        view: memoryview = np.ascontiguousarray(whole[own] if axis == 0 else whole[:, own]).view(np.uint8).reshape(-1).data
+        return view
 
-def _tensor(name: str, ref: TensorRef, index: _Index, shape: tuple[int, ...], opened: OpenFiles) -> PeftTensor:
-    nbytes = int(np.prod(shape)) * ITEMSIZE[ref.dtype]
-    return PeftTensor(name, ref.dtype, shape, nbytes, partial(_read_part, ref, index, opened))
-
-
-def _read_part(ref: TensorRef, index: _Index, opened: OpenFiles) -> memoryview:
-    part = np.ascontiguousarray(as_array(opened.read(ref), ref.dtype).reshape(ref.shape)[index])
-    view: memoryview = part.view(np.uint8).reshape(-1).data
-    return view
+    shape = tuple(own.stop - own.start if at == axis else size for at, size in enumerate(ref.shape))
+    return PeftTensor(name, ref.dtype, shape, math.prod(shape) * ITEMSIZE[ref.dtype], read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,9 +19,6 @@ from modekit.text.tags import all_tagged, labels_of, tag_ids
 from modekit.training.batches import DomainSequences, drawn_label
 from modekit.training.losses import GENERIC
 from modekit.training.settings import RandomiseTo
-
-SHARE = 0.3
-"""Of generic text, when nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Generic:
     """Text of no domain, read without a tag, and its share of the tokens."""
 
     texts: Sequence[str]
-    share: float = SHARE
+    share: float
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Reading:
     training: Training
 
 
-@dataclass(frozen=True)
+@dataclass
 class Material:
     """What an expert is made of.
 
@@ -65,9 +62,9 @@ class Material:
         labels, generic: what specialist.json says of tags, and of generic text.
     """
 
-    fit: list[Document]
-    corpora: list[DomainSequences]
-    held_out: list[Domain]
+    fit: list[Document] = field(default_factory=list)
+    corpora: list[DomainSequences] = field(default_factory=list)
+    held_out: list[Domain] = field(default_factory=list)
     labels: dict[str, object] | None = None
     generic: dict[str, object] | None = None
 
@@ -95,24 +92,24 @@ def read_material(
 
     Raises TextError where one has nothing left, or is to have a tag and is a conversation.
     """
-    found = Material([], [], [])
+    found = Material()
     if isinstance(texts, Labelled):
         for label, specs in texts.texts.items():
             _read_domain(found, specs, reading, f"--text {label}=...", label)
         drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
-        found = Material(found.fit, found.corpora, found.held_out, {"tags": list(texts.texts), **drawn})
+        found.labels = {"tags": list(texts.texts), **drawn}
     else:
         for specs in [[text] for text in texts] if apart else [texts]:
             _read_domain(found, specs, reading, f"--text {specs[0]}" if apart else "--text")
-    if generic is None:
-        return found
-    beside = Material([], [], [])
-    _read_domain(beside, generic.texts, reading, "--generic")
-    added = generic_share(found.sequences, beside.sequences, generic.share, reading.training.seed)
-    tokens, of_domains = (sum(each.size for each in sequences) for sequences in (added, found.sequences))
-    used = {**text_record(beside.fit, tokens), "share": tokens / (tokens + of_domains)}
-    corpora = [*found.corpora, DomainSequences("--generic", GENERIC, added)]
-    return Material([*found.fit, *beside.fit], corpora, found.held_out, found.labels, used)
+    if generic is not None:
+        beside = Material()
+        _read_domain(beside, generic.texts, reading, "--generic")
+        added = generic_share(found.sequences, beside.sequences, generic.share, reading.training.seed)
+        tokens, of_domains = (sum(each.size for each in sequences) for sequences in (added, found.sequences))
+        found.generic = {**text_record(beside.fit, tokens), "share": tokens / (tokens + of_domains)}
+        found.corpora.append(DomainSequences("--generic", GENERIC, added))
+        found.fit += beside.fit
+    return found
 
 
 def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: str, label: str | None = None) -> None:

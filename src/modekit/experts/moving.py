@@ -37,7 +37,9 @@ def make_trainable(model: PreTrainedModel, source: ModelSource, train: What, ran
     if new:
         add_rows(model, new)
     save = _weights(model, train, source)
-    return _with_rows(model, save, new) if new else save
+    if new:
+        _free_rows(model, new)
+    return save
 
 
 def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
@@ -122,24 +124,13 @@ def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
             rows[old:] = mean
 
 
-def _with_rows(model: PreTrainedModel, save: Save, ids: Sequence[int]) -> Save:
-    """The same, and the embedding's rows of some tokens besides; its other rows are saved as they are now, bit for bit.
-
-    The gradient of the others is zero, which AdamW makes nothing of unless weights decay.
+def _free_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Let the embedding's rows of some tokens move besides. The gradient of its other rows is zero, of which AdamW makes
+    nothing while weights do not decay.
     """
     embedding: torch.nn.Parameter = model.get_input_embeddings().weight
-    if embedding.requires_grad:
-        return save
-    before = embedding.detach().cpu().clone()
-    moves = torch.zeros(len(embedding), 1)
-    moves[list(ids)] = 1.0
-    embedding.requires_grad_(True)
-    embedding.register_hook(lambda gradient: gradient * moves.to(gradient))  # type: ignore[no-untyped-call]
-    kept = (moves[:, 0] == 0).nonzero().flatten()
-
-    def with_old_rows(folder: Path) -> object:
-        with torch.no_grad():
-            embedding[kept.to(embedding.device)] = before[kept].to(embedding)
-        return save(folder)
-
-    return with_old_rows
+    if not embedding.requires_grad:
+        moves = torch.zeros(len(embedding), 1)
+        moves[list(ids)] = 1.0
+        embedding.requires_grad_(True)
+        embedding.register_hook(lambda gradient: gradient * moves.to(gradient))  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from modekit.evaluation.results import Score
 from modekit.experts.moving import What
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.write import digest_of_data
-from modekit.run import Run
+from modekit.run import ProgressCount, Run
 from modekit.sources.digests import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.training.states_folder import StatesFolder
@@ -91,18 +91,9 @@ def digest_of_source(source: ModelSource) -> str:
     return digest_of_data([dict(source.config), [[file.name, blake3_of(file)] for file in source.files]])
 
 
-def held_out_losses(model: PreTrainedModel, domains: Sequence[Domain], when: str, run: Run) -> dict[str, float]:
-    """Held-out loss by domain, of those that have held-out text; `when` is said as progress."""
-    return {name: score.loss for name, score in held_out_scores(model, domains, when, run).items()}
-
-
 def held_out_scores(model: PreTrainedModel, domains: Sequence[Domain], when: str, run: Run) -> dict[str, Score]:
-    """The same with what is known of their noise."""
+    """Held-out loss by domain, of those that have held-out text; `when` is said as progress."""
     scored = [domain for domain in domains if domain.sequences]
-    total, done = sum(domain.scored_tokens for domain in scored), 0
-    run.begin(f"score {when}", total)
-    scores = {}
-    for domain in scored:
-        scores[domain.name] = score_domain(model, domain, partial(run.progress, f"score {when}", total=total), done)
-        done += domain.scored_tokens
-    return scores
+    advance = partial(ProgressCount(run, max(1, sum(domain.scored_tokens for domain in scored))).advance, f"score {when}")
+    advance(0)
+    return {domain.name: score_domain(model, domain, advance) for domain in scored}

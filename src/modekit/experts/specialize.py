@@ -13,19 +13,19 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE
-from modekit.errors import ModekitError, SourceError, UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 from modekit.experts.distill.student import Lesson, kl_to_teacher
-from modekit.experts.distill.teaching import Teaching, losses_said, losses_table
+from modekit.experts.distill.teaching import Teaching, losses_said
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
 from modekit.experts.moving import Save, What, make_trainable
-from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
+from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, digest_of_source, held_out_scores
 from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
 from modekit.files.marker import Kind
@@ -43,25 +43,8 @@ from modekit.sources.source import SPECIALIST_FILE, open_source
 from modekit.sources.tokenizer import check_ids_fit
 from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
+from modekit.training.engine import log_of
 from modekit.training.request import memory_errors
-
-RANK = 16
-"""Of an adapter, when nothing is said."""
-
-
-def checked_choice(train: str, rank: int | None, learning_rate: float | None) -> tuple[What, int, float]:
-    """What moves, the rank and the peak learning rate, with the defaults of that kind of training.
-
-    Raises ModekitError for a kind that there is not, and for a rank without an adapter.
-    """
-    if train not in get_args(What):
-        raise ModekitError(
-            "unknown choice", where="--train", found=train, expected="mlp, lora or full", remedy="write one of them"
-        )
-    if rank is not None and train != "lora":
-        raise ModekitError("the setting has no effect", where="rank", found=rank, remedy="remove it, or add --train lora")
-    rate = learning_rate if learning_rate is not None else 1e-3 if train == "lora" else 1e-4
-    return cast(What, train), rank or RANK, rate
 
 
 def specialize(
@@ -71,7 +54,7 @@ def specialize(
     *,
     root: Path,
     train: What = "mlp",
-    rank: int = RANK,
+    rank: int = 16,
     training: Training | None = None,
     generic: Generic | None = None,
     teaching: Teaching | None = None,
@@ -122,13 +105,13 @@ def specialize(
         before = folder.recall("before", lambda data: as_kind(data, Measured)) or work.measured(model, lesson, "before")
         folder.keep("before", before.model_dump(mode="json"))
         if teaching is None or lesson is None:
-            said, beside = work.alone(model, read)
+            said, log = work.alone(model, read), None
         else:
-            said, beside = work.taught(model, teaching, lesson, digests[-1])
+            said, log = work.taught(model, teaching, lesson, digests[-1])
         after = work.measured(model, lesson, "after")
         about = {"specialist": train, "base_model": base.name, **({"rank": rank} if train == "lora" else {})}
         record = SpecialistRecord.model_validate({**about, **said, **material.record, **before.until(after)})
-        work.write(record, save, beside, replaced_by(overwrite))
+        work.write(record, save, log, replaced_by(overwrite))
     return record
 
 
@@ -143,35 +126,32 @@ class _Work:
     material: Material
     run: Run
 
-    def alone(self, model: PreTrainedModel, read: ReadInPass | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Train on the text; what the record says of it, and no table."""
+    def alone(self, model: PreTrainedModel, read: ReadInPass | None) -> dict[str, Any]:
+        """Train on the text; what the record says of it."""
         sequences, training = self.material.sequences, self.reading.training
         losses = train_on_text(model, sequences, training, read=read, folder=self.folder.path, run=self.run)
         said = {**dataclasses.asdict(training), "steps": len(losses)}
-        return {"training": said, "training_loss": {"before": losses[0], "after": losses[-1]}}, {}
+        return {"training": said, "training_loss": {"before": losses[0], "after": losses[-1]}}
 
-    def taught(
-        self, model: PreTrainedModel, teaching: Teaching, lesson: Lesson, digest: str
-    ) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Train with a teacher; what the record says of it, and the table of its steps."""
+    def taught(self, model: PreTrainedModel, teaching: Teaching, lesson: Lesson, digest: str) -> tuple[dict[str, Any], bytes]:
+        """Train with a teacher; what the record says of it, and the log of its steps."""
         training = self.reading.training
         steps, tokens = teaching.teach(model, lesson, self.material, training, self.folder.path, self.run)
         said = {**dataclasses.asdict(training), "steps": len(steps), "tokens_read": tokens}
         teacher = {"name": teaching.teacher.name, "digest": digest, **teaching.as_data()}
-        return {"training": said, "teacher": teacher, **losses_said(steps)}, {"distill": losses_table(steps)}
+        return {"training": said, "teacher": teacher, **losses_said(steps)}, log_of(steps)
 
     def measured(self, model: PreTrainedModel, lesson: Lesson | None, when: str) -> Measured:
         """What held-out text says of the model."""
         held_out = self.material.held_out
-        losses = held_out_losses(model, held_out, when, self.run)
-        if lesson is None:
-            return Measured(losses=losses)
-        self.run.begin(f"compare {when}")
-        sequences = [sequence for domain in held_out for sequence in domain.sequences]
-        return Measured(losses=losses, kl=kl_to_teacher(model, lesson, sequences), taught=True)
+        scores, kl = held_out_scores(model, held_out, when, self.run), None
+        if lesson is not None:
+            self.run.begin(f"compare {when}")
+            kl = kl_to_teacher(model, lesson, [sequence for domain in held_out for sequence in domain.sequences])
+        return Measured(losses={name: score.loss for name, score in scores.items()}, kl=kl)
 
-    def write(self, record: SpecialistRecord, save: Save, tables: Mapping[str, bytes], replace: Replace) -> None:
-        """Put it in its place: weights, tables, and the record, which is announced first, so that a kill then costs nothing.
+    def write(self, record: SpecialistRecord, save: Save, log: bytes | None, replace: Replace) -> None:
+        """Put it in its place: weights, log, and the record, which is announced first, so that a kill then costs nothing.
 
         Raises OutputError.
         """
@@ -183,8 +163,8 @@ class _Work:
                 save(written)
                 if not is_adapter:
                     self.reading.tokenizer.save_pretrained(written)
-            for name, content in tables.items():
-                write_file(stage.folder / f"{name}.csv", content)
+            if log is not None:
+                write_file(stage.folder / "distill.csv", log)
             self.folder.announce_digest(hashlib.sha256(json_bytes(data)).hexdigest())
             older = {digest for source in self.sources for digest in digests_in(source / TRAINED_FILE)}
             marks = dict.fromkeys([*map(mark_of, self.material.fit), *sorted(older)])
@@ -197,7 +177,6 @@ class Measured(BaseModel, frozen=True):
 
     losses: dict[str, float]
     kl: float | None = None
-    taught: bool = False
 
     def until(self, after: Measured) -> dict[str, object]:
         """What the record says of both: the mean over the domains, and each where there are several."""
@@ -206,7 +185,7 @@ class Measured(BaseModel, frozen=True):
         return {
             "held_out_loss": {"before": one, "after": two},
             **({"held_out_loss_by_label": each} if len(each) > 1 else {}),
-            **({"held_out_kl": {"before": self.kl, "after": after.kl}} if self.taught else {}),
+            **({"held_out_kl": {"before": self.kl, "after": after.kl}} if self.kl is not None else {}),
         }
 
 
@@ -224,6 +203,9 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     _check_rows(reading.tokenizer, rows, but=set(map(tag_of, labels)))
     known = tag_ids(reading.tokenizer, labels)
     new = tuple(each for each in known if each in added or each >= rows)
+    if new and train == "mlp" and reading.training.weight_decay:
+        what, remedy = "weight decay would move rows of the embedding beside those of new tags", "leave it out, or train all"
+        raise UnsupportedError(what, where="weight_decay", found=reading.training.weight_decay, remedy=remedy)
     if new and config.get("share_encoder_decoder_embeddings") is False:
         what = "encoder and decoder have an embedding each: new tags have no place"
         found, remedy = "share_encoder_decoder_embeddings: false", "choose a base model that shares its embedding"

@@ -116,7 +116,7 @@ def run_trainer(
     except NotFiniteError as error:
         failed = error
     if processes().is_main:
-        write_log(folder / LOG_FILE, going.history)
+        write_file(folder / LOG_FILE, log_of(going.history))
     judged = {int(entry["step"]): entry for entry in going.history if "eval_loss" in entry}
     if not judged:  # then a loss of the start was not finite
         assert failed is not None
@@ -137,8 +137,8 @@ def _column(text: Domain) -> str:
     return f"eval_{text.name}_loss"
 
 
-def write_log(path: Path, history: History) -> None:
-    """One row per step that was logged; a column per figure."""
+def log_of(history: History) -> bytes:
+    """A table of what was logged as CSV: a row per step, a column per figure."""
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         rows.setdefault(int(entry["step"]), {}).update(entry)
@@ -148,4 +148,4 @@ def write_log(path: Path, history: History) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(row | {"step": step} for step, row in sorted(rows.items()))
-    write_file(path, text.getvalue().encode())
+    return text.getvalue().encode()

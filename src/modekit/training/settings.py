@@ -7,11 +7,12 @@ Every default that is a number has its source beside it. The settings of a run a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
@@ -46,6 +47,32 @@ OF_ROUTERS = {"label", "balance", "z"}
 _READS_LABELS = "tags, regime: joint, the loss label, or distillation without a teacher"
 
 
+def weighed(known: Mapping[Any, float], said: object) -> object:
+    """NAME or NAME=WEIGHT, in a list or between commas, each once -> weight, the known one where none is said.
+
+    Raises TrainingError for what is neither, or a name twice. What is no list stays as it is.
+    """
+    weights, listed = dict[str, float](), said.split(",") if isinstance(said, str) else said
+    if not isinstance(listed, list):
+        return said
+    for each in listed:
+        name, sign, value = str(each).partition("=")  # YAML may hold anything
+        try:
+            weight = float(value) if sign else known.get(name, math.nan)
+        except ValueError:
+            weight = math.nan
+        if math.isnan(weight) or name in weights or name not in known:
+            raise TrainingError(
+                "unknown loss or weight, or a loss that is named twice",
+                where="losses",
+                found=each,
+                expected=f"one of {', '.join(known)}, or NAME=WEIGHT",
+                remedy="correct it",
+            )
+        weights[name] = weight
+    return weights
+
+
 class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Settings of one run; unknown keys and settings without effect are errors.
 
@@ -55,7 +82,7 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     """
 
     what: list[Group] = Field(["routers"], min_length=1, description=f"Groups that move: {', '.join(get_args(Group))}.")
-    losses: dict[Loss, float] = Field(
+    losses: Annotated[dict[Loss, float], BeforeValidator(partial(weighed, WEIGHTS))] = Field(
         {"lm": 1.0}, min_length=1, description=f"Names, or names with weights (default lm): {', '.join(WEIGHTS)}."
     )
     temperature: float = Field(1.0, gt=0, description="Softmax temperature of distillation.")
@@ -143,30 +170,6 @@ def checked_settings(values: Mapping[str, object], kind: type[_Kind], *, where: 
     except ValueError as error:
         what, remedy = "the settings of this training are wrong", "correct them; docs/training.md names them all"
         raise TrainingError(what, where=where, found=error, remedy=remedy) from None
-
-
-def losses_said(said: Sequence[str], known: Mapping[Any, float], *, where: str) -> dict[str, float]:
-    """NAME or NAME=WEIGHT, each once -> weight, the known one where none is said.
-
-    Raises TrainingError for what is neither, or a name twice.
-    """
-    weights: dict[str, float] = {}
-    for each in said:
-        name, sign, value = str(each).partition("=")  # YAML may hold anything
-        try:
-            weight = float(value) if sign else known.get(name, math.nan)
-        except ValueError:
-            weight = math.nan
-        if math.isnan(weight) or name in weights or name not in known:
-            raise TrainingError(
-                "unknown loss or weight, or a loss that is named twice",
-                where=where,
-                found=each,
-                expected=f"one of {', '.join(known)}, or NAME=WEIGHT",
-                remedy="correct it",
-            )
-        weights[name] = weight
-    return weights
 
 
 def read_settings(path: Path) -> dict[str, Any]:

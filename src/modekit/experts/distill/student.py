@@ -21,12 +21,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from modekit.evaluation.forced import divergence as divergence_of
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.settings import DistillSettings
+from modekit.loaded.passes import predicted_logits
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 from modekit.training.batches import predicted_in
 from modekit.training.engine import JudgedModule
-from modekit.training.losses import divergence, forward_kl, language_model, tempered
+from modekit.training.losses import divergence, language_model, tempered
 from modekit.training.settings import TrainSettings
 
 CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
@@ -44,15 +46,13 @@ class Lesson:
     def __post_init__(self) -> None:
         self.teacher.requires_grad_(False).eval()
 
-    def beside(
-        self, student_NV: torch.Tensor, item: Mapping[str, torch.Tensor], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def beside(self, student_NV: torch.Tensor, item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of a student's logits at the predicted tokens of a batch, and of the teacher there."""
         with torch.no_grad():
             output = self.teacher(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False)
             teacher_NV = output.logits[:, :-1][predicted_in(item)]
         compared = (each[:, : self.vocabulary] for each in (student_NV, teacher_NV))
-        student, teacher = (tempered(each, temperature) for each in compared)
+        student, teacher = (tempered(each, self.settings.temperature) for each in compared)
         return student, teacher
 
 
@@ -62,7 +62,8 @@ class Student(JudgedModule):
     def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
         super().__init__(student, settings)
         self._lesson = lesson
-        self._weight = CrossEntropyWeight(lesson.settings, steps)
+        self._steps = 0
+        self._history = deque[tuple[float, float]](maxlen=max(20, steps // 100))  # cross-entropy and distillation by step
 
     def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cross-entropy and distillation."""
@@ -71,75 +72,48 @@ class Student(JudgedModule):
         logits_NV = logits[:, :-1][predicted]
         cross_entropy = language_model(logits_NV, batch.input_ids[:, 1:][predicted])
         settings = self._lesson.settings
-        both = self._lesson.beside(logits_NV, item, settings.temperature)
+        both = self._lesson.beside(logits_NV, item)
         losses = [weight * divergence(name, *both, settings.temperature) for name, weight in settings.losses.items()]
         return {"lm": cross_entropy, "distill": torch.stack(losses).sum()}
 
     def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-        """By what the steps before logged."""
-        return dict(zip(losses, self._weight.factors(), strict=True))
+        """What cross-entropy and distillation count in the next step, by what the steps before logged.
+
+        In turn, each counts twice its share, so that two steps together ask for what two combined steps ask for.
+        """
+        shares = (self._share(), 1.0 - self._share())
+        if self._lesson.settings.alternate:
+            shares = (2.0 * shares[0], 0.0) if self._steps % 2 == 0 else (0.0, 2.0 * shares[1])
+        return dict(zip(losses, shares, strict=True))
+
+    def _share(self) -> float:
+        """Of cross-entropy, between 0 and 1; distillation counts the rest."""
+        settings = self._lesson.settings
+        return adaptive_share(*zip(*self._history, strict=True)) if settings.adaptive and self._history else settings.weights
 
     def drain(self) -> dict[str, float]:
         """Both losses of the step that has just ended, and what cross-entropy counted in it."""
-        losses, share = super().drain(), self._weight.share()
-        self._weight.remember(losses[CROSS_ENTROPY], losses[DISTILLATION])
+        losses, share = super().drain(), self._share()
+        self.go_on([losses])
         return {**losses, SHARE: share}
 
     def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
         """Weights of the next steps hang on the losses of the steps before."""
-        for entry in history:
-            if CROSS_ENTROPY in entry:
-                self._weight.remember(entry[CROSS_ENTROPY], entry[DISTILLATION])
+        found = [(entry[CROSS_ENTROPY], entry[DISTILLATION]) for entry in history if CROSS_ENTROPY in entry]
+        self._history.extend(found)
+        self._steps += len(found)
 
 
 def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[TokenSequence]) -> float | None:
     """Mean KL(teacher || student) at temperature 1 over the predicted tokens of a text, in nats; None without text."""
     if not sequences:
         return None
-    device, total, count = student.device, 0.0, 0
-    with torch.inference_mode():
-        for batch in make_batches(sequences, tokens=min(2_048, tokens_per_pass(student.config))):
-            item = {
-                "input_ids": batch.input_ids.to(device),
-                "real": batch.mask.to(device),
-                "position_ids": torch.arange(batch.mask.shape[1], device=device).expand(batch.mask.shape),
-                **({} if batch.silent is None else {"silent": batch.silent.to(device)}),
-            }
-            predicted = predicted_in(item)
-            logits = student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
-            total += float(forward_kl(*lesson.beside(logits[:, :-1][predicted], item, 1.0)).double())
-            count += int(predicted.sum())
-    return total / count
-
-
-class CrossEntropyWeight:
-    """What cross-entropy counts in the next step, of `steps` in all; distillation counts the rest."""
-
-    def __init__(self, settings: DistillSettings, steps: int) -> None:
-        self._settings = settings
-        length = max(20, steps // 100)
-        self._losses: tuple[deque[float], deque[float]] = (deque(maxlen=length), deque(maxlen=length))
-        self.steps_done = 0
-
-    def remember(self, *losses: float) -> None:
-        """Cross-entropy and distillation of the step that has just ended, per predicted token."""
-        for history, loss in zip(self._losses, losses, strict=True):
-            history.append(loss)
-        self.steps_done += 1
-
-    def share(self) -> float:
-        """Between 0 and 1."""
-        return adaptive_share(*self._losses) if self._settings.adaptive else self._settings.weights
-
-    def factors(self) -> tuple[float, float]:
-        """What cross-entropy and distillation are multiplied with.
-
-        In turn, each counts twice its share, so that two steps together ask for what two combined steps ask for.
-        """
-        share = self.share()
-        if not self._settings.alternate:
-            return share, 1.0 - share
-        return (2.0 * share, 0.0) if self.steps_done % 2 == 0 else (0.0, 2.0 * (1.0 - share))
+    total = 0.0
+    for batch in make_batches(sequences, tokens=min(2_048, tokens_per_pass(student.config))):
+        with torch.inference_mode():
+            both = (predicted_logits(model, batch)[:, : lesson.vocabulary] for model in (lesson.teacher, student))
+            total += divergence_of(*both)[0]
+    return total / sum(sequence.scored for sequence in sequences)
 
 
 def adaptive_share(cross_entropy: Sequence[float], distillation: Sequence[float]) -> float:

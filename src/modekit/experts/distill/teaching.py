@@ -10,18 +10,15 @@ turns    one text a step, in turn
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import UnsupportedError
-from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student
 from modekit.experts.labelled import Material
+from modekit.experts.settings import DistillSettings, Mix
 from modekit.loaded.engine import Loop
 from modekit.loaded.load import load_model
 from modekit.loaded.passes import check_text
@@ -36,7 +33,6 @@ from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
 from modekit.training.settings import TrainSettings, train_settings
 
-Mix = Literal["equal", "turns"]
 _READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer")
 
 
@@ -111,14 +107,3 @@ def losses_said(steps: History) -> dict[str, object]:
     named = {"training_loss": CROSS_ENTROPY, "distillation_loss": DISTILLATION}
     losses = {name: {"before": steps[0][key], "after": steps[-1][key]} for name, key in named.items()}
     return {**losses, "cross_entropy_weight": sum(each[SHARE] for each in steps) / len(steps)}
-
-
-def losses_table(steps: History) -> bytes:
-    """distill.csv: losses and weight by step."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", "cross_entropy", "distillation", "cross_entropy_weight"])
-    for entry in steps:
-        figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
-        writer.writerow([int(entry["step"]), *figures])
-    return text.getvalue().encode()
