@@ -74,7 +74,7 @@ def build(
     from modekit.text.held_out import check_texts
 
     made = source if isinstance(source, Plan) else plan(source, run=run)
-    check_texts(made.recipe, made.root, made.family.reads)
+    check_texts(made.recipe, made.root)
     return write(made, _real(out), overwrite=overwrite, run=run)
 
 

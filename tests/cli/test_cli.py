@@ -26,7 +26,7 @@ def test_a_walk_from_recipe_to_results(workshop: Workshop, monkeypatch: pytest.M
     """The first steps in processes of their own, as a user types them; the others without the seconds that one takes."""
     workshop.write(mixture={"method": "routing", "top_k": 2, "router": ROUTER})
     assert "MixtralForCausalLM" in modekit(workshop, "plan", "recipe.yaml")
-    assert "router fitted" in modekit(workshop, "build", "recipe.yaml", "OUT")
+    assert "router logistic, fitted" in modekit(workshop, "build", "recipe.yaml", "OUT")
     table = modekit(workshop, "eval", "OUT", "--tokens", "300", "--sequence-length", "32")
     assert "oracle" in table and "mixture" in table
     monkeypatch.chdir(workshop.root)

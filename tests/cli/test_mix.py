@@ -88,7 +88,7 @@ def test_full_models_with_text_become_a_plain_checkpoint_that_carries_them(shop:
     assert "law (law), py (./code), general (base)" in printed  # as they were typed
     assert recipe["mixture"] == {"top_k": 1, "router": {"fit": "lexical"}, "backbone": "average"}
     assert recipe["output"] == {"format": "plain", "carry": "all"} and "this plain checkpoint loses" in printed
-    assert "\nrouter " in printed and "router fitted" in printed
+    assert "\nrouter " in printed and "router lexical, fitted" in printed
 
 
 def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -
     )
     said = next(line for line in done.stdout.splitlines() if not line.startswith(("note: ", "next: ")))
     after = done.stdout.splitlines()[-1]
-    assert "router fitted" in said
+    assert "router logistic, fitted" in said
     assert after.startswith("next: modekit eval ")
     # Progress went beside it, and counts the text of all domains together.
     stages = [line for line in done.stderr.splitlines() if "  read " in line]

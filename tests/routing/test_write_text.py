@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from chatting import word_tokenizer
 from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, tiny_model
-from modekit.building.preview import preview
 from modekit.building.text import write_texts
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError, RecipeError, SourceError, TextError
@@ -199,8 +198,10 @@ def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch
 
 
 def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
-    said = preview(bench.write())
-    assert any("medicine, law, general will write text" in note for note in said.notes)
+    assert any(
+        "text of medicine, law, general: the models write it" in note
+        for note in make_plan(load_recipe(bench.write()), bench.root).notes
+    )
     assert not (bench.root / "self-text").exists()
     checkpoint = open_checkpoint(bench.build())
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
@@ -232,7 +233,7 @@ def test_who_wrote_little_is_said(bench: Workshop, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(write_text._Author, "_document", document)
     code, after, before = ended("build", bench.write(), bench.root / "OUT")
-    assert "law, general will write text" in before and "will write text" not in after
+    assert "text of law, general: the models write it" in before and "the models write it" not in after
     if kept < 8:
         assert code == 2 and "experts[1] 'law': text" in before and "3 of 40 documents have text" in before
         assert not (bench.root / "OUT").exists()

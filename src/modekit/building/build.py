@@ -39,6 +39,7 @@ from modekit.planning.reuse import digest_of
 from modekit.planning.room import disk_needed
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.edit import RECIPE_FILE, as_file
+from modekit.recipes.strict import WRITTEN_FOLDER
 from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -46,7 +47,7 @@ from modekit.sources.contents import OpenFiles, WeightFile
 from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
-from modekit.text.written import WRITTEN_FOLDER, files_of
+from modekit.text.written import files_of
 from modekit.weights.flat import same_bytes
 from modekit.weights.numeric import DTYPES
 from modekit.weights.reading import WeightReader, check_finite

@@ -11,23 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modekit.errors import MismatchError, RecipeError
-from modekit.files.disk import check_room
 from modekit.files.output import work_of
-from modekit.files.place import refuse_entangled
 from modekit.planning.changes import changes
 from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan
-from modekit.planning.room import disk_needed
 from modekit.recipes.paths import from_folder, spelled_out
 from modekit.recipes.read import parse_recipe
-from modekit.recipes.recipe import Format, Recipe
+from modekit.recipes.recipe import Format
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatible import check_same_architecture
 from modekit.sources.families import family_of
 from modekit.sources.open import open_recipe_sources
-from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import has_tokenizer
 from modekit.text.held_out import check_texts
 
@@ -47,27 +41,23 @@ def plan_mix(models: Models, out: Path, *, form: Format = "auto", run: Run = QUI
     """The plan of a mixture in `out`, which need not be there, and what a user should know besides. Nothing is written.
 
     Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, a
-    model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
+    model that is the base), SourceError, UnsupportedError, TextError.
     """
     if models.base.endswith((".yaml", ".yml")):
         raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
     root = work_of(out).path  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
     given = _with_given_text(models)
     typed = parse_recipe({**given, "mixture": {"method": "linear"}}, where="modekit mix")
-    check_texts(typed, models.root, "text")
+    notes = check_texts(typed, models.root)
     run.begin("compare the models")
     sources = open_recipe_sources(typed, models.root, run=run)  # whose messages name the paths that were typed
-    _check_not_the_base(typed, sources)
     raw = from_folder(given, models.root, out)
     if family_of(sources[0].config, where=sources[0].where).reads == "text" and has_tokenizer(sources[0].folder):  # can write
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
     recipe = parse_recipe({**raw, **({} if form == "auto" else {"output": {"format": form}})}, where="modekit mix")
     plan = plan_over(recipe, root, sources, run=run)
-    silent = not any(each.text for each in recipe.experts) and plan.family.reads == "pairs"  # else a tokenizer lacks
-    notes = ["none has text or can write it; --text NAME=FILE for each gives a far better router"] if silent else []
-    refuse_entangled(out, [model.folder for model in plan.models])
-    check_room(out, disk_needed(plan))
-    return plan, [*notes, *check_texts(plan.recipe, root, plan.family.reads)]
+    _check_not_the_base(plan)
+    return plan, notes
 
 
 def _with_given_text(models: Models) -> RecipeData:
@@ -92,16 +82,11 @@ def _with_given_text(models: Models) -> RecipeData:
     return {**raw, "experts": [{**each, **texts.get(each["name"], {})} for each in raw["experts"]]}
 
 
-def _check_not_the_base(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
-    """Raise MismatchError where a full model is the base under another name, or none of its kind."""
-    base = sources[0]
-    for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if expert.is_base or isinstance(source, AdapterSource):
-            continue
-        family = family_of(base.config, where=base.where)
-        if source.config.get("model_type") != base.config.get("model_type"):
-            check_same_architecture(base, source, family)
-        elif source.folder.resolve() == base.folder.resolve() or changes(base, source, family) == "nothing":
+def _check_not_the_base(plan: Plan) -> None:
+    """Raise MismatchError where a full model is the base under another name."""
+    base = plan.sources[0]
+    for expert, source in zip(plan.recipe.experts, plan.sources[1:], strict=True):
+        if expert.is_whole and changes(base, source, plan.family) == "nothing":
             raise MismatchError(
                 "an expert is the base model itself",
                 where=f"{expert.name} ({source.spec})",

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from pydantic import BaseModel
 
 from modekit.files.disk import disk_of
-from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.planning.room import bytes_to_carry, disk_needed, held_by_layers, statistics_bytes
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.choices import why_chosen
-from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
-from modekit.run import QUIET, Run
 from modekit.sources.config import architecture_of, whole
-from modekit.text.held_out import check_texts
 from modekit.weights.factorise import working_bytes
 from modekit.weights.made import Delta
 
@@ -26,7 +21,7 @@ _BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed,
 
 
 class Preview(BaseModel, frozen=True):
-    """A plan in figures; `disk` is that of the recipe's folder, sizes are in bytes.
+    """A plan in figures, as `modekit plan --json` prints it; `disk` is that of the recipe's folder, sizes are in bytes.
 
     Attributes:
         chosen: which experts take part in a token, by the setting that decides it.
@@ -55,16 +50,6 @@ class Preview(BaseModel, frozen=True):
     disk: dict[str, int]
     memory: dict[str, int]
     notes: list[str]
-
-
-def preview(recipe: Path, *, run: Run = QUIET) -> Preview:
-    """The plan of a recipe file, as `modekit plan --json` prints it.
-
-    Raises what a build would raise for models, and TextError for a text as far as it is read here.
-    """
-    root, parsed = recipe.resolve().parent, load_recipe(recipe)
-    plan = make_plan(parsed, root, run=run)
-    return preview_of(plan, check_texts(plan.recipe, root, plan.family.reads))
 
 
 def backbone_label(recipe: Recipe) -> str:

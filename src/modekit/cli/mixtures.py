@@ -13,7 +13,6 @@ from rich.text import Text
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing import (
     err,
-    out,
     print_done,
     print_json,
     print_next,
@@ -35,6 +34,7 @@ from modekit.run import Run
 if TYPE_CHECKING:
     from modekit.building.preview import Preview
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.planning.plan import Plan
 
 
 _QUICK_TOKENS = 2_000  # per domain: minutes, where all that eval reads by default may take an hour
@@ -43,14 +43,16 @@ _QUICK_TOKENS = 2_000  # per domain: minutes, where all that eval reads by defau
 @app.command()
 def plan(recipe: RecipePath) -> None:
     """Show what a build would do, from configs and headers alone."""
-    from modekit.building.preview import preview
+    from modekit.building.preview import preview_of
 
     with running() as run:
-        found = preview(recipe, run=run)
+        found = preview_of(*_planned(recipe, run))
     if common().json:
         print_json(found.model_dump(mode="json"))
-    else:
-        print_plan(found)
+        return
+    print_plan(found)
+    if found.disk["needed"] > found.disk["free"]:
+        err.print(Text("the disk has too little free space for this build", style="yellow"))
 
 
 @app.command()
@@ -61,36 +63,45 @@ def build(
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
+
+    target = writable(output, overwrite)
+    with running() as run:
+        made, notes = _planned(recipe, run)
+    print_notes([*made.notes, *notes], before=True)
+    show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
+
+
+def _planned(recipe: Path, run: Run) -> tuple[Plan, list[str]]:
+    """The plan of a recipe's file, and what to say of its texts."""
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
     from modekit.text.held_out import check_texts
 
-    wanted, target = load_recipe(recipe), writable(output, overwrite)
-    with running() as run:
-        made = make_plan(wanted, resolved(recipe).parent, run=run)
-        notes = [*made.notes, *check_texts(made.recipe, made.root, made.family.reads)]
-    print_notes(notes, before=True)
-    show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
+    wanted, root = load_recipe(recipe), resolved(recipe).parent
+    notes = check_texts(wanted, root)
+    return make_plan(wanted, root, run=run), notes
 
 
 def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     """Write a mixture, with its progress drawn, and say what it has become and what comes next."""
-    from modekit.recipes.choices import why_chosen
     from modekit.sources.config import architecture_of
     from modekit.sources.tokenizer import has_tokenizer
     from modekit.text.written import little_written
 
     with running() as run:
         checkpoint = write(run)
-    size, record = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()), checkpoint.record
-    said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, {record.recipe.chosen}"
-    print_done(output, f"{said}, router {record.router.status}, {bytes_of(size)}")
-    if why := why_chosen(record.recipe, plain=checkpoint.shape.plain):
-        out.print(Text(f"router: {why}", style="dim"))
-    print_notes([*checkpoint.notes, *little_written(record.recipe, checkpoint.recipe_root)])
+    size, said = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()), architecture_of(checkpoint.config)
+    print_done(output, f"{said}, {len(checkpoint.names)} experts, {_routing_of(checkpoint)}, {bytes_of(size)}")
+    print_notes([*checkpoint.notes, *little_written(checkpoint.record.recipe, checkpoint.recipe_root)])
     commands = ("eval-translation",) if checkpoint.shape.family.pair else ("chat", "serve")
     if has_tokenizer(output):
         print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
+
+
+def _routing_of(checkpoint: Checkpoint) -> str:
+    router, recipe = checkpoint.record.router, checkpoint.record.recipe
+    name = "zero gate" if router.settings is None else router.settings.fit
+    return f"router {name}, {router.status}, method {recipe.mixture.method}, {recipe.chosen}"
 
 
 @app.command()
@@ -102,10 +113,7 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
 
     with running() as run:
         done = refit(open_with_any_router(resolved(checkpoint)), changes_of(said_in(words, "fit")), run=run)
-    settings = done.record.router.settings
-    name = settings.fit if settings is not None else "zero gate"
-    recipe = done.record.recipe
-    print_done(checkpoint, f"router {name}, {done.record.router.status}, method {recipe.mixture.method}, {recipe.chosen}")
+    print_done(checkpoint, _routing_of(done))
 
 
 @app.command()
@@ -203,5 +211,3 @@ def print_plan(plan: Preview) -> None:
             *(("note", note) for note in plan.notes),
         ]
     )
-    if disk["needed"] > disk["free"]:
-        err.print(Text("the disk has too little free space for this build", style="yellow"))

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.functional_serializers import PlainSerializer
 
-from modekit.files.read import SMALL, read_json
+from modekit.files.read import read_json
 
 _Kind = TypeVar("_Kind")
 _LONGEST = 300  # characters of a problem that are said: a message does not grow with what is wrong
@@ -48,9 +48,9 @@ class Data(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-def read_as(path: Path, kind: type[_Kind], limit: int = SMALL) -> _Kind:
+def read_as(path: Path, kind: type[_Kind]) -> _Kind:
     """A regular file's JSON as a type that pydantic checks. Raises OSError, and ValueError with the first thing wrong."""
-    return as_kind(read_json(path, limit), kind)
+    return as_kind(read_json(path), kind)
 
 
 def as_kind(data: object, kind: type[_Kind]) -> _Kind:

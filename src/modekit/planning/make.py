@@ -115,7 +115,7 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
     native, why = _native_form(recipe, following, sources, family, code_of)
     form: Form = native or ModekitForm(following, sources, family, code_of)
     check_adapters(recipe, sources, form.mixes_more, form.mixed | form.carried)
-    check_text(form.shape.recipe, vocabulary.tokenizer)
+    check_text(form.shape.recipe, vocabulary.tokenizer, family.reads)
     return form, why
 
 

@@ -19,9 +19,10 @@ from modekit.planning.shape import AnyShape
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.choices import why_chosen
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.strict import BASE
+from modekit.recipes.strict import BASE, SELF, WRITTEN_FOLDER
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
+from modekit.sources.family import Reads
 from modekit.sources.names import is_ignored
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import has_tokenizer
@@ -37,9 +38,7 @@ def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Colle
     recipe, sources = shape.recipe, vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
     yield from _of_strangers(recipe, sources)
-    settled = not recipe.mixture.needs_text and why_chosen(recipe, plain=shape.plain)
-    if settled and shape.family.reads == "text" and has_tokenizer(sources[0].folder):
-        yield "no expert has text: with `text: self` each writes some, for a better router"
+    yield from _of_text(recipe, shape, sources[0])
     yield from _lost(shape, sources, way_out, mixed, changed)
     yield from _of_chats(recipe, vocabulary)
     yield from _beside(sources)
@@ -102,6 +101,16 @@ def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -
         yield "its evidence does not fade: this architecture averages over all of the text so far"
 
 
+def _of_text(recipe: Recipe, shape: AnyShape, base: ModelSource) -> Iterator[str]:
+    """Of experts that have no text of their own."""
+    names = ", ".join(each.name for each in recipe.experts if each.writes_text)
+    if recipe.mixture.needs_text and names:
+        yield f"text of {names}: the models write it, into {WRITTEN_FOLDER}/ beside the recipe; real text works better"
+    elif not recipe.mixture.needs_text and why_chosen(recipe, plain=shape.plain) and has_tokenizer(base.folder):
+        does = "`text: self` lets each write some, for" if shape.family.reads == "text" else "parallel text of each gives"
+        yield f"no expert has text: {does} a far better router"
+
+
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     """Whether the router is fitted on chats, too."""
     tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
@@ -122,9 +131,14 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
             raise UnsupportedError(what, where=source.where, found=found, remedy=f"{way_out}, or remove the expert")
 
 
-def check_text(recipe: Recipe, tokenizer: TokenizerChoice) -> None:
-    """Raise SourceError where a fit has nothing to read text with, RecipeError where it is to read chats without a template."""
+def check_text(recipe: Recipe, tokenizer: TokenizerChoice, reads: Reads) -> None:
+    """Raise SourceError where a fit has nothing to read text with, RecipeError where it is to read chats without a template, or
+    what a model with an encoder is to write.
+    """
     folder, spec = tokenizer.source.folder, tokenizer.source.spec
+    if reads == "pairs" and any(expert.writes_text for expert in recipe.experts):
+        said, remedy = "a model with an encoder cannot write text of its own", "give parallel text"
+        raise RecipeError(said, where="experts: text", found=SELF, expected="pairs of source and target", remedy=remedy)
     if not recipe.mixture.needs_text:
         return
     if not has_tokenizer(folder):

@@ -13,6 +13,8 @@ BASE = "base"
 """The word that stands for the base model wherever a model is named."""
 SELF = "self"
 """The word that stands for text that an expert writes itself, in place of a path."""
+WRITTEN_FOLDER = "self-text"
+"""Beside a recipe: what its experts wrote themselves."""
 
 _NAME, LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=LONGEST_NAME)]

@@ -37,7 +37,7 @@ from modekit.text.document import Document, check_kind, reads_of
 from modekit.text.documents import find_text, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, Split, digests_in, documents_of_split, mark_of
-from modekit.text.written import WRITTEN_FOLDER, check_written, is_written, texts_of
+from modekit.text.written import check_written, texts_of
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
 """What to do where too few documents were found."""
@@ -92,35 +92,20 @@ def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
     return DomainText(documents, where, f"{len(documents):,} document{'' if len(documents) == 1 else 's'}")
 
 
-def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
-    """What to say of the texts of a recipe whose base `reads` plain text or pairs, before any is read.
-
-    Raises TextError for a text that is not there, whoever would read it.
+def check_texts(recipe: Recipe, root: Path) -> list[str]:
+    """What to say of the texts that a recipe gives, before any is read. Raises TextError for one that is not there, whoever
+    would read it.
     """
     for domain, specs in recipe.eval.items():
         find_text(specs, root=root, where=f"eval.{domain}")
-    notes, writers, texts = list[str](), list[str](), dict[str, tuple[int, list[Path | str]]]()
+    notes, texts = list[str](), dict[str, tuple[int, list[Path | str]]]()
     for place, expert in enumerate(recipe.experts):
-        specs = texts_of(expert)
-        if not expert.writes_text or is_written(expert, root):
-            found = find_text(specs, root=root, where=_where(expert, place))
-            size = sum(map(_bytes_of, found))
-            if found:
-                texts[expert.name] = size, found
-            if 0 < size < _FEWEST_BYTES:
-                notes.append(f"{expert.name}: {size} bytes of text are too little to learn a domain from")
-        elif reads == "text":
-            writers.append(expert.name)
-        else:
-            raise TextError(
-                "a model with an encoder cannot write text of its own",
-                where=_where(expert, place),
-                found="self",
-                expected="pairs of source and target",
-                remedy="give parallel text",
-            )
-    if writers:
-        notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
+        found = [] if expert.writes_text else find_text(expert.text or [], root=root, where=_where(expert, place))
+        size = sum(map(_bytes_of, found))
+        if found:
+            texts[expert.name] = size, found
+        if 0 < size < _FEWEST_BYTES:
+            notes.append(f"{expert.name}: {size} bytes of text are too little to learn a domain from")
     return [*notes, *_one_text(texts)]
 
 

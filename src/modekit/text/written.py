@@ -23,11 +23,10 @@ from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Digest, Label, Number, read_as
 from modekit.files.write import json_bytes, make_folder, remove, write_file
 from modekit.recipes.recipe import Expert, Recipe
-from modekit.text.documents import find_text, stream_records
+from modekit.recipes.strict import WRITTEN_FOLDER
+from modekit.text.documents import stream_records
 from modekit.text.records import ID, TextRecord, data_of
 
-WRITTEN_FOLDER = "self-text"
-"""Beside a recipe: what its experts wrote themselves."""
 _LONGEST_STEM = 64
 _MOST_DOCUMENTS, _FEWEST_DOCUMENTS = 192, 64
 """That an expert writes; more add little (benchmarks/self_text.md)."""
@@ -70,7 +69,8 @@ class Made(BaseModel):
 
 
 class Written(BaseModel):
-    """A text as it lies there: so many `documents` were sampled. Who wants more goes on from there.
+    """A text as it lies there: so many `documents` were sampled, and so many `texts` of them are not empty. Who wants more goes
+    on from there.
 
     `expected`: how often the expert expects every token behind those of what the base writes, float32 in base64.
     """
@@ -79,6 +79,7 @@ class Written(BaseModel):
 
     made: Made
     documents: Count
+    texts: Count
     expected: str = ""
 
 
@@ -99,11 +100,6 @@ def texts_of(expert: Expert) -> list[str]:
 def written_file(expert: Expert, root: Path) -> Path:
     """Where the documents of an expert lie that writes its text."""
     return root / texts_of(expert)[0]
-
-
-def is_written(expert: Expert, root: Path) -> bool:
-    """Whether there are some."""
-    return written_file(expert, root).is_file()
 
 
 def read_written(file: Path) -> Written | None:
@@ -131,8 +127,8 @@ def keep_written(file: Path, made: Made, records: Sequence[TextRecord], document
     """
     lines = (json.dumps({ID: record.id, **data_of(record.document)}, ensure_ascii=False) for record in records)
     text = "".join(f"{line}\n" for line in lines).encode()
-    written = Written(made=made, documents=documents, expected=base64.b64encode(expected).decode())
-    about = json_bytes(written.model_dump(mode="json"))
+    said = base64.b64encode(expected).decode()
+    about = json_bytes(Written(made=made, documents=documents, texts=len(records), expected=said).model_dump(mode="json"))
     folder, known = file.parent.parent, read_written(file)
     marker = read_marker(folder)
     try:
@@ -167,44 +163,39 @@ def _about(file: Path) -> Path:
 
 
 def check_written(expert: Expert, root: Path, where: str) -> None:
-    """Raise TextError where an expert's text is not there, be it one that it writes itself."""
-    if expert.writes_text and not is_written(expert, root):
+    """Raise TextError where an expert writes its text itself, and that is not there or too little."""
+    if not expert.writes_text:
+        return
+    file = written_file(expert, root)
+    if not file.is_file():
         raise TextError(
             "the text that this expert writes itself is not there",
             where=where,
-            found=str(written_file(expert, root)),
+            found=str(file),
             remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if its fit reads text",
         )
-    find_text(texts_of(expert), root=root, where=where)
-    if expert.writes_text and (known := _wrote(expert, root)) and known[0] < min(_FEWEST_WRITTEN, known[1].documents):
+    if (known := read_written(file)) and known.texts < min(_FEWEST_WRITTEN, known.documents):
         raise TextError(
             "this expert wrote too little text to learn its domain from",
             where=where,
-            found=f"{known[0]} of {known[1].documents} documents have text",
+            found=f"{known.texts} of {known.documents} documents have text",
             remedy="give it real text (`text: FILE` in the recipe, `mix --text NAME=FILE`)",
         )
-
-
-def _wrote(expert: Expert, root: Path) -> tuple[int, Written] | None:
-    """How many documents an expert wrote that are not empty, and what is known of all."""
-    known = read_written(written_file(expert, root))
-    return None if known is None else (sum(1 for _ in stream_records(texts_of(expert), root=root, where="")), known)
 
 
 def little_written(recipe: Recipe, root: Path) -> Iterator[str]:
     """Who wrote how little: experts of whose documents most are empty."""
     for expert in (each for each in recipe.experts if each.writes_text):
-        if (known := _wrote(expert, root)) and 2 * known[0] < known[1].documents:
-            yield f"{expert.name} wrote only {known[0]} of {known[1].documents} documents, the others are empty; give real text"
+        if (known := read_written(written_file(expert, root))) and 2 * known.texts < known.documents:
+            yield f"{expert.name} wrote only {known.texts} of {known.documents} documents, the others are empty; give real text"
 
 
 def written_notes(recipe: Recipe, root: Path) -> Iterator[str]:
     """What has to be said of a result that was measured on text which experts wrote themselves."""
     given = [expert for expert in recipe.experts if expert.writes_text and expert.name not in recipe.eval]
     for expert in given:
-        known = _wrote(expert, root)
-        if known is not None:
-            yield f"text written by {expert.name}: {known[0]} documents of at most {known[1].made.tokens} tokens"
+        if known := read_written(written_file(expert, root)):
+            yield f"text written by {expert.name}: {known.texts} documents of at most {known.made.tokens} tokens"
     if given:
         names = ", ".join(expert.name for expert in given)
         yield (
