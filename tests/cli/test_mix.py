@@ -140,7 +140,7 @@ def test_what_is_plain_runs_in_llama_cpp(shop: Path) -> None:
 @pytest.mark.parametrize(
     ("experts", "mixture", "said"),
     [
-        (("fever-lora", "court-lora", "--without-base"), {"router": ADAPTERS_ALONE}, "by the adapters alone"),
+        (("fever-lora", "court-lora", "--without-base"), {"router": ADAPTERS_ALONE}, "from the adapters alone"),
         (("law", "fever-lora"), {"method": "linear", "backbone": "average"}, "none (fixed weights), as no"),
     ],
     ids=["adapters", "models"],

@@ -50,7 +50,7 @@ def test_what_is_not_carried_of_attention_is_named(tmp_path: Path, backbone: str
     shop = make_workshop(tmp_path, "qwen2", hidden_size=128)
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, "backbone": backbone}
     (note,) = said(shop, "of every expert", mixture=mixture, output={"format": "plain", "carry": "all"})
-    assert "(self_attn.k_proj.bias, self_attn.q_proj.bias, self_attn.v_proj.bias aside, which all share)" in note
+    assert "(not of self_attn.k_proj.bias, self_attn.q_proj.bias, self_attn.v_proj.bias, which all share)" in note
 
 
 def test_a_rank_for_nothing_that_is_carried_is_named(tmp_path: Path) -> None:

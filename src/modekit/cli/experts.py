@@ -17,7 +17,7 @@ from modekit.cli.shell import Writing, app, common, refuse_without_effect, writa
 from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
-from modekit.files.figures import bytes_of, three_digits
+from modekit.files.figures import bytes_of, or_dash
 
 if TYPE_CHECKING:
     from modekit.experts.distill.teaching import Teaching
@@ -173,12 +173,8 @@ def extract(
         return
     kinds = {**record.kinds, "all": record.all}
     said = "drift: |difference| / |base weight|; error: what the factors leave of the difference, 0 = nothing."
-    rows = [[name, str(row.modules), str(row.rank), _share(row.drift), _share(row.error)] for name, row in kinds.items()]
+    rows = [[name, str(row.modules), str(row.rank), or_dash(row.drift), or_dash(row.error)] for name, row in kinds.items()]
     print_table(ResultTable("", ["module", "number", "rank", "drift", "error"], rows, said))
     print_notes(record.notes())
     kept = f"{record.carried:.0%} of the model's squared difference"
     print_done(output, f"{record.all.modules} modules, {bytes_of(record.bytes)}, {kept}")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else three_digits(value)

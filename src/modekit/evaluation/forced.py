@@ -24,7 +24,7 @@ from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.loss import not_finite, tokens_per_pass
 from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import ResultTable
-from modekit.files.figures import three_digits
+from modekit.files.figures import or_dash
 from modekit.files.typed import Count, Label, Number
 from modekit.loaded.experts import OwnModel, load_expert_source, load_own_model
 from modekit.loaded.load import load_model, load_tokenizer
@@ -81,7 +81,7 @@ class ForcedExperts(Result):
         titles = ["expert", "text", "KL", "lost", "largest difference", "own loss", "forced loss", "base loss"]
         body = []
         for row in self.rows:
-            figures = ["-" if figure is None else three_digits(figure) for figure in (row.kl, row.lost, row.largest)]
+            figures = map(or_dash, (row.kl, row.lost, row.largest))
             losses = [f"{loss:.4f}" for loss in (row.own_loss, row.forced_loss, row.base_loss)]
             body.append([row.expert, row.text, *figures, *losses])
         said = (

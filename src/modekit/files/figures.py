@@ -37,6 +37,6 @@ def clock_of(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def or_dash(value: float | None, form: str) -> str:
-    """A figure in a format such as .3f; a dash where there is none."""
-    return "-" if value is None else format(value, form)
+def or_dash(value: float | None, form: str = "") -> str:
+    """A figure in a format such as .3f, or with three digits; a dash where there is none."""
+    return "-" if value is None else format(value, form) if form else three_digits(value)

@@ -198,5 +198,5 @@ def _native_form(
     if native.routed is not None:
         return form, f"fine-tunes of one {kind} fit into one with the experts of all"
     if form.carried:
-        return form, f"a {name} holds experts of {kind} with their attention, in the router's channels"
-    return form, f"whole FFN experts of {kind} with a linear router have an exact native form: {name}"
+        return form, f"a {name} holds FFN and attention of experts of {kind}"
+    return form, f"a {name} holds whole FFN experts of {kind} exactly"

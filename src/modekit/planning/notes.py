@@ -86,19 +86,19 @@ def _drift(model: ModelSource, base: ModelSource) -> float | None:
 def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -> Iterable[str]:
     """Of a plain checkpoint that has any; `left`: what experts have of their own in a layer that is not carried."""
     yield (
-        f"the {recipe.mixture.router.fit} router adds {channels.spare} channels to the base's {channels.hidden} "
+        f"the {recipe.mixture.router.fit} router adds {channels.spare} channels to the hidden size {channels.hidden} "
         f"({channels.spare / channels.hidden:.1%}) and a layer in front; the rest computes the same"
     )
     if channels.carry is not None:
         kept = {"attention": True, "head": channels.carry.head, "embedding": channels.carry.embedding}
         yield (
-            f"{', '.join(name for name, holds in kept.items() if holds)} of every expert"
-            f"{' (' + ', '.join(left) + ' aside, which all share)' if left else ''}: carried through "
-            f"{channels.carry.channels} of these channels and {channels.carry.units} hidden units"
+            f"what experts change of {', '.join(name for name, holds in kept.items() if holds)}"
+            f"{' (not of ' + ', '.join(left) + ', which all share)' if left else ''} goes through "
+            f"{channels.carry.channels} of these channels and {channels.carry.units} more units of every FFN"
             f"{'' if channels.carry.is_exact else ', not all of it'}"
         )
     if recipe.mixture.router.decay is None and channels.decays == (1.0,):
-        yield "its evidence does not fade: this architecture averages over all of the text so far"
+        yield "the router weighs old text like new: in this architecture what it has read does not fade"
 
 
 def _of_text(recipe: Recipe, shape: AnyShape, base: ModelSource) -> Iterator[str]:

@@ -44,8 +44,8 @@ class Way:
 
 
 _TOKENS, _PAIRS, _MODEKIT = {"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}, {"format": "modekit"}
-_OF_PROMPTS = "logistic, which did best of what is set from prompts"
-_OF_MODEKIT = "lexical, which did best in the modekit architecture"
+_OF_PROMPTS = "logistic, the best measured with prompts alone"
+_OF_MODEKIT = "lexical, the best measured in the modekit architecture"
 
 
 def choices(recipe: Recipe, *, whole: int = 0) -> list[tuple[Recipe, Way]]:
@@ -85,11 +85,11 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
     merged: RecipeData = {"backbone": "average"} if whole else {}
     arrow, context = {"fit": "arrow", "granularity": "context"}, {"fit": "logistic", "granularity": "context"}
     if any(expert.text for expert in recipe.experts):
-        why = "lexical, which did best of what a plain checkpoint carries"
+        why = "lexical, the best measured in a plain checkpoint"
         return (
             Way({"top_k": 1, "router": _TOKENS, **shared}, why, plain=True, output=plain),
             Way({"top_k": 1, "router": _PAIRS, **own}, _OF_MODEKIT, plain=False, output=_MODEKIT),
-            Way({"router": {"fit": "logistic"}, **merged}, "logistic, which did best of linear gates"),
+            Way({"router": {"fit": "logistic"}, **merged}, "logistic, the best measured of linear gates"),
             *((Way({"top_k": 1, "router": _PAIRS}, _OF_MODEKIT, plain=False, output=_MODEKIT),) if whole else ()),
         )
     if any(expert.prompts for expert in recipe.experts):
@@ -99,7 +99,7 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
             Way({"router": _PAIRS, **own}, _OF_MODEKIT, plain=False),
         )
     return (
-        Way({"router": arrow, **merged}, "arrow, by the adapters alone, as no expert has text"),
+        Way({"router": arrow, **merged}, "arrow, from the adapters alone, as no expert has text"),
         Way({"method": "linear", **merged}, "none (fixed weights), as no expert has text"),
         Way({"router": {"fit": "random"}, **merged}, "random, as no expert has text"),
     )
