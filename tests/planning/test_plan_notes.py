@@ -49,7 +49,7 @@ def test_a_build_plans_its_tensors_once(shop: Workshop, monkeypatch: pytest.Monk
 def test_what_is_not_carried_of_attention_is_named(tmp_path: Path, backbone: str) -> None:
     shop = make_workshop(tmp_path, "qwen2", hidden_size=128)
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, "backbone": backbone}
-    (note,) = said(shop, "of every expert", mixture=mixture, output={"format": "plain", "carry": "all"})
+    (note,) = said(shop, "what experts change of", mixture=mixture, output={"format": "plain", "carry": "all"})
     assert "(not of self_attn.k_proj.bias, self_attn.q_proj.bias, self_attn.v_proj.bias, which all share)" in note
 
 

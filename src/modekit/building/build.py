@@ -110,14 +110,10 @@ def _write(
         notes += lost_notes(plan.recipe.names, carried.lost)
     if asked.otherwise is not None:
         notes += (each for each in plan.tell() if each not in asked.notes)
-    inspector = Inspector(plan, update.hashes if update is not None else {})
-    try:
+    with Inspector(plan, update.hashes if update is not None else {}) as inspector:
         write_shards(plan, stage, carried, run)
-    except BaseException:
-        inspector.stop()
-        raise
-    run.begin("check the models")
-    hashes = inspector.finish()
+        run.begin("check the models")
+        hashes = inspector.finish()
     write_index(plan, stage.folder)
     write_json(stage.folder / "config.json", dict(plan.shape.config))
     for file in (*plan.copied_files, *plan.shape.code_files):
@@ -231,13 +227,13 @@ def write_tensor(tensor: PlannedTensor, read: WeightReader, stream: io.FileIO) -
 
 
 class Inspector:
-    """Threads that start at once; `finish` waits for them and gives what was found, `stop` ends them early.
+    """Threads that start at once; `finish` waits for them and gives what was found, leaving the context ends them early.
 
     `known`: hashes of files as they were when they were read for a mixture that is changed now. Of them only those are read
     from which something is taken again, and they must be what they were.
     """
 
-    def __init__(self, plan: Plan, known: Mapping[Path, str] = {}) -> None:
+    def __init__(self, plan: Plan, known: Mapping[Path, str]) -> None:
         self._plan, self._known, self._halt = plan, known, threading.Event()
         used: dict[Path, list[TensorRef]] = {file: [] for file in plan.source_states}
         for ref in dict.fromkeys(part for tensor in plan.tensors for read in tensor.made.refs for part in read.parts):
@@ -248,18 +244,17 @@ class Inspector:
         self._threads = ThreadPoolExecutor(_THREADS, "inspector")
         self._hashes = {file: self._threads.submit(self._inspect, file, refs) for file, refs in files.items()}
 
-    def stop(self) -> None:
-        """End the inspection early."""
+    def __enter__(self) -> Inspector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._halt.set()
         self._threads.shutdown(cancel_futures=True)
 
     def finish(self) -> dict[str, str]:
         """The hashes by file. Raises SourceError when something is wrong with a source, and whatever else ended a thread."""
-        try:
-            found = {**self._known, **{file: future.result() for file, future in self._hashes.items()}}
-            return {str(file): found.get(file, "") for file in self._plan.source_states}
-        finally:
-            self.stop()
+        found = {**self._known, **{file: future.result() for file, future in self._hashes.items()}}
+        return {str(file): found.get(file, "") for file in self._plan.source_states}
 
     def _inspect(self, file: Path, refs: list[TensorRef]) -> str:
         """Hash of a file's content; empty when halted."""
