@@ -88,7 +88,9 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     before = make_plan(parse_recipe(shop.recipe), shop.root).notes
     assert not any("channels" in each for each in (*before, *more))  # of the form that was not built
     assert not checkpoint.shape.plain and checkpoint.record.recipe.mixture.modules == "all"
-    assert note.startswith("a plain checkpoint would lose ") and "format: plain in a recipe, takes it all the same" in note
+    assert (
+        note.startswith("not a plain checkpoint, which would lose ") and "format: plain in a recipe, builds it anyway" in note
+    )
     assert not (checkpoint.folder / CARRIED_FILE).exists() and lost_by(checkpoint) == []
     again, said = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder) and said == ()

@@ -88,7 +88,7 @@ def test_what_does_not_fit_this_machine_takes_the_smaller_form(
         monkeypatch.setattr(choice, "disk_of", lambda path: free)
     plan = planned(shop, "cough", "oath", mixture={"router": {"buckets": 64}})
     assert not plan.shape.plain and f"more {'memory' if lacking == 'memory' else 'free disk'} than there is" in plan.why
-    assert "format: plain in a recipe, takes it" in plan.why and plan.recipe.output.format == "modekit"
+    assert "format: plain in a recipe, builds it anyway" in plan.why and plan.recipe.output.format == "modekit"
     assert planned(shop, "cough", "oath", output={"format": "plain"}).shape.plain
 
 

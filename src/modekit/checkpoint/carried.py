@@ -20,6 +20,7 @@ import numpy as np
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.files.read import open_regular
 from modekit.files.write import safetensors_header, write_all
+from modekit.planning.choice import ANYWAY
 from modekit.sources.contents import CHUNK, OpenFiles, read_header
 from modekit.weights.bases import PassThrough
 from modekit.weights.flat import read_float32
@@ -110,8 +111,7 @@ def lost_notes(names: Sequence[str], lost: Sequence[float], *, would: bool = Fal
     most = sorted(zip(lost, names, strict=False), reverse=True)
     said = ", ".join(f"{share:.1%} of {name}" for share, name in most if share >= _LEAST_SAID)
     if would:
-        takes = "--format plain, or format: plain in a recipe, takes it all the same"
-        yield f"a plain checkpoint would lose {said} of what they change: modekit architecture ({takes})"
+        yield f"not a plain checkpoint, which would lose {said}, of what they change of the base; {ANYWAY}"
     elif lost:
         yield f"this plain checkpoint loses {said or 'less than 0.1% of any expert'}, of what they change of the base"
 

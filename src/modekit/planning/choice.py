@@ -23,6 +23,7 @@ from modekit.sources.source import ModelSource
 
 MOST_LOST = 0.05
 """Of what an expert changes: a plain checkpoint that loses more of one is not taken."""
+ANYWAY = "--format plain, or format: plain in a recipe, builds it anyway"
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -33,8 +34,7 @@ def choose_form(plain: Plan, other: Plan) -> Plan:
     free, fits = disk_of(plain.root / "OUT").free, plain.bytes_written <= _memory()
     lacking = "memory" if not fits else "free disk" if disk_needed(plain) > free > 0 else None
     if lacking and other.bytes_written < plain.bytes_written:
-        takes = "--format plain, or format: plain in a recipe, takes it"
-        return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {takes}")
+        return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {ANYWAY}")
     if channels is None or channels.carry is None or channels.carry.is_exact:
         return replace(plain, why=f"{plain.why} ({sizes})")
     measured = f"a plain checkpoint, if the build finds that it keeps {1 - MOST_LOST:.0%} of every expert ({sizes})"
