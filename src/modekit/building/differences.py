@@ -185,7 +185,7 @@ class Differences:
 
 def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:
     """All of it, layer by layer."""
-    stage, steps = "find what experts differ by", differences.layers + size.head + size.embedding
+    stage, steps = "compare the experts", differences.layers + size.head + size.embedding
     run.begin(stage, steps)
     units = [fit_pass_through(stream.layers[0].before_attention, size.terms)]
     inputs, input_shares, outputs = (list[Singles]() for _ in range(3))

@@ -45,7 +45,7 @@ def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, r
     texts = beginnings(plan, kept, rows, run, LOST_TOKENS)
     differences, written, apart = Differences(plan, read), _WrittenNumbers(plan, read, carried), list[tuple[float, float]]()
     wide.use(written.weights)
-    for written.expert, text in run.over("measure what is carried", list(enumerate(texts)), len(texts)):
+    for written.expert, text in run.over("measure what is lost", list(enumerate(texts)), len(texts)):
         narrow.use(_own(plan, differences, written.expert))
         own = _logits(narrow.model, text)
         narrow.use(_own(plan, differences, -1))  # the base's, which lies before the experts

@@ -195,7 +195,7 @@ def print_plan(plan: Preview) -> None:
     """Draw what a build would do."""
     parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
     also = "" if plan.also_runs_in.startswith("transformers") else "also "
-    written, kept = (bytes_of(sizes[name]) for name in ("written", "statistics"))
+    weights, kept, needed = map(bytes_of, (sizes["written"], sizes["statistics"], disk["needed"]))
     print_rows(
         [
             ("architecture", f"{plan.architecture} ({also}runs in {plan.also_runs_in})"),
@@ -205,8 +205,7 @@ def print_plan(plan: Preview) -> None:
             ("router", plan.router_why or plan.router),
             ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
             ("tensors", f"{plan.tensors} in {file_count(plan.shards)}, {plan.dtype}"),
-            ("bytes", f"{written} written, {kept} statistics"),
-            ("disk", f"{bytes_of(disk['needed'])} needed, {bytes_of(disk['free'])} free"),
+            ("disk", f"{needed} needed ({weights} of weights, {kept} to fit the router again), {bytes_of(disk['free'])} free"),
             ("memory", ", ".join(f"{bytes_of(memory[step])} to {step}" for step in ("build", "fit", "load"))),
             *(("note", note) for note in plan.notes),
         ]

@@ -110,7 +110,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
         seed=settings.seed,
         silent=table.of_tokens(torch.tensor(special, dtype=torch.long)).tolist(),
         expected=table.expected([text.expected_V for text in texts]),
-        advance=lambda done, total: run.progress("train evidence", done, total),
+        advance=lambda done, total: run.progress("train the table of the router", done, total),
     )
     said_EJV = table.parts(trained.table)
     if template is not None and not settings.hashes:
@@ -215,7 +215,7 @@ def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.
     if not fitting.checkpoint.slots:  # gates follow from the sources
         return FittedRouter([], fitted.record, columns)
     view = expert_view(fitting.checkpoint, run=fitting.run)
-    fitting.run.begin("measure the stream", len(texts))
+    fitting.run.begin("read the text with the base", len(texts))
     weight: torch.Tensor = view.model.get_input_embeddings().weight
     weight.data[:, channels.evidence] = torch.from_numpy(
         to_float32(as_array(columns, embedding.dtype)).reshape(len(table_VN), -1)
@@ -233,7 +233,7 @@ def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.
 
         view.use_expert(place)
         run_with_inputs(view, sequences, GateInput(), compare)
-        fitting.run.progress("measure the stream", place + 1, len(texts))
+        fitting.run.progress("read the text with the base", place + 1, len(texts))
     gates = []
     for slot, found in zip(fitting.checkpoint.slots, map(torch.cat, ratios), strict=True):
         gate_ED = np.zeros(slot.shape, np.float32)

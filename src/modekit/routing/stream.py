@@ -29,7 +29,7 @@ from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream
 
-_MEASURE, _LAST = "measure the stream", "model.norm"
+_MEASURE, _LAST = "read the text with the base", "model.norm"
 
 
 def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
