@@ -12,8 +12,7 @@ from pathlib import Path
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modekit.sources.families import FAMILIES
-from modekit.sources.natives import NATIVES
-from modekit.sources.routed import ROUTED
+from modekit.sources.natives import NATIVES, ROUTED
 from modekit.sources.structure import INEXACT, INEXACT_WHOLE
 from modekit.sources.towers import WRAPPERS
 

@@ -59,9 +59,11 @@ def test_missing_folders(bench: Workshop) -> None:
 
 
 def test_a_file_is_not_a_model_folder(bench: Workshop) -> None:
-    weights = Path(bench.recipe["base_model"]) / "model.safetensors"
-    message = refuse_build(bench, base_model=str(weights))
-    assert "a file is named in place of a folder" in message and "that the file is part of" in message
+    """Also one whose name is like that of a repository on the hub, which is not asked for it."""
+    copy_base(bench)
+    for spec in (str(bench.root / "base" / "model.safetensors"), "base/model.safetensors"):
+        message = refuse_build(bench, base_model=spec)
+        assert "a file is named in place of a folder" in message and "that the file is part of" in message
 
 
 def test_a_gguf_names_what_unpacks_it(bench: Workshop) -> None:
@@ -95,8 +97,8 @@ def test_weights_of_other_sizes_than_the_config_says(bench: Workshop) -> None:
     for key, value, name in (
         ("intermediate_size", 64, "model.layers.0.mlp.gate_proj.weight"),
         ("vocab_size", 100, "model.embed_tokens.weight"),
-        ("num_hidden_layers", 2, "model.layers.2."),
-        ("num_hidden_layers", 4, "fewer layers than config.json says"),
+        ("num_hidden_layers", 2, "more or fewer layers than config.json says"),
+        ("num_hidden_layers", 4, "more or fewer layers than config.json says"),
     ):
         kept = (folder / "config.json").read_text()
         change_config(folder, **{key: value})

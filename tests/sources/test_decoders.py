@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import save, tiny_model, write_text
+from damage import change_config
 from families_table import NO_WHOLE, PARTLY, REFUSED, WHOLE_FFNS
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -292,6 +293,18 @@ def test_tensors_of_an_expert_alone_are_not_dropped(tmp_path: Path) -> None:
     save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
     with pytest.raises(MismatchError, match=r"tensors that the base model lacks[^§]*lora_A"):
         mixture(tmp_path, "OUT", [{"name": "other", "model": "./other"}], router=ONE_ROUTER)
+
+
+def test_a_setting_that_the_class_has_not_is_no_difference(tmp_path: Path) -> None:
+    """Training tools write their own, such as their version."""
+    for seed, name in enumerate(("base", "other")):
+        save(tiny_decoder("stablelm", seed), tmp_path / name)
+    change_config(tmp_path / "other", unsloth_version="2026.11.2")
+    recipe = parse_recipe({"base_model": "./base", "experts": [{"name": "own", "model": "./other"}]})
+    assert make_plan(recipe, tmp_path).shape.experts == 1
+    change_config(tmp_path / "other", use_parallel_residual=True)
+    with pytest.raises(MismatchError, match="use_parallel_residual differs"):
+        make_plan(recipe, tmp_path)
 
 
 def test_the_default_doge_can_be_mixed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.families import DECODERS, family_of
+from modekit.sources.compatible import MUST_MATCH, _plain
+from modekit.sources.families import DECODERS, FAMILIES, family_of
 from modekit.sources.family import Family
 from modekit.sources.native import Native
 from modekit.sources.natives import NATIVES, choose_native
 from modekit.sources.pairs import PAIRS
 from modekit.text.sequences import Batch, TokenSequence
+from pair_models import PAIR_FAMILIES
 from rounding import assert_close
 
 LLAMA3_ROPE = {
@@ -320,6 +323,41 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     for key in mentioned - {"rope_parameters"}:
         assert ours[key] == theirs[key], key
     assert {**ours["rope_parameters"], "partial_rotary_factor": 0} == {**theirs["rope_parameters"], "partial_rotary_factor": 0}
+
+
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 2.1, 2.2]}
+OLD: dict[str, dict[str, Any]] = {
+    **{f"silent {family.model_type}": {"model_type": family.model_type} for family in FAMILIES},
+    "silent t5, gated": {"model_type": "t5", "feed_forward_proj": "gated-gelu"},
+    "yarn": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "dynamic": {"model_type": "qwen2", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "longrope": {
+        **{"model_type": "phi3", "rope_scaling": LONG, "partial_rotary_factor": 0.75},
+        **{"original_max_position_embeddings": 64, "max_position_embeddings": 256},
+    },
+    "olmo3 with yarn": {
+        **{"model_type": "olmo3", "rope_theta": 5e5},
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+    },
+    "half of each head": {"model_type": "glm4", "partial_rotary_factor": 0.5, "rope_theta": 10_000.0},
+    "a quarter": {"model_type": "phi3", "partial_rotary_factor": 0.25},
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_a_config_of_transformers_4_is_no_other_architecture_than_one_of_5(case: str) -> None:
+    """A fine-tune that the current version saved, of a base that an older one did."""
+    old = {**PAIR_FAMILIES.get(OLD[case]["model_type"], SMALL), **OLD[case]}
+    new, family = AutoConfig.for_model(**copy.deepcopy(old)).to_dict(), family_of(old, where="base_model")
+    said, meant = (family.settings(each, MUST_MATCH, where="model") for each in (old, new))
+    assert {key: _plain(value) for key, value in said.items()} == {key: _plain(value) for key, value in meant.items()}
+
+
+def test_a_head_of_which_another_share_turns_is_another_architecture() -> None:
+    family = family_of({"model_type": "phi3"}, where="base_model")
+    shares = ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.25}})
+    one, other = (family.settings({**SMALL, **each}, MUST_MATCH, where="model") for each in shares)
+    assert one["rope_parameters"] != other["rope_parameters"]
 
 
 @pytest.mark.parametrize("row", NATIVES, ids=lambda row: f"{row.family.model_type}->{row.native_type}")

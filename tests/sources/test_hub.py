@@ -55,6 +55,12 @@ def test_an_adapter_comes_once_and_a_model_in_its_place_not_at_all(workshop: Wor
     assert not hub.whole() & weights(hub, "acme/law")
 
 
+def test_a_repository_of_a_model_and_an_adapter_is_refused_for_both(workshop: Workshop, hub: StandIn) -> None:
+    write_adapter(hub.repos["acme/law"])
+    (hub.repos["acme/law"] / "adapter_model.safetensors").unlink()
+    assert "holds both a model and an adapter" in refused(workshop, {"model": "acme/law"})
+
+
 def test_nothing_comes_because_it_is_called_like_a_licence(workshop: Workshop, hub: StandIn) -> None:
     for name in ("LICENSE-weights.safetensors", "LICENSE/weights.safetensors"):
         path = hub.repos["acme/law"] / name

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
-from modekit.errors import MismatchError
+from modekit.errors import MismatchError, SourceError
 from modekit.loaded.load import load_model
 from pair_models import inputs, logits_of, pair_model, planned, say
 
@@ -70,6 +71,31 @@ def test_what_means_the_same_is_no_difference(tmp_path: Path, kind: str, which: 
     for name in ("one", "two"):
         say(tmp_path / name, **expert)
     assert planned(tmp_path, {}, "one", "two").shape.slots
+
+
+def test_a_size_that_is_missing_is_named_though_another_family_s_are_there(tmp_path: Path) -> None:
+    write_models(tmp_path, "t5")
+    sizes = {f"{stack}_{size}": 2 for stack in ("encoder", "decoder") for size in ("layers", "ffn_dim", "attention_heads")}
+    say(tmp_path / "base", num_layers=..., num_decoder_layers=..., **sizes)
+    with pytest.raises(SourceError, match="no usable num_layers"):
+        planned(tmp_path, {}, "one", "two")
+
+
+def test_a_tokenizer_that_cuts_text_otherwise_is_refused(tmp_path: Path) -> None:
+    """Though every token has the same id: the scores of sentencepiece's pieces decide."""
+    write_models(tmp_path, "t5")
+    scores = {"base": (-1.0, -9.0), "one": (-1.0, -9.0), "two": (-9.0, -1.0)}
+    for name, (long, short) in scores.items():
+        pieces = [["<unk>", 0.0], ["court", long], *([each, short] for each in "court")]
+        save_pieces(tmp_path / name, pieces)
+    with pytest.raises(MismatchError, match="cuts text otherwise") as caught:
+        planned(tmp_path, {}, "one", "two")
+    assert "'two'" in str(caught.value.where)
+
+
+def save_pieces(folder: Path, pieces: list[list[Any]]) -> None:
+    model = models.Unigram([(piece, score) for piece, score in pieces], unk_id=0)
+    Tokenizer(model).save(str(folder / "tokenizer.json"))
 
 
 def test_a_head_of_its_own_beside_a_base_without_one(tmp_path: Path) -> None:

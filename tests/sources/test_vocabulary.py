@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from adapter_folders import quiet
 from conftest import VOCAB, Workshop, character_tokenizer, logits_of, tiny_model, write_text
@@ -35,6 +35,7 @@ from modekit.routing.token_text import load_token_text
 from modekit.run import QUIET
 
 CHAT = ("<|im_start|>", "<|im_end|>")
+SAID = {"role": "user", "content": "what is fever"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WHOLE: dict[str, Any] = {
     "modules": "all",
@@ -149,6 +150,16 @@ def test_padding_of_another_model_is_no_row_of_a_token(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="2 tokens that the model has no embedding for") as refused:
         planned(shop)
     assert "experts[0] 'law'" in str(refused.value)
+
+
+def test_a_base_without_rows_for_special_tokens_of_its_own_is_as_it_was_published(tmp_path: Path) -> None:
+    """As Gemma 3's of 1B, whose tokenizer has the token of pictures that its larger siblings read."""
+    shop = shop_of(tmp_path, RANDOM, **{name: {"tokens": CHAT[:1], "rows": 96} for name in SEEDS})
+    assert built(shop).vocabulary == 96
+    path = tmp_path / "base" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"special": true', '"special": false'))
+    with pytest.raises(MismatchError, match="1 tokens that the model has no embedding for"):
+        planned(shop)
 
 
 def test_more_rows_alone_change_neither_tokenizer_nor_end(tmp_path: Path) -> None:
@@ -399,6 +410,53 @@ def test_what_a_tokenizer_puts_around_a_text_is_noted(tmp_path: Path) -> None:
     assert any("other special tokens around a text (<s>" in note for note in planned(shop).notes)
     change_tokenizer(tmp_path / "law", post_processor=None, truncation=None, padding=None)
     assert not any("special tokens around" in note for note in planned(shop).notes)
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_what_a_token_does_to_the_text_beside_it_is_noted(tmp_path: Path, larger: bool) -> None:
+    """The mixture has one of the two tokenizers: the base's, or the larger one."""
+    shop = shop_of(tmp_path, RANDOM, base={"tokens": CHAT[:1]}, law={"tokens": CHAT[: 1 + larger]}, code={"tokens": CHAT[:1]})
+    added = json.loads((tmp_path / "law" / "tokenizer.json").read_text())["added_tokens"]
+    change_tokenizer(tmp_path / "law", added_tokens=[{**each, "rstrip": True} for each in added])
+    (note,) = (note for note in planned(shop).notes if "beside" in note)
+    assert "experts[0] 'law'" in note and "the mixture has one of the two" in note
+    change_tokenizer(tmp_path / "law", added_tokens=added)
+    assert not any("beside" in note for note in planned(shop).notes)
+
+
+def test_of_several_chat_templates_the_default_is_the_mixture_s(tmp_path: Path) -> None:
+    """As transformers 4 keeps them in tokenizer_config.json."""
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT})
+    (tmp_path / "law" / "chat_template.jinja").unlink()
+    path = tmp_path / "base" / "tokenizer_config.json"
+    several = [{"name": "tool_use", "template": "{{ 'tools' }}"}, {"name": "default", "template": "{{ 'chat' }}"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": several}))
+    checkpoint = built(shop)
+    assert AutoTokenizer.from_pretrained(checkpoint.folder).apply_chat_template([SAID], tokenize=False) == "chat"
+
+
+def test_an_expert_whose_texts_end_elsewhere_is_noted(tmp_path: Path) -> None:
+    """As those of a chat model of the base's tokens do: the mixture would go on."""
+    shop = shop_of(tmp_path, RANDOM, **{name: {"tokens": CHAT} for name in SEEDS})
+    assert not any("go on there" in note for note in planned(shop).notes)
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "</s>"}))
+    notes = [note for note in planned(shop).notes if "go on there" in note]
+    assert len(notes) == 2 and "experts[0] 'law': its texts end at '<|im_end|>' 97" in notes[0]
+
+
+def test_rows_come_by_the_names_of_the_class(tmp_path: Path) -> None:
+    """A model that is loaded to be evaluated has the mixture's rows, whatever its class calls its embedding."""
+    for name, seed in SEEDS.items():
+        more = CHAT if name == "law" else ()
+        save(tmp_path / name, seed, more)
+        sizes = {"vocab_size": VOCAB + len(more), "n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64}
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / name)
+    experts = [{"name": name, "model": f"./{name}"} for name in ("law", "code")]
+    checkpoint = built(Workshop(tmp_path, {"base_model": "./base", "experts": experts, "mixture": RANDOM}))
+    rows = weights(checkpoint.folder)["transformer.wte.weight"]
+    assert torch.equal(load_expert_source(checkpoint, None).get_input_embeddings().weight, rows)
 
 
 def test_a_base_without_a_tokenizer_is_noted(tmp_path: Path) -> None:

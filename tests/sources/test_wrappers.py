@@ -202,7 +202,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(case: str) -> None
     said, meant = (family.settings(each, MUST_MATCH, where="model") for each in (ours, theirs))
     assert {key: _plain(value) for key, value in said.items()} == {key: _plain(value) for key, value in meant.items()}
     if family.derived is None:
-        check_values(ours, where="model")
+        check_values(ours, family, where="model")
     alone, within = AutoConfig.for_model(**ours).to_dict(), full["text_config"]
     carried = {"dtype", "eos_token_id", "tie_word_embeddings", "transformers_version"}
     assert {key: value for key, value in alone.items() if within.get(key) != value}.keys() <= carried
@@ -251,7 +251,7 @@ def test_a_native_mixture_of_shards(ids: torch.Tensor, tmp_path: Path) -> None:
         ({"text_config": {"hidden_size": "wide"}}, {}, "no usable hidden_size"),
         ({"text_config": {"auto_map": {"AutoModel": "x.Y"}}}, {}, "code of its own"),
         ({}, {"lm_head.weight": (96, 32)}, "mean the same"),
-        ({}, {"language_model.model.layers.7.mlp.up_proj.weight": (48, 32)}, "that the base model lacks"),
+        ({}, {"language_model.model.layers.7.mlp.up_proj.weight": (48, 32)}, "more or fewer layers than config.json says"),
         ({}, {"language_model.model.layers.0.mlp.up_proj.lora_A.weight": (48, 32)}, "expert has tensors|another shape|lacks"),
     ],
 )

@@ -18,7 +18,6 @@ from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
 from modekit.sources.class_names import named_by_class
 from modekit.sources.config import whole
 from modekit.sources.contents import OpenFiles
-from modekit.sources.names import HEAD, embedding_in, weight_of
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights.folding import reader
@@ -71,15 +70,12 @@ def give_rows(model: PreTrainedModel, source: ModelSource, base: ModelSource) ->
     if rows == before:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
-    head = model.get_output_embeddings()
-    names = {weight_of(embedding_in(base.tensors)): model.get_input_embeddings().weight, weight_of(HEAD): head.weight}
-    if getattr(head, "bias", None) is not None:
-        names[f"{HEAD}.bias"] = head.bias
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    resized = {id(parameter) for module in ends for parameter in module.parameters()}
     with OpenFiles() as opened, torch.no_grad():
-        for name, parameter in names.items():
-            ref = own.get(name) or base.tensors.get(name)
-            if ref is not None:  # a tied head has none
-                added = to_float32(reader(opened)(rows_of(ref, before, rows)))
+        for name, parameter in model.named_parameters():  # a tied head comes with the embedding
+            if id(parameter) in resized:
+                added = to_float32(reader(opened)(rows_of(own.get(name) or base.tensor(name), before, rows)))
                 parameter[before:] = torch.from_numpy(added).view(rows - before, *parameter.shape[1:]).to(parameter)
 
 

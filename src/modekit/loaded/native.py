@@ -8,7 +8,6 @@ Shape legend: B batch, S sequence, D width, E experts, T tokens, M experts of ea
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -70,10 +69,9 @@ class NativeMixture(LoadedMixture):
             yield from decoder_layers(self.model)[0].parameters()
             yield from self.gates()
         named = dict(self.model.named_parameters())
-        for layer, constant in itertools.product(range(self.checkpoint.layers), self.native.constants):
-            name = in_layer(layer, constant.name)
-            if name in named:
-                yield named[name]
+        paths = (*(constant.name for constant in self.native.constants), *self.native.empty)
+        names = (in_layer(layer, path) for layer in range(self.checkpoint.layers) for path in paths)
+        yield from (named[name] for name in names if name in named)
 
     @property
     def _carrying(self) -> Channels | None:

@@ -65,7 +65,7 @@ class ModekitShape(AnyShape):
             raise other_record(f"{where}: modekit.experts", found)
         try:
             if said.derived is None:
-                check_values(config, where=where, pair=said.family.pair)
+                check_values(config, said.family, where=where)
             for key in SIZES if said.derived is not None else ():
                 whole(config, key)
         except SourceError as error:

@@ -124,7 +124,7 @@ class NativeForm:
         spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
         letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": self._count}
         for layer in range(self._layers + self._front):
-            for constant in self._native.written_constants:
+            for constant in self._native.constants:
                 shape, name = tuple(letters.get(each) or int(each) for each in constant.shape), in_layer(layer, constant.name)
                 yield PlannedTensor(name, self.router_dtype, shape, "constant", Zeros(shape))
 

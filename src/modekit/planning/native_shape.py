@@ -84,9 +84,7 @@ class NativeShape(AnyShape):
     @property
     def also_runs_in(self) -> str:
         """Where the result runs besides transformers."""
-        biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
-        engines = self.native.serves_with_biases if biased else self.native.serves
-        engines = engines.removesuffix(", llama.cpp") if self._gguf_differs else engines
+        engines = self.native.serves.removesuffix(", llama.cpp") if self._gguf_differs else self.native.serves
         wrong = self.vllm_differs
         return f"{engines}; in vLLM with --model-impl transformers, since its own class {wrong}" if wrong else engines
 
@@ -109,7 +107,7 @@ class NativeShape(AnyShape):
     @property
     def left_out(self) -> set[str]:
         """Tensors that transformers' class has and the result need not, as they have no number."""
-        return self.native.empty_names(self._layers)
+        return {in_layer(layer, name) for layer in range(self._layers) for name in self.native.empty}
 
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -154,7 +152,7 @@ class NativeShape(AnyShape):
         native, count = self.native, self.experts * self.inner
         paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(count)]
         ranks = dict.fromkeys(paths, 2) | dict.fromkeys(native.fused or (), 3)
-        ranks |= {each.name: len(each.shape) for each in native.written_constants}
+        ranks |= {each.name: len(each.shape) for each in native.constants}
         for name, rank in ((in_layer(layer, path), rank) for layer in range(self._layers) for path, rank in ranks.items()):
             if name not in tensors or len(tensors[name].shape) != rank:
                 raise self.disagreement(name)
@@ -174,7 +172,7 @@ class NativeShape(AnyShape):
         native, layers = self.native, range(self._layers)
         total = sum(sizes.values())
         besides = [slot.name for slot in self.slots]
-        besides += [in_layer(layer, each.name) for layer in layers for each in native.written_constants]
+        besides += [in_layer(layer, each.name) for layer in layers for each in native.constants]
         names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
         ffn = sum(sizes[in_layer(layer, name)] for layer in layers for name in names)
         per_expert = ffn // self.experts if native.fused else ffn

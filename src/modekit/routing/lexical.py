@@ -36,7 +36,7 @@ from modekit.routing.inputs import GateInput, run_with_inputs
 from modekit.routing.token_text import TokenText, read_token_texts
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES, TensorRef
-from modekit.sources.names import embedding_in, weight_of
+from modekit.sources.names import weight_of
 from modekit.weights.numeric import as_array, to_float32
 
 _PRIOR = 25.0  # occurrences of a token that what it borrows counts as much as, were it all that there is to know
@@ -180,7 +180,7 @@ def _with_borrowed(
     embedding in full precision.
     """
     checkpoint, channels = fitting.checkpoint, fitting.checkpoint.shape.channels
-    embedding = checkpoint.tensors.get(weight_of(embedding_in(checkpoint.tensors)))
+    embedding = checkpoint.tensors.get(weight_of(checkpoint.shape.family.embedding))
     if embedding is None or embedding.shape[:1] != (checkpoint.vocabulary,) or embedding.dtype not in DTYPE_NAMES:
         return table_EJV
     said = torch.cat([each.rows[each.start :, 0] for own in examples for each in own])

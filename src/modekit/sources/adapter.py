@@ -29,7 +29,7 @@ from modekit.sources.contents import read_header
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import TensorRef, check_floats
-from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
+from modekit.sources.names import layers_of, module_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of
 from modekit.sources.weight_files import no_weights
@@ -226,14 +226,12 @@ class _Reading:
 
     @cached_property
     def _is_tied(self) -> bool:
-        head = self._family.head
-        return self._family.is_tied(self._base) or (head != "" and weight_of(head) not in self._base.tensors)
+        return self._family.is_tied(self._base)
 
-    @cached_property
+    @property
     def _ends(self) -> tuple[str, str]:
         """Modules of embedding and head."""
-        found = embedding_in(self._base.tensors)
-        return (found if weight_of(found) in self._base.tensors else self._family.embedding), self._family.head
+        return self._family.embedding, self._family.head
 
     @cached_property
     def _base_names(self) -> frozenset[str]:
@@ -341,7 +339,13 @@ class _Reading:
         for name, ref in self._whole.items():
             module, _, leaf = name.rpartition(".")
             own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
-            self._check_whole(ref, own, leaf)
+            is_tied = self._is_tied and own in self._ends and leaf == "weight"
+            saved = self._naming.named(own).endswith(tuple(self._settings.modules_to_save or ()))
+            is_shared = self._family.shares and own == self._ends[0]
+            if saved and (is_shared or (is_tied and not self._settings.ensure_weight_tying)):
+                raise self._tied(ref)
+            if not is_tied and f"{own}.{leaf}" not in self._base_names:
+                raise self._unknown(ref, own)
             if (own in self._parts) != (own != module):
                 raise self._unexplained(ref, "PEFT gives it no place beside the module's adapter")
             found[f"{own}.{leaf}"] = ref
@@ -351,20 +355,10 @@ class _Reading:
         # Of what has a row for each token the adapter may have more or fewer than the base.
         of_tokens = () if self._family.shares else (embedding, head, f"{self._family.head}.bias")
         for name, ref in found.items():
-            expected = self._base.tensors[name].shape
+            expected = self._base.tensor(name).shape
             if ref.shape != expected and not (name in of_tokens and ref.shape[1:] == expected[1:]):
                 raise self._other_shape(ref, expected)
         return found
-
-    def _check_whole(self, ref: TensorRef, module: str, leaf: str) -> None:
-        """Raise unless a whole tensor can take the place of the base's."""
-        is_tied = self._is_tied and module in self._ends and leaf == "weight"
-        saved = self._naming.named(module).endswith(tuple(self._settings.modules_to_save or ()))
-        is_shared = self._family.shares and module == self._ends[0]
-        if saved and (is_shared or (is_tied and not self._settings.ensure_weight_tying)):
-            raise self._tied(ref)
-        if not is_tied and f"{module}.{leaf}" not in self._base_names:
-            raise self._unknown(ref, module)
 
     # --- errors
 

@@ -19,7 +19,6 @@ from modekit.sources.structure import structure
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 _Steps = Sequence[tuple[str, int | None]]
 _SAVE_AS_CLASS = (
     "save it under the names of its class: m = AutoModelForCausalLM.from_pretrained(MODEL, dtype='auto'); "
@@ -41,8 +40,8 @@ def _named(source: ModelSource) -> Mapping[str, TensorRef]:
 
     found, tensors = structure(source.config, where=source.where), source.tensors
     known, prefix = found.model.state_dict(), found.model.base_model_prefix
-    tied = getattr(found.model, "all_tied_weights_keys", None) or {}
-    if all(name in tensors and tensors[name].shape == tuple(own.shape) for name, own in known.items() if name not in tied):
+    own = {name: tuple(tensor.shape) for name, tensor in known.items() if name not in found.tied}
+    if all(name in tensors and tensors[name].shape == shape for name, shape in own.items()):
         return tensors  # saved under the names of the class; some renamings would rename these again
     mapping = get_model_conversion_mapping(found.model)
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
@@ -72,7 +71,7 @@ def _named(source: ModelSource) -> Mapping[str, TensorRef]:
 def _made(
     targets: Sequence[str],
     parts: Sequence[Sequence[TensorRef]],
-    steps: list[tuple[str, int | None]],
+    steps: _Steps,
     known: Mapping[str, Tensor],
 ) -> dict[str, TensorRef]:
     """What files hold of one converter, by the names of the class; empty where their bytes are not those of the class."""

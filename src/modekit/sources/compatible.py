@@ -17,7 +17,7 @@ from modekit.sources.config import OF_A_MIXTURE, SAVE_AGAIN, Config, is_mixture,
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import check_floats
 from modekit.sources.names import is_ignored, layers_of, split_layer, weight_of
-from modekit.sources.pairs import NEEDED, check_same_target
+from modekit.sources.pairs import check_same_target
 from modekit.sources.source import ModelSource
 
 _KINDS: dict[type, str] = {
@@ -43,7 +43,6 @@ _SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling", "vocab_si
 _COMPARED = [key for keys in _KINDS.values() for key in keys.split() if key not in _MAY_DIFFER | _SAID_OTHERWISE]
 MUST_MATCH = ("model_type", *_COMPARED)
 """Keys in which an expert must equal the base model; compared after `Family.dense_config`."""
-_NEEDED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
 
 
 def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
@@ -65,21 +64,20 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
 
 
 def check_sizes(source: ModelSource, family: Family) -> None:
-    """Raise SourceError when config.json lacks a size that every plan needs, or has more layers than there are weights for."""
+    """Raise SourceError where config.json lacks a size that every plan needs, or has other layers than the weights."""
     if family.derived is not None:  # its class was made
         return
-    check_values(source.config, where=source.where, pair=family.pair)
-    there = layers_of(source.tensors)
+    check_values(source.config, family, where=source.where)
     for stack in family.stacks:
         count = stack.size(source.config)
-        own = sum(name == stack.name for name, _ in map(stack_of, there))
-        if count > own:  # before anything has an entry for each of them
+        own = len(layers_of(name for name in source.tensors if name.startswith(stack.layers)))
+        if count != own:  # before anything has an entry for each of them
             raise SourceError(
-                "the weights have fewer layers than config.json says",
+                "the weights have more or fewer layers than config.json says",
                 where=f"{source.where}: {stack.layers}",
                 found=f"{own} layers",
                 expected=f"{stack.count[0]} {count}",
-                remedy="check that the download is complete; correct config.json, or save the model again",
+                remedy=f"check that the download is complete; correct config.json, or {SAVE_AGAIN}",
             )
 
 
@@ -105,22 +103,15 @@ def check_complete(source: ModelSource, family: Family) -> None:
 
 
 def _check_layers_alike(source: ModelSource, family: Family) -> None:
-    """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    inside = [(name, *split_layer(name)) for name in source.tensors if not is_ignored(name)]
+    """Raise SourceError where a layer lacks what another of its kind has."""
     layers = family.layers(source.config)
     stacks = {layer: family.stack_of(layer) for layer in layers}
     said = None if family.pair else family.dense_config(source.config).get("layer_types")
     kinds = said if isinstance(said, list) and len(said) == len(layers) else [stack_of(layer)[0] for layer in layers]
     found: dict[Layer, set[str]] = {layer: set(stack.mlp.values()) for layer, stack in stacks.items()}
-    for name, layer, path in inside:
-        if layer is None or name != family.in_layer(layer, path):  # a list of layers beside the model's
-            continue
-        if layer not in found:
-            what, where = "the weights have more layers than config.json says", f"{source.where}: {name}"
-            raise SourceError(
-                what, where=where, expected=f"{len(layers)} layers", remedy=f"correct config.json, or {SAVE_AGAIN}"
-            )
-        if path not in stacks[layer].first:
+    for name, layer, path in [(name, *split_layer(name)) for name in source.tensors if not is_ignored(name)]:
+        own = layer in found and name == family.in_layer(layer, path)  # in no list of layers beside the model's
+        if layer is not None and own and path not in stacks[layer].first:
             found[layer].add(path)
     alike: dict[object, set[str]] = {}
     for kind, names in zip(kinds, found.values(), strict=True):
@@ -182,14 +173,14 @@ def _plain(value: object) -> object:
     return value or False
 
 
-def check_values(config: Config, *, where: str, pair: bool = False) -> None:
+def check_values(config: Config, family: Family, *, where: str) -> None:
     """Raise SourceError when a setting is missing that every plan needs, or has a value of another kind than its name says.
 
-    For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
-    names.
+    For configs of the families with a row: others may call something else by these names.
     """
-    where, needed = f"{where}: config.json", (_NEEDED,) if not pair else NEEDED
-    for key in min(map(str.split, needed), key=lambda keys: sum(config.get(key) is None for key in keys)):
+    where, pair = f"{where}: config.json", family.pair
+    of_stacks = (key for stack in family.stacks for key in (stack.count[-1], stack.ffn_width))
+    for key in (family.width, *of_stacks, "vocab_size", *(() if pair else ("num_attention_heads",))):
         if config.get(key) is None:
             raise no_usable(key, None, "a whole number", where)
     for kind, keys in _KINDS.items():

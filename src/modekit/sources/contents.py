@@ -28,6 +28,7 @@ CHUNK = 2**19
 
 _ALONE = "leave the models alone while they are read, and run the command again"
 _AGAIN = "download or save the file again"
+_CHANGED = "a weight file has changed since its header was read"
 
 
 def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
@@ -67,7 +68,7 @@ class WeightFile:
             raise self._unreadable(error) from None
         if planned is not None and planned != self.state:
             self.stream.close()
-            raise self._changed()
+            raise self._error(_CHANGED)
 
     def fill(self, buffer: memoryview, position: int) -> None:
         """Fill a buffer from a place in the file; other threads run meanwhile."""
@@ -96,7 +97,7 @@ class WeightFile:
         except OSError as error:
             raise self._unreadable(error) from None
         if state != self.state:
-            raise self._changed()
+            raise self._error(_CHANGED)
 
     def close(self) -> None:
         """Release the file."""
@@ -104,18 +105,14 @@ class WeightFile:
 
     def ended(self) -> SourceError:
         """What to raise when there are fewer bytes than its header said."""
-        return SourceError("a weight file became shorter while it was read", where=str(self.path), remedy=_ALONE)
-
-    def _changed(self) -> SourceError:
-        return SourceError("a weight file has changed since its header was read", where=str(self.path), remedy=_ALONE)
+        return self._error("a weight file became shorter while it was read")
 
     def _unreadable(self, error: OSError) -> SourceError:
-        return SourceError(
-            "a weight file cannot be read",
-            where=str(self.path),
-            found=error.strerror or error,
-            remedy="put it back, make it readable, or mend the disk",
-        )
+        what, remedy = "a weight file cannot be read", "put it back, make it readable, or mend the disk"
+        return self._error(what, error.strerror or error, remedy)
+
+    def _error(self, what: str, found: object = None, remedy: str = _ALONE) -> SourceError:
+        return SourceError(what, where=str(self.path), found=found, remedy=remedy)
 
 
 class OpenFiles:
@@ -167,7 +164,7 @@ class OpenFiles:
         if (start, stop) != (0, ref.nbytes):
             return self.read(ref, start, stop)
         if ref not in self._parts:
-            if len(self._parts) >= 8:  # of one quantised tensor there are five at most
+            if len(self._parts) >= 8:  # of one quantised tensor there are six at most
                 self._parts.clear()
             self._parts[ref] = self.read(ref)
         return self._parts[ref]

@@ -25,7 +25,9 @@ _FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "at
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _QWEN = {**_SILU, **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
 _QWEN_WINDOW = {**_QWEN, "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None}
-_GEMMA = {"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096}
+_TANH = "gelu_pytorch_tanh"
+_GEMMA = {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "num_key_value_heads": 4, "sliding_window": 4096}
+_GEMMA_2 = {**_GEMMA, "hidden_activation": _TANH, "query_pre_attn_scalar": 256}
 
 
 def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
@@ -47,21 +49,18 @@ def _windows_after(config: Config) -> list[str]:
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
 
 
-def _rope_by_kind(config: Config) -> Config:
-    """Gemma 3 since transformers 5: rotary settings for each kind of attention; before, those of windows were one number."""
-    rope = config["rope_parameters"]
-    assert isinstance(rope, Mapping)
-    local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 10_000.0}
-    kinds = rope if "full_attention" in rope else {"full_attention": rope, "sliding_attention": local}
-    said = {kind: kinds.get(kind) for kind in ("full_attention", "sliding_attention")}
-    return {**config, "rope_parameters": said, "rope_local_base_freq": None}
+def _rope_by_kind(theta: float) -> Callable[[Config], Config]:
+    """Rotary settings by kind of attention, as since transformers 5; before, those of windows were one number, or `theta`."""
 
+    def meant(config: Config) -> Config:
+        rope = config["rope_parameters"]
+        assert isinstance(rope, Mapping)
+        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or theta}
+        kinds = rope if "full_attention" in rope else {"full_attention": rope, "sliding_attention": local}
+        said = {kind: kinds.get(kind) for kind in ("full_attention", "sliding_attention")}
+        return {**config, "rope_parameters": said, "rope_local_base_freq": None}
 
-def _partial_rope(config: Config) -> Config:
-    """Qwen3.5: a quarter of each head turns, unless config.json says otherwise."""
-    rope = config["rope_parameters"]
-    assert isinstance(rope, Mapping)
-    return {**config, "rope_parameters": {"partial_rotary_factor": 0.25, **rope}}
+    return meant
 
 
 DECODERS: tuple[Family, ...] = (
@@ -111,50 +110,62 @@ DECODERS: tuple[Family, ...] = (
     Family(
         "qwen3_5_text",
         head_dim=256,
+        rotary=0.25,
         defaults={
             **{**_QWEN, "attention_bias": False, "num_key_value_heads": 4, "linear_conv_kernel_dim": 4},
             **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
             **{"linear_num_key_heads": 16, "linear_num_value_heads": 32},
         },
         layer_types=_every("full_attention_interval", 4, "linear_attention"),
-        meant=_partial_rope,
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
     ),
-    Family("gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
-    Family("gemma2", head_dim=256, defaults=_GEMMA, layer_types=_every("", 2, "sliding_attention")),
+    Family(
+        "gemma",
+        head_dim=256,
+        defaults={"tie_word_embeddings": True, "hidden_act": _TANH, "rms_norm_eps": 1e-6, "num_key_value_heads": 16},
+    ),
+    Family(
+        "gemma2",
+        head_dim=256,
+        defaults={**_GEMMA_2, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        layer_types=_every("", 2, "sliding_attention"),
+    ),
     Family(
         "gemma3_text",
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
         head_dim=256,
         rope_theta=1_000_000.0,
-        defaults={
-            **{**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
-            **{"vocab_size": 262_208, "num_attention_heads": 8, "query_pre_attn_scalar": 256},
-        },
+        defaults={**_GEMMA_2, "vocab_size": 262_208, "num_attention_heads": 8},
         layer_types=_every("sliding_window_pattern", 6, "sliding_attention"),
-        meant=_rope_by_kind,
+        meant=_rope_by_kind(10_000.0),
     ),
     Family(
         "olmo3",
         rope_theta=500_000.0,
         defaults={**_SILU, "rms_norm_eps": 1e-5, "sliding_window": 4096},
         layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
+        meant=_rope_by_kind(500_000.0),
     ),
     Family(
         "exaone4",
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
-        defaults={**_SILU, "rms_norm_eps": 1e-5, "num_key_value_heads": 32},
+        defaults={**_SILU, "rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096},
+        layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
     ),
     Family(
         "glm4",
         stacks=(Stack(parts=_FUSED_GATE_UP),),
         head_dim=128,
-        defaults={**_SILU, "num_key_value_heads": 2, "attention_bias": True},
+        rotary=0.5,
+        defaults={**_SILU, "rms_norm_eps": 1.5625e-07, "num_key_value_heads": 2, "attention_bias": True},
     ),
     Family(
         "starcoder2",
         stacks=(Stack(parts={**{part: LINEAR[part] for part in "qkvo"}, "up": "mlp.c_fc", "down": "mlp.c_proj"}),),
-        defaults={"norm_epsilon": 1e-5, "tie_word_embeddings": True, "num_key_value_heads": 2, "use_bias": True},
+        defaults={
+            **{"hidden_act": _TANH, "norm_epsilon": 1e-5, "tie_word_embeddings": True},
+            **{"num_key_value_heads": 2, "use_bias": True},
+        },
     ),
 )
 

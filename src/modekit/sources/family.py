@@ -42,7 +42,8 @@ class Family:
         variant: of several rows with one `model_type`, which of them; the row for it says `is_variant`.
         heads_first: modules under the layer that see (B, heads, S, width) and not (B, S, ...).
         head_dim: the default when config.json is silent; None means hidden / heads.
-        rope_theta: the default; None for families without rotary embeddings.
+        rope_theta: the default.
+        rotary: the share of each head that rotary embeddings turn where config.json is silent.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
         defaults: other defaults to write out.
         without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
@@ -66,7 +67,8 @@ class Family:
     is_variant: Callable[[Config], bool] = lambda config: True
     heads_first: tuple[str, ...] = ()
     head_dim: int | None = None
-    rope_theta: float | None = 10_000.0
+    rope_theta: float = 10_000.0
+    rotary: float = 1.0
     layer_types: Callable[[Config], list[str]] | None = None
     defaults: Config = field(default_factory=dict)
     without_vllm: str = ""
@@ -114,11 +116,13 @@ class Family:
 
     def settings(self, config: Config, must_match: Sequence[str], *, where: str) -> Config:
         """The settings in which an expert must equal its base: those of every family, and its own."""
-        said = self.meant(self.dense_config(config))
+        said = {**self.meant(self.dense_config(config))}
         keys = [*must_match, *self.must_match]
         rope = said.get("rope_parameters")
-        if isinstance(rope, Mapping) and rope.get("rope_type") in {"dynamic", "longrope"}:
-            keys.append("max_position_embeddings")  # these depend on it
+        if isinstance(rope, Mapping):
+            said["rope_parameters"], said["partial_rotary_factor"] = _written_out(rope, said, self.rotary), None
+            if rope.get("rope_type") in {"dynamic", "longrope"}:
+                keys.append("max_position_embeddings")  # these depend on it
         return {key: said.get(key) for key in keys}
 
     def looks_up(self, module: str) -> bool:
@@ -206,7 +210,7 @@ class Family:
         return f"{self.stack_of(layer).layers}{stack_of(layer)[1]}.{path}"
 
 
-def rope_parameters(config: Config, default_theta: float | None) -> dict[str, object]:
+def rope_parameters(config: Config, default_theta: float) -> dict[str, object]:
     """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
@@ -217,3 +221,16 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, ob
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
     return rope
+
+
+def _written_out(rope: Mapping[str, object], config: Config, rotary: float) -> dict[str, object]:
+    """Rotary settings, or those of each kind of attention, with what transformers 5 writes among them and older files say
+    beside them or nowhere.
+    """
+    if any(isinstance(each, Mapping) for each in rope.values()):
+        return {kind: _written_out(each, config, rotary) if isinstance(each, Mapping) else each for kind, each in rope.items()}
+    said = {**rope, "partial_rotary_factor": rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or rotary}
+    if rope.get("rope_type") in {"llama3", "yarn", "longrope"}:
+        first = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        said["original_max_position_embeddings"] = first or config.get("max_position_embeddings")
+    return said

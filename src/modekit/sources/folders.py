@@ -16,30 +16,21 @@ def model_folder(
     """The folder, and its commit where it is the hub's. `spec`: a path relative to `root`, or a hub id. Raises SourceError."""
     where = f"{label} ({spec})"
     try:
-        folder = (root / Path(spec).expanduser()).resolve()
-        is_local = folder.is_dir()
+        path = (root / Path(spec).expanduser()).resolve()
+        is_local, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
-        folder, is_local = root / spec, False
+        path, is_local, is_file = root / spec, False, False
     if is_local and revision is not None:
         what, remedy = "a revision has no effect with a folder", "remove revision, or name the model by its hub id"
         raise SourceError(what, where=where, found=revision, remedy=remedy)
     if is_local:
-        return folder, None
+        return path, None
+    if is_file:
+        remedy = FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of"
+        raise SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
     if not may_be_hub_id(spec):
-        raise no_model_folder(folder, where)
+        raise SourceError("model folder does not exist", where=where, found=str(path), remedy="correct the path")
     from modekit.sources.hub import download  # its import takes longer than a whole local plan
 
     folder = download(spec, revision, where=where, run=run, as_adapter=as_adapter)
     return folder, folder.name
-
-
-def no_model_folder(path: Path, where: str) -> SourceError:
-    """The error for a path that is no folder: nothing, or a file."""
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file system has
-        is_file = False
-    if is_file:
-        remedy = FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of"
-        return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
-    return SourceError("model folder does not exist", where=where, found=str(path), remedy="correct the path")

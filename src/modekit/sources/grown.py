@@ -111,8 +111,8 @@ class Grown:
                 given = given[:1]
             return tuple((ref, row) for _, ref in given) or next(((ref, row),) for _, ref, _ in owners if row < ref.shape[0])
 
-        elsewhere = sorted(lacking.union(range(own.shape[0], self._rows)))
-        return with_rows(own, {row: giver(row) for row in elsewhere})
+        elsewhere = lacking.union(range(own.shape[0], self._rows))
+        return with_rows(own, {row: giver(row) for row in elsewhere}, self._rows)
 
     def _change(self, model: TokenRows, name: str, change: LowRank) -> LowRank:
         """An adapter's change of embedding or head, which is zero for tokens that the adapter does not know."""

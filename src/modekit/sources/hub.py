@@ -35,7 +35,7 @@ def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET, a
     folder = _snapshot(spec, revision, _SMALL_FILES, where, run)
     if as_adapter:
         read_adapter_config(folder, where=where)
-    is_adapter = (folder / CONFIG_FILE).exists()
+    is_adapter = as_adapter or not (folder / "config.json").exists()
     files = [folder / WEIGHTS_FILE] if is_adapter else named_weights(folder, where=where)
     if not all(file.exists() for file in files):
         _snapshot(spec, folder.name, [escape(file.name) for file in files], where, run)

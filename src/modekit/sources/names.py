@@ -20,13 +20,12 @@ POSITIONS = ("embed_positions", "relative_attention_bias")
 """Last parts of modules that hold learned positions: embeddings, and no linear maps."""
 
 _LAYERS = "model.layers."
-_IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.(?:layers|block)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_LIST = re.compile(
     r"^(?!(?:model\.)?mtp\.)(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?|attentions|resblocks)\.([0-9]{1,9})\.(.+)$",
     re.DOTALL | re.ASCII,
 )
-"""Layers of classes without a row in the table of families; those that only guess further tokens (`mtp`) are none."""
+"""Layers of any other class; those that only guess further tokens (`mtp`) are none."""
 _FIRST = re.compile(r"^(model\.)?(shared|embed_tokens)(\.|$)")
 _STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
 _IGNORED = re.compile(
@@ -42,9 +41,6 @@ def in_layer(layer: int | str, path: str = "") -> str:
 
 def split_layer(name: str) -> tuple[Layer | None, str]:
     """model.layers.3.mlp.up_proj -> 3, mlp.up_proj; outside of the layers None and the name itself."""
-    match = _IN_LAYER.match(name)
-    if match is not None:
-        return int(match[1]), match[2]
     match = _IN_STACK.match(name)
     if match is not None:
         return layer_at(match[1], int(match[2])), match[3]
@@ -81,11 +77,6 @@ def is_ignored(tensor: str) -> bool:
 def is_looked_up(module: str) -> bool:
     """Whether a module is an embedding, of tokens or positions, and no linear map."""
     return _FIRST.match(module) is not None or module.rpartition(".")[2] in ("embed_tokens", *POSITIONS)
-
-
-def embedding_in(tensors: Iterable[str]) -> str:
-    """The module of the embedding that all of a model shares, by the names of its tensors."""
-    return next((module_of(name) for name in tensors if _FIRST.match(name)), EMBEDDING)
 
 
 def natural_key(name: str) -> tuple[object, ...]:

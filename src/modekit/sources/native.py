@@ -1,6 +1,4 @@
-"""What a native MoE architecture is that says a family's mixture of whole FFN experts exactly; natives.py has the rows, and
-routed.py those of bases that are mixtures themselves.
-"""
+"""What a native MoE architecture is that says a family's mixture of whole FFN experts exactly; natives.py has the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ from typing import ClassVar
 
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
-from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]
 """(holds for this dense config, reason shown when it does not)."""
@@ -26,11 +23,6 @@ class Constant:
 
     name: str
     shape: tuple[str, ...]
-
-    @property
-    def is_written(self) -> bool:
-        """Whether the result has it: vLLM does not load a tensor without a number, which says nothing anyway."""
-        return "0" not in self.shape
 
 
 @dataclass(frozen=True)
@@ -107,13 +99,14 @@ class Native:
         router_module: attribute path under the loaded decoder layer of the module that returns (logits, weights, index).
         block_module: attribute path of the block in a loaded native layer.
         num_experts_key, top_k_key: config keys of the native architecture.
-        expert_hidden_key: native config key of F when it is not `intermediate_size`.
+        width_key: native config key of F.
         fixed: native settings that make the row exact.
         computed: native settings that follow from the dense config.
         dropped: dense keys that mean nothing to the native architecture.
         constants: see `Constant`.
+        empty: tensors of the class without a number, under the layer, which the result leaves out: vLLM does not load them.
         rules: what must hold.
-        serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
+        serves: where the result runs besides transformers.
         without_gguf: why llama.cpp does not run it; empty where it does.
         vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
         gguf_differs: the same of llama.cpp, which then does not run it.
@@ -131,35 +124,20 @@ class Native:
     block_module: str = "mlp"
     num_experts_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
-    expert_hidden_key: str | None = None
+    width_key: str = "intermediate_size"
     writes_head_dim: bool = True
     fixed: Config = field(default_factory=dict)
     computed: Mapping[str, Callable[[Config], object]] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     constants: tuple[Constant, ...] = ()
+    empty: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     serves: str = "vLLM"
-    serves_with_biases: str = ""
     without_gguf: str = ""
     vllm_differs: tuple[Rule, ...] = ()
     gguf_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
     routed: Routed | None = None
-
-    @property
-    def width_key(self) -> str:
-        """Native config key of F."""
-        return self.expert_hidden_key or "intermediate_size"
-
-    @property
-    def written_constants(self) -> tuple[Constant, ...]:
-        """Those that the result has."""
-        return tuple(constant for constant in self.constants if constant.is_written)
-
-    def empty_names(self, layers: int) -> set[str]:
-        """Tensors without a number that the architecture has and the result leaves out; older results have them."""
-        left_out = [constant.name for constant in self.constants if not constant.is_written]
-        return {in_layer(layer, name) for layer in range(layers) for name in left_out}
 
     def refusals(self, config: Config) -> list[str]:
         """Why this row does not fit a dense config; empty when it does."""

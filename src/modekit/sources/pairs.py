@@ -20,21 +20,10 @@ if TYPE_CHECKING:
 
 PAIR_CLASS = "ModekitForSeq2SeqLM"
 """What config.json of a mixture of one of them calls its class."""
-NEEDED = (
-    "d_model vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads "
-    "decoder_attention_heads",
-    "d_model vocab_size num_layers num_heads d_ff d_kv",
-)
-"""Settings of which a config gives all of one kind: Bart's or T5's."""
 _WITHOUT_VLLM = "modekit's plug-in for vLLM serves models of one stack, and this one has an encoder"
 _SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
 _CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
-_TWO = {"up": "fc1", "down": "fc2"}
-_BART_KEYS = (
-    *("d_model", "vocab_size", "decoder_vocab_size", "share_encoder_decoder_embeddings", "tie_word_embeddings"),
-    *(f"{stack}_{size}" for stack in ("encoder", "decoder") for size in ("layers", "ffn_dim", "attention_heads")),
-    *("activation_function", "scale_embedding", "max_position_embeddings"),
-)
+_BART_KEYS = ("vocab_size", "max_position_embeddings")
 _LEARNED = "embed_positions.weight"
 _SINUSOIDS = tuple(f"model.{stack}coder.embed_positions.{name}" for stack in ("en", "de") for name in ("weight", "weights"))
 
@@ -47,7 +36,7 @@ def _bart(model_type: str, *outside: str, **says: object) -> Family:
             layers=f"model.{name}.layers.",
             count=(f"{name}_layers",),
             ffn="fc1",
-            parts={**_SELF, **(_CROSS if name == "decoder" else {}), **_TWO},
+            parts={**_SELF, **(_CROSS if name == "decoder" else {}), "up": "fc1", "down": "fc2"},
             ffn_width=f"{name}_ffn_dim",
             ffn_calls=("fc1", "activation_fn", "fc2"),
             outside=tuple(f"model.{name}.{each}" for each in outside),
@@ -57,7 +46,6 @@ def _bart(model_type: str, *outside: str, **says: object) -> Family:
     return Family(
         model_type,
         stacks,
-        rope_theta=None,
         without_vllm=_WITHOUT_VLLM,
         width="d_model",
         embedding="model.shared",
@@ -76,15 +64,8 @@ def _bart(model_type: str, *outside: str, **says: object) -> Family:
     )
 
 
-_T5_KEYS = (
-    *("d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj"),
-    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
-    *("scale_decoder_outputs", "dense_act_fn"),
-)
-
-
-def _t5_stacks(gated: bool) -> tuple[Stack, ...]:
-    """Encoder and decoder; `gated` has two matrices before the activation."""
+def _t5(gated: bool) -> Family:
+    """T5 as it was, with one matrix before the activation, or `gated` as from version 1.1 on (Flan-T5), with two."""
     ffn = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if gated else {"up": "wi", "down": "wo"}
     stacks = []
     for name, place, count in (("encoder", 1, ("num_layers",)), ("decoder", 2, ("num_decoder_layers", "num_layers"))):
@@ -104,17 +85,11 @@ def _t5_stacks(gated: bool) -> tuple[Stack, ...]:
                 outside=(f"{name}.final_layer_norm.weight",),
             )
         )
-    return tuple(stacks)
-
-
-def _t5(gated: bool) -> Family:
-    """T5 as it was, with one matrix before the activation, or `gated` as from version 1.1 on (Flan-T5), with two."""
     return Family(
         "t5",
-        _t5_stacks(gated),
+        tuple(stacks),
         variant="gated" if gated else "",
         is_variant=lambda config: str(config.get("feed_forward_proj")).startswith("gated") == gated,
-        rope_theta=None,
         without_vllm=_WITHOUT_VLLM,
         width="d_model",
         embedding="shared",
@@ -128,7 +103,7 @@ def _t5(gated: bool) -> Family:
         same_as={"num_decoder_layers": "num_layers"},
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         shares=True,
-        must_match=_T5_KEYS,
+        must_match=("vocab_size", "scale_decoder_outputs", "dense_act_fn"),
         meant=_t5_meant,
     )
 

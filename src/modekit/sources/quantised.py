@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import ml_dtypes
 import numpy as np
@@ -51,13 +51,13 @@ class PackedRef(TensorRef):
     `written`: the safetensors dtype that it gets where a recipe says `dtype: source`.
     """
 
-    form: Scaled | Coded
+    form: Form
     written: str
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """The tensors in files that it is computed from."""
-        return self.form.parts
+        return tuple(each for part in self.form.parts for each in part.parts)
 
     @property
     def source_dtype(self) -> str:
@@ -76,10 +76,10 @@ class PackedRef(TensorRef):
         return found
 
 
-def _content(ref: TensorRef) -> bytes:
-    with open_regular(ref.file) as stream:
-        stream.seek(ref.start)
-        return stream.read(ref.nbytes)
+def packed(name: str, form: Form, written: str) -> PackedRef:
+    """A tensor of a form."""
+    first, size = form.parts[0], 4 * math.prod(form.shape)
+    return PackedRef(name, first.file, "F32", form.shape, 0, size, first.state, form=form, written=written)
 
 
 def _numbers(read: Read, ref: TensorRef, first: int = 0, last: int | None = None) -> Array32:
@@ -91,89 +91,57 @@ def _numbers(read: Read, ref: TensorRef, first: int = 0, last: int | None = None
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """fp8 numbers with a scale per block of rows and columns, per row or for the tensor: W = Q * scale."""
+class Form:
+    """How numbers are kept. `parts`: what they are computed from; `unit`: how many are computed together."""
 
-    weight: TensorRef
-    scale: TensorRef
-    block: tuple[int, int]
-
-    @property
-    def parts(self) -> tuple[TensorRef, ...]:
-        """Weight, scale."""
-        return (self.weight, self.scale)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.weight.shape
-
-    @property
-    def unit(self) -> int:
-        """Numbers that are computed together: a row."""
-        return self.weight.shape[1]
+    parts: tuple[TensorRef, ...]
+    shape: tuple[int, ...]
+    unit: int
 
     def values(self, read: Read, first: int, last: int) -> Array32:
-        """Rows first to last, flat."""
-        rows, columns = np.arange(first, last) // self.block[0], np.arange(self.unit) // self.block[1]
-        grid = _numbers(read, self.scale).reshape(-(-self.weight.shape[0] // self.block[0]), -1)
-        scales = grid[rows][:, columns] if grid.shape[1] > 1 else grid[rows]
-        return np.asarray(_numbers(read, self.weight, first, last) * scales).ravel()
-
-
-class DoubleQuantised(NamedTuple):
-    """The scales of `Coded` in bytes: absmax = code[byte] * scale of its block + offset."""
-
-    scale: TensorRef
-    code: TensorRef
-    block: int
-    offset: float
+        """Units first to last, flat; of the last unit as many numbers as there are."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Coded:
-    """bitsandbytes' 4 bits: an index into 16 numbers per element, and the largest number of each block.
+class Scaled(Form):
+    """fp8 numbers with a scale per block of rows and columns, per row or for the tensor: W = Q * scale. A unit is a row."""
 
-    W = code[index] * absmax, by bitsandbytes' dequantize_4bit; of two in a byte the first lies in the upper half.
+    block: tuple[int, int]
+
+    def values(self, read: Read, first: int, last: int) -> Array32:
+        """Rows first to last, flat."""
+        weight, scale = self.parts
+        rows, columns = np.arange(first, last) // self.block[0], np.arange(self.unit) // self.block[1]
+        grid = _numbers(read, scale).reshape(-(-weight.shape[0] // self.block[0]), -1)
+        scales = grid[rows][:, columns] if grid.shape[1] > 1 else grid[rows]
+        return np.asarray(_numbers(read, weight, first, last) * scales).ravel()
+
+
+@dataclass(frozen=True)
+class Coded(Form):
+    """bitsandbytes' 4 bits: an index into 16 numbers per element, and the largest number of each block, which is a unit. These
+    may be kept so themselves, by 8 bits, an index into 256 numbers.
+
+    W = code[index] * absmax + offset, by bitsandbytes' dequantize_4bit; of two in a byte the first lies in the upper half.
     """
 
-    weight: TensorRef
-    absmax: TensorRef
-    code: TensorRef
-    block: int
-    shape: tuple[int, int]
-    nested: DoubleQuantised | None = None
-
-    @property
-    def parts(self) -> tuple[TensorRef, ...]:
-        """Weight, absmax, code, and those of the absmax."""
-        above = () if self.nested is None else (self.nested.scale, self.nested.code)
-        return (self.weight, self.absmax, self.code, *above)
-
-    @property
-    def unit(self) -> int:
-        """Numbers that are computed together: a block."""
-        return self.block
+    offset: float | None = None
 
     def values(self, read: Read, first: int, last: int) -> Array32:
         """Blocks first to last, flat; of the last block as many numbers as there are."""
-        start, stop = first * self.block, min(last * self.block, math.prod(self.shape))
-        packed = np.frombuffer(read(self.weight, start // 2, -(-stop // 2)), np.uint8)
-        index = np.stack([packed >> 4, packed & 15], axis=1).ravel()[: stop - start]
-        absmax, nested = _numbers(read, self.absmax, first, last), self.nested
-        if nested is not None:
-            scales = _numbers(read, nested.scale)[np.arange(first, last) // nested.block]
-            absmax = _numbers(read, nested.code)[absmax.astype(np.int64)] * scales + np.float32(nested.offset)
-        return np.asarray(_numbers(read, self.code)[index] * np.repeat(absmax, self.block)[: stop - start])
+        weight, absmax, code = self.parts
+        start, stop = first * self.unit, min(last * self.unit, math.prod(self.shape))
+        in_byte = 2 if code.numel == 16 else 1
+        index = np.frombuffer(read(weight, start // in_byte, -(-stop // in_byte)), np.uint8)
+        if in_byte == 2:
+            index = np.stack([index >> 4, index & 15], axis=1).ravel()[: stop - start]
+        largest = np.repeat(_numbers(read, absmax, first, last), self.unit)[: stop - start]
+        found = _numbers(read, code)[index] * largest
+        return np.asarray(found if self.offset is None else found + np.float32(self.offset))
 
 
 _Block = Annotated[int, Field(ge=1, le=2**40)]  # numpy divides by it
-
-
-class _Fp8(BaseModel):
-    """Settings of fp8."""
-
-    weight_block_size: tuple[_Block, _Block] | None = None
 
 
 class _Bits4(BaseModel):
@@ -182,7 +150,7 @@ class _Bits4(BaseModel):
     quant_type: Literal["nf4", "fp4"]
     blocksize: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)]
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    nested_blocksize: _Block | None = None
+    nested_blocksize: Annotated[int, Field(ge=1, le=2**16)] | None = None
     nested_offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
@@ -204,9 +172,10 @@ def unpack(
             remedy="give the unquantised model, or unpack it with the library that quantised it and save it again",
         )
     try:
-        named: Iterator[tuple[str, Scaled | Coded]] = parts.of_bitsandbytes()
+        named: Iterator[tuple[str, Form]] = parts.of_bitsandbytes()
         if method == "fp8":
-            named = parts.of_fp8(as_kind(dict(said), _Fp8).weight_block_size)
+            block = said.get("weight_block_size")
+            named = parts.of_fp8(None if block is None else as_kind(block, tuple[_Block, _Block]))
         forms = dict(named)
     except (ValueError, TypeError) as error:  # of the settings
         raise no_usable(f"settings of {method}", error, None, f"{where}: config.json", _REMEDY) from None
@@ -218,14 +187,12 @@ def unpack(
         )
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     written = next((code for code, name in DTYPE_NAMES.items() if name == dtype), "BF16")
-    read = {ref.name for form in forms.values() for ref in form.parts}
+    made = {name: packed(name, form, written) for name, form in forms.items()}
+    read = {part.name for ref in made.values() for part in ref.parts}
     found = {
         name: ref for name, ref in tensors.items() if name not in read and not name.endswith(_UNUSED) and _STATE not in name
     }
-    for name, form in forms.items():
-        first, size = form.parts[0], 4 * math.prod(form.shape)
-        found[name] = PackedRef(name, first.file, "F32", form.shape, 0, size, first.state, form=form, written=written)
-    return found, f"{8 if method == 'fp8' else 4} bits ({method})"
+    return found | made, f"{8 if method == 'fp8' else 4} bits ({method})"
 
 
 @dataclass(frozen=True)
@@ -250,14 +217,16 @@ class _Parts:
         what = "a quantised weight is not what config.json and its other parts say"
         return SourceError(what, where=f"{self.where}: {name}", found=found, expected=expected, remedy=_REMEDY)
 
-    def of_bitsandbytes(self) -> Iterator[tuple[str, Scaled | Coded]]:
+    def of_bitsandbytes(self) -> Iterator[tuple[str, Form]]:
         """An index, absmax and the 16 numbers per weight, and JSON that says how they lie."""
         for state in [ref for name, ref in self.tensors.items() if _STATE in name]:
             name = f"{state.name.partition(_STATE)[0]}.weight"
             try:
                 if state.nbytes > _LARGEST_STATE:
                     raise ValueError(f"{state.nbytes:,} bytes")
-                said = as_kind(parse_json(_content(state).decode("utf-8")), _Bits4)
+                with open_regular(state.file) as stream:
+                    stream.seek(state.start)
+                    said = as_kind(parse_json(stream.read(state.nbytes).decode("utf-8")), _Bits4)
             except UNREADABLE as error:
                 what, where = "bitsandbytes' description of a weight cannot be read", f"{self.where}: {state.name}"
                 raise SourceError(what, where=where, found=error, remedy=_REMEDY) from None
@@ -266,17 +235,17 @@ class _Parts:
             weight = self.part(name, ("U8", *_FLOATS))
             if weight.nbytes != -(-count // 2):
                 raise self.other(name, f"{weight.nbytes} bytes", f"4 bits for each of {list(said.shape)}")
-            nested = None
-            if said.nested_blocksize is not None:
-                above = (-(-blocks // said.nested_blocksize),)
-                scale = self.part(f"{name}.nested_absmax", ("F32",), above)
-                codes = self.part(f"{name}.nested_quant_map", ("F32",), (256,))
-                nested = DoubleQuantised(scale, codes, said.nested_blocksize, said.nested_offset)
+            nested = said.nested_blocksize
             absmax = self.part(f"{name}.absmax", ("F32",) if nested is None else ("U8",), (blocks,))
+            if nested is not None:
+                scale = self.part(f"{name}.nested_absmax", ("F32",), (-(-blocks // nested),))
+                codes = self.part(f"{name}.nested_quant_map", ("F32",), (256,))
+                above = Coded((absmax, scale, codes), (blocks,), nested, said.nested_offset)
+                absmax = packed(absmax.name, above, "F32")
             code = self.part(f"{name}.quant_map", ("F32",), (16,))
-            yield name, Coded(weight, absmax, code, said.blocksize, said.shape, nested)
+            yield name, Coded((weight, absmax, code), said.shape, said.blocksize)
 
-    def of_fp8(self, block: tuple[int, int] | None) -> Iterator[tuple[str, Scaled | Coded]]:
+    def of_fp8(self, block: tuple[int, int] | None) -> Iterator[tuple[str, Form]]:
         """A scale per block, row or tensor; `block` is what config.json says."""
         for suffix in (".weight_scale_inv", ".weight_scale"):
             for name in [f"{each.removesuffix(suffix)}.weight" for each in self.tensors if each.endswith(suffix)]:
@@ -288,4 +257,5 @@ class _Parts:
                 if not rows or len(scale.shape) > 2 or not scale.numel or not (fits or rows % above == 0 == columns % beside):
                     expected = f"a scale for each block of {list(block or weight.shape)} in {list(weight.shape)}"
                     raise self.other(scale.name, list(scale.shape), expected)
-                yield name, Scaled(weight, scale, block if block is not None and fits else (rows // above, columns // beside))
+                each = block if block is not None and fits else (rows // above, columns // beside)
+                yield name, Scaled((weight, scale), weight.shape, columns, each)

@@ -45,10 +45,16 @@ class RowsRef(TensorRef):
 def rows_of(ref: TensorRef, first: int, last: int) -> TensorRef:
     """Rows [first, last) of a tensor."""
     if isinstance(ref, RowsRef):
-        return joined_rows(ref, list(_ranges_within(ref, first, last)))
-    row = ITEMSIZE[ref.dtype]
-    for size in ref.shape[1:]:
-        row *= size
+        ranges, position = list[RowRange](), 0
+        for part in ref.ranges:
+            start, stop = max(first - position, 0), min(last - position, part.count)
+            if start < stop:
+                whole = stop - start == part.count
+                refs = part.refs if whole else tuple(rows_of(each, start, stop) for each in part.refs)
+                ranges.append(RowRange(stop - start, refs))
+            position += part.count
+        return joined_rows(ref, ranges)
+    row = ITEMSIZE[ref.dtype] * math.prod(ref.shape[1:])
     return replace(ref, shape=(last - first, *ref.shape[1:]), start=ref.start + first * row, end=ref.start + last * row)
 
 
@@ -61,38 +67,19 @@ def member_of(ref: TensorRef, number: int) -> TensorRef:
     return replace(one, shape=one.shape[1:])
 
 
-def _ranges_within(ref: RowsRef, first: int, last: int) -> Iterator[RowRange]:
-    position = 0
-    for part in ref.ranges:
-        start, stop = max(first - position, 0), min(last - position, part.count)
-        if start < stop:
-            whole = stop - start == part.count
-            yield RowRange(stop - start, part.refs if whole else tuple(rows_of(each, start, stop) for each in part.refs))
-        position += part.count
-
-
 Giver = tuple[tuple[TensorRef, int], ...]
 """Tensors and the row of each that together give one row."""
 
 
-def with_rows(own: TensorRef, others: Mapping[int, Giver]) -> RowsRef:
-    """A tensor with other rows in some places; those behind its own follow each other. `others` has their order."""
+def with_rows(own: TensorRef, others: Mapping[int, Giver], rows: int) -> RowsRef:
+    """A tensor with so many rows: its own, but for others in some places and behind them."""
+    givers = [others.get(row) or ((own, row),) for row in range(rows)]
     ranges: list[RowRange] = []
-    position = 0
-
-    def keep(stop: int) -> None:
-        if position < min(stop, own.shape[0]):
-            count = min(stop, own.shape[0]) - position
-            ranges.append(RowRange(count, (rows_of(own, position, position + count),)))
-
     # Rows that follow each other in the same tensors are one range.
-    for _, run in groupby(others.items(), key=lambda item: [(id(ref), row - item[0]) for ref, row in item[1]]):
+    for _, run in groupby(range(rows), key=lambda row: [(id(ref), number - row) for ref, number in givers[row]]):
         places = [*run]
-        first, giver = places[0]
-        keep(first)
-        ranges.append(RowRange(len(places), tuple(rows_of(ref, row, row + len(places)) for ref, row in giver)))
-        position = first + len(places)
-    keep(own.shape[0])
+        given = tuple(rows_of(ref, number, number + len(places)) for ref, number in givers[places[0]])
+        ranges.append(RowRange(len(places), given))
     return joined_rows(own, ranges)
 
 

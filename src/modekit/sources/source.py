@@ -1,4 +1,4 @@
-"""Model folders read by config and header. Nothing here imports torch, but for quantised weights."""
+"""Model folders read by config and header."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.config import Config, damaged_model
 from modekit.sources.contents import read_header
 from modekit.sources.header import FileState, TensorRef
+from modekit.sources.quantised import unpack
 from modekit.sources.remote_code import check_no_code
 from modekit.sources.towers import unwrapped
 from modekit.sources.weight_files import refuse_other_kinds, weight_files
@@ -101,8 +102,6 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
         tensors |= read_header(file, where=where)
     packing, packed = config.pop("quantization_config", None), ""
     if packing:
-        from modekit.sources.quantised import unpack  # few models need it
-
         tensors, packed = unpack(packing, config, tensors, where=where)
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         what, remedy = "the folder holds both a model and an adapter", "take the adapter's files into a folder of their own"

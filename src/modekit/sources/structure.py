@@ -186,7 +186,7 @@ class Structure:
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._called: dict[str, None] = {}
         self._heads_first: dict[str, None] = {}
-        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self.tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
 
     @cached_property
     def family(self) -> Family:
@@ -194,33 +194,31 @@ class Structure:
         config = self.model.config
         if config.model_type in INEXACT:
             raise self.refused(INEXACT[config.model_type])
-        layers = self._layers()
-        parts, lookups, columns = self._parts(layers)
-        embedding, head = self._name_of(self.model.get_input_embeddings()), self._name_of(self.model.get_output_embeddings())
+        layers, embedding = self._layers, self._name_of(self.model.get_input_embeddings())
         if not embedding:
             raise self.refused("no embedding of tokens was found in its class")
         rows, width = self.model.get_input_embeddings().weight.shape
         derived = Derived(
             layers=layers,
-            parts=parts,
-            ffn=self._ffn(layers),
+            parts=self._parts(),
+            ffn=self._ffn(),
             embedding=embedding,
-            head=head,
-            tied=self._tied,
-            lookups=lookups,
-            columns=columns,
-            heads_first=sorted(
-                {name.removeprefix(layers).partition(".")[2] for name in self._heads_first if name.startswith(layers)}
-            ),
-            blocks=self._blocks(layers),
+            head=self._name_of(self.model.get_output_embeddings()),
+            tied=self.tied,
+            lookups=[name for name, module in self._modules.items() if isinstance(module, self._nn.Embedding)],
+            columns=[
+                name
+                for name, module in self._modules.items()
+                if isinstance(module, self._columns) or getattr(module, "is_transposed", False)
+            ],
+            heads_first=sorted({*map(self._inside, self._heads_first)} - {""}),
+            blocks=self._blocks(),
         )
-        count = len(list(self._modules[layers.rstrip(".")].children()))
-        found = dict(zip(SIZES, (int(width), int(rows), count), strict=True))
-        known = {
-            key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()
-        }
-        tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
-        settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
+        found = zip(SIZES, (int(width), int(rows), len(self._list)), strict=True)
+        known = {key: getattr(config, key) if type(getattr(config, key, None)) is int else size for key, size in found}
+        tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self.tied}
+        own, said = type(config)().to_dict(), config.to_dict()  # training tools add what no class knows
+        settings = {key: said[key] for key in said if key in own and not any(word in key for word in _NO_MEANING)}
         family = family_from(config.model_type, derived)
         called, routed = tuple(self._called), tuple(self._routed(derived.blocks))
         return replace(family, known=known, tensors=tensors, defaults=settings, called=called, routed=routed)
@@ -233,8 +231,9 @@ class Structure:
             remedy=remedy,
         )
 
+    @cached_property
     def _layers(self) -> str:
-        """The list of modules, in no other list, with most parameters."""
+        """What names in the list of modules, in no other list, with most parameters begin with."""
         lists = [name for name, module in self._modules.items() if isinstance(module, self._nn.ModuleList) and len(module)]
         outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
         sizes = {name: sum(each.numel() for each in self._modules[name].parameters()) for name in outer}
@@ -242,26 +241,28 @@ class Structure:
             raise self.refused("no list of layers was found in its class")
         return f"{max(sizes, key=lambda name: sizes[name])}."
 
+    @property
+    def _list(self) -> list[nn.Module]:
+        return list(self._modules[self._layers.rstrip(".")].children())
+
+    def _inside(self, name: str) -> str:
+        """What a module is called in its layer; nothing outside of the layers."""
+        return name.removeprefix(self._layers).partition(".")[2] if name.startswith(self._layers) else ""
+
     def _name_of(self, module: Any) -> str:
         return next((name for name, each in self._modules.items() if each is module), "")
 
-    def _parts(self, layers: str) -> tuple[list[str], list[str], list[str]]:
-        """Parts of the layers, embeddings besides the first, and linear modules that keep their weights the other way round."""
+    def _parts(self) -> list[str]:
+        """Linear modules of the layers, in the order in which a pass calls them."""
         paths: dict[str, None] = {}
-        lookups, columns = [], []
         for name, module in self._modules.items():
-            if isinstance(module, self._nn.Embedding):
-                lookups.append(name)
-            if isinstance(module, self._columns) or getattr(module, "is_transposed", False):
-                columns.append(name)
-            inside = name.removeprefix(layers).partition(".")[2] if name.startswith(layers) else ""
+            inside = self._inside(name)
             if inside and self._is_linear(module) and ".experts." not in f".{inside}." and not inside.endswith(_NOT_CALLED):
                 paths[inside] = None
         self._run()
-        called = (name.removeprefix(layers).partition(".")[2] for name in self._called if name.startswith(layers))
-        order = [path for path in dict.fromkeys(called) if path in paths]
+        order = [path for path in map(self._inside, self._called) if path in paths]
         first = [path for path in paths if path.rpartition(".")[2] in _READ_FIRST]  # where the class says nothing
-        return list(dict.fromkeys((*order, *first, *paths))), lookups, columns
+        return list(dict.fromkeys((*order, *first, *paths)))
 
     def _run(self) -> None:
         """Note which modules a pass calls, in that order, and which of them see (B, heads, S, width): as far as code comes that
@@ -288,21 +289,20 @@ class Structure:
             for hook in hooks:
                 hook.remove()
 
-    def _ffn(self, layers: str) -> str:
+    def _ffn(self) -> str:
         """A child of every layer that is called as FFNs are."""
-        children = [{name for name, _ in layer.named_children()} for layer in self._modules[layers.rstrip(".")].children()]
-        return next((name for name in _FFN if all(name in each for each in children)), "")
+        return next((name for name in _FFN if all(name in dict(layer.named_children()) for layer in self._list)), "")
 
-    def _blocks(self, layers: str) -> list[str]:
+    def _blocks(self) -> list[str]:
         """Modules with tensors that are no weight and bias of a plain map: their nearest parent that is a module of a layer."""
         tensors: dict[str, dict[str, Any]] = {}
         for name, tensor in self.model.state_dict().items():
             module, _, leaf = name.rpartition(".")
             tensors.setdefault(module, {})[leaf] = tensor
         found = dict.fromkeys(
-            self._around(name, layers) for name, own in tensors.items() if not self._is_plain(self._modules[name], own)
+            self._around(name) for name, own in tensors.items() if not self._is_plain(self._modules[name], own)
         )
-        if any(layers.startswith(f"{name}.") or not name for name in found):
+        if any(self._layers.startswith(f"{name}.") or not name for name in found):
             raise self.refused("it holds tensors that belong to no part of it")
         return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
@@ -331,8 +331,6 @@ class Structure:
             if alone and hasattr(module, "_apply_gate") and not getattr(module, "has_post_expert_norm", False):
                 yield name
 
-    def _around(self, name: str, layers: str) -> str:
-        if not name.startswith(layers):
-            return name
-        number, _, path = name.removeprefix(layers).partition(".")
-        return f"{layers}{number}.{path.partition('.')[0]}".rstrip(".")
+    def _around(self, name: str) -> str:
+        inside = self._inside(name)
+        return name if not inside else name.removesuffix(inside) + inside.partition(".")[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.files.json import parse_json
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json, read_text
-from modekit.sources.config import damaged_model
+from modekit.sources.config import damaged_model, read_beside
 from modekit.sources.cuts import other_cuts
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
     *PAIR_FILES,
 )
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+GENERATION = "generation_config.json"
+COPIED_FILES = (*TOKENIZER_FILES, GENERATION)
 """Of the base, into the result, beside the weights."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_BESIDE = ("lstrip", "rstrip", "single_word", "normalized")
+"""What an added token does to the text beside it."""
 
 
 def copied_files(folder: Path, *, where: str) -> tuple[Path, ...]:
@@ -84,27 +87,32 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES if not name.startswith("chat_"))
 
 
-def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
-    """Names of PAIR_FILES that a mixture's folder has, and that are not among the files that its base would give it now."""
-    return sorted({name for name in PAIR_FILES if (folder / name).exists()} - {file.name for file in copied})
-
-
 Tokens = dict[str, int]
 """Token -> id."""
 
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """The tokens of a tokenizer; of a tokenizer.json also the merges of BPE, and what else decides how text is cut (`rest`)."""
+    """The tokens of a tokenizer; of a tokenizer.json also the merges of BPE, and what else decides how text is cut: `rest`, and
+    `added`, a token -> what it does to the text beside it; `special`: tokens that no plain text has.
+    """
 
+    folder: Path
     tokens: Tokens
     merges: list[str] | None = None
     rest: Mapping[str, object] = field(default_factory=dict)
+    added: Mapping[str, object] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()
 
     @cached_property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.tokens.values(), default=-1) + 1
+
+    def may_cut_otherwise(self, other: ReadTokens) -> bool:
+        """Whether both are read from a tokenizer.json, and these differ in more than tokens and merges."""
+        beside = any(self.added[each] != other.added[each] for each in self.added.keys() & other.added.keys())
+        return bool(self.rest and other.rest) and (beside or self.rest != other.rest)
 
 
 def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> ReadTokens | None:
@@ -124,15 +132,18 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
             file = folder / "merges.txt"  # of byte-level BPE beside vocab.json
             lines = read_text(file, LARGE).split("\n") if path.name == "vocab.json" and file.exists() else None
             merges = None if lines is None else [each for each in lines if each and not each.startswith("#version")]
-            return ReadTokens(_checked({**(first or {}), **raw, **added}), merges)
+            return ReadTokens(folder, _checked({**(first or {}), **raw, **added}), merges)
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
-        tokens = _checked({**dict(pairs), **{added["content"]: added["id"] for added in raw.get("added_tokens") or []}})
+        more = {each["content"]: each for each in raw.get("added_tokens") or []}
+        tokens = _checked({**dict(pairs), **{token: each["id"] for token, each in more.items()}})
         merges = raw["model"].get("merges")
         settings = {key: each for key, each in raw["model"].items() if key != "merges" and not isinstance(each, dict)}
         rest = {**{key: raw.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")}, "model": settings}
         joined = None if merges is None else [each if isinstance(each, str) else " ".join(each) for each in merges]
-        return ReadTokens(tokens, joined, rest)
+        beside_it = {token: [bool(each.get(flag)) for flag in _BESIDE] for token, each in more.items()}
+        special = frozenset(token for token, each in more.items() if each.get("special") is True)
+        return ReadTokens(folder, tokens, joined, rest, beside_it, special)
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
         found = f"nothing called {error}" if isinstance(error, KeyError) else error
         raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
@@ -157,35 +168,43 @@ class Readers:
         "only the files differ"
     )
 
+    @property
+    def whose(self) -> str:
+        """What is ours, for messages."""
+        return f"that of {self.ours}" if self.ours.endswith("'") else f"the {self.ours}'s"
 
-def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
-    """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's.
+    def differ(self, what: str, where: str, found: object = None, expected: str | None = None) -> MismatchError:
+        """The error of two tokenizers that differ."""
+        what = f"the {self.theirs}'s tokenizer {what}"
+        return MismatchError(what, where=where, found=found, expected=expected, remedy=self.remedy)
 
-    A folder without tokenizer files is taken to use the base model's.
+
+def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> list[str]:
+    """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's; notes as of
+    `check_alike`. A folder without tokenizer files is taken to use the base model's.
     """
     ours, theirs = read_tokens(base, where="base_model"), read_tokens(expert, where=where)
     check_same_pieces(base, expert, where=where, readers=readers)
-    if ours is not None and theirs is not None:
-        check_alike(ours, theirs, where=where, readers=readers)
+    return [] if ours is None or theirs is None else check_alike(ours, theirs, where=where, readers=readers)
 
 
-def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Readers = Readers(), below: int = 2**62) -> None:
-    """Raise MismatchError that names the tokens with ids `below` in which two tokenizers differ, or for other merges."""
+def check_alike(
+    one: ReadTokens, other: ReadTokens, *, where: str, readers: Readers = Readers(), below: int = 2**62
+) -> list[str]:
+    """Raise MismatchError that names the tokens with ids `below` in which two tokenizers differ, for other merges, and where
+    they cut a page of text otherwise. Notes where they differ around a text, or beside special tokens, alone.
+    """
     ours, theirs, called = one.tokens, other.tokens, readers.ours.removesuffix(" model")
-    whose = f"that of {readers.ours}" if readers.ours.endswith("'") else f"the {readers.ours}'s"
     found = {token for token, number in ours.items() ^ theirs.items() if number < below} if ours != theirs else set()
     if found:
         differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
         pairs = ((token, ours.get(token, "-"), theirs.get(token, "-")) for token in differing)
         shown = [f"{token[:60]!r} ({called} {mine}, {readers.theirs} {their})" for token, mine, their in pairs]
-        what, expected = f"differs from {whose} in {len(differing)} tokens", "the same token for the same id"
-    elif one.merges is not None and other.merges is not None and one.merges != other.merges:
-        shown, expected = [], None
-        what = f"has the same tokens as {whose} but joins them by other merges"
-    else:
-        return
-    what = f"the {readers.theirs}'s tokenizer {what}"
-    raise MismatchError(what, where=where, found=some_of(shown, 5) if shown else None, expected=expected, remedy=readers.remedy)
+        what = f"differs from {readers.whose} in {len(differing)} tokens"
+        raise readers.differ(what, where, some_of(shown, 5), "the same token for the same id")
+    if one.merges is not None and other.merges is not None and one.merges != other.merges:
+        raise readers.differ(f"has the same tokens as {readers.whose} but joins them by other merges", where)
+    return other_cuts(one, other, where, readers) if one.may_cut_otherwise(other) else []
 
 
 def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
@@ -201,8 +220,7 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
         except UNREADABLE as error:
             raise damaged_model("the tokenizer cannot be read", f"{where}: {name}", error) from None
         if not same:
-            what = f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s"
-            raise MismatchError(what, where=where, remedy=readers.remedy)
+            raise readers.differ(f"has another {name} than {readers.whose}", where)
 
 
 _ONE_TOKENIZER = "train both with one tokenizer that has the tokens of both, or leave one of the experts out"
@@ -240,8 +258,8 @@ class SharedTokens:
         return some_of([f"{names.get(number, '')[:60]!r} {number}" for number in ids], 5)
 
 
-def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
-    """What the tokenizers of models (the base first) have in common.
+def share_tokens(sources: Sequence[ModelSource], *, more: bool) -> SharedTokens:
+    """What the tokenizers of models (the base first) have in common; `more`: whether any may have more tokens than another.
 
     A folder without tokenizer files is taken to use the base model's. Raises MismatchError where two of them give an id two
     tokens, a token two ids, or join tokens otherwise; SourceError for one that cannot be read.
@@ -258,16 +276,34 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
         found.append(read)
         if first is None or read is None or read is first:
             continue
-        check_alike(first, read, where=where, below=min(first.size, read.size))
-        if first.rest and read.rest and first.rest != read.rest:
-            notes += other_cuts(base.folder, source.folder, where=where, remedy=Readers.remedy)
+        notes += check_alike(first, read, where=where, below=min(first.size, read.size) if more else 2**62)
         most = found[largest]
         if largest and most is not None:
             between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER)
             check_alike(most, read, where=where, readers=between, below=min(most.size, read.size))
         if read.size > (most or first).size:
             largest = number
-    return SharedTokens(found, largest, tuple(notes))
+    shared = SharedTokens(found, largest, tuple(notes))
+    return replace(shared, notes=(*notes, *_other_ends(sources, shared))) if shared.are_same else shared
+
+
+def _other_ends(sources: Sequence[ModelSource], shared: SharedTokens) -> Iterator[str]:
+    """Notes on experts whose texts end where those of the base, and of the mixture, go on."""
+    known, where = {*ends_of(sources[0], shared.tokens)}, "eos_token_id in the base model's generation_config.json"
+    for source in sources[1:]:
+        if others := sorted({*ends_of(source, shared.tokens)} - known):
+            yield f"{source.label}: its texts end at {shared.shown(others)}, and the mixture's go on there: add it to {where}"
+
+
+def ends_of(source: ModelSource, tokens: Tokens) -> Iterator[int]:
+    """Ids of the tokens at which a model's texts end, by its tokenizer, its generation config and its config."""
+    said = read_beside(source.folder, "tokenizer_config.json").get("eos_token")
+    name = said.get("content") if isinstance(said, dict) else said
+    if isinstance(name, str) and name in tokens:
+        yield tokens[name]
+    for config in (read_beside(source.folder, GENERATION), source.config):
+        found = config.get("eos_token_id")
+        yield from (each for each in (found if isinstance(found, list) else [found]) if type(each) is int)
 
 
 _OTHER_TOKENIZER = "give the tokenizer that belongs to the model, or resize the model's embeddings"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, read_beside
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import SharedTokens, Tokens, copied_files
+from modekit.sources.tokenizer import GENERATION, SharedTokens, copied_files, ends_of
 
-_GENERATION, _TEMPLATE = "generation_config.json", "chat_template.jinja"
+_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class TokenizerChoice:
     notes: tuple[str, ...] = ()
 
     @property
-    def owner(self) -> str:
-        """Whose files they are, for messages."""
-        return f"those of {self.source.label}" if self.number else "the base model's"
-
-    @property
     def has_template(self) -> bool:
         """Whether there is a chat template."""
         return _TEMPLATE in self.written or bool(chat_template(self.source.folder))
@@ -61,14 +55,14 @@ def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> To
     if shared.are_same:
         return TokenizerChoice(sources[0])
     inside = {*shared.tokens.values()}
-    eos = tuple(dict.fromkeys(end for each in (owner, *sources) for end in _ends(each, shared.tokens) if end in inside))
+    eos = tuple(dict.fromkeys(end for each in (owner, *sources) for end in ends_of(each, shared.tokens) if end in inside))
     said: int | list[int] = eos[0] if len(eos) == 1 else list(eos)
     names = ("bos_token_id", "pad_token_id", "eos_token_id") if not isinstance(owner, AdapterSource) else ()
     settings = {name: owner.config[name] for name in names if name in owner.config} | ({"eos_token_id": said} if eos else {})
     written: dict[str, bytes] = {}
-    generation = next((found for each in (owner, sources[0]) if (found := read_beside(each.folder, _GENERATION))), None)
+    generation = next((found for each in (owner, sources[0]) if (found := read_beside(each.folder, GENERATION))), None)
     if generation is not None and eos:
-        written[_GENERATION] = json_bytes({**generation, "eos_token_id": said})
+        written[GENERATION] = json_bytes({**generation, "eos_token_id": said})
     teller = next((each for each in (owner, *sources) if chat_template(each.folder)), None)
     template = None if teller is None or teller is owner else chat_template(teller.folder)
     if template is not None:
@@ -78,27 +72,16 @@ def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> To
     return TokenizerChoice(owner, shared.largest, eos, settings, written, tuple(notes))
 
 
-def _ends(source: ModelSource, tokens: Tokens) -> Iterator[int]:
-    """Ids of the tokens at which a model's texts end, by its tokenizer, its generation config and its config."""
-    said = read_beside(source.folder, "tokenizer_config.json").get("eos_token")
-    name = said.get("content") if isinstance(said, dict) else said
-    if isinstance(name, str) and name in tokens:
-        yield tokens[name]
-    for config in (read_beside(source.folder, _GENERATION), {} if isinstance(source, AdapterSource) else source.config):
-        found = config.get("eos_token_id")
-        yield from (each for each in (found if isinstance(found, list) else [found]) if type(each) is int)
-
-
 def chat_template(folder: Path) -> str | None:
-    """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
+    """By file, and of several the default; None without one, or where its file cannot be read."""
     try:
-        if (folder / "chat_template.jinja").exists():
-            return read_text(folder / "chat_template.jinja").strip()
+        if (folder / _TEMPLATE).exists():
+            return read_text(folder / _TEMPLATE).strip()
         for file in ("chat_template.json", "tokenizer_config.json"):
-            if (folder / file).exists():
-                template: Any = read_json(folder / file).get("chat_template")
-                if template is not None:
-                    return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    except (*UNREADABLE, AttributeError):
+            found: Any = read_json(folder / file).get("chat_template") if (folder / file).exists() else None
+            for each in found if isinstance(found, list) else [{"name": "default", "template": found}]:
+                if each["name"] == "default" and isinstance(each["template"], str):
+                    return str(each["template"]).strip()
+    except (*UNREADABLE, AttributeError, KeyError, TypeError):
         return None
     return None

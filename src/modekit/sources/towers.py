@@ -26,9 +26,7 @@ WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "qwen3_5": ("qwen3_5_text",),
 }
 """`model_type` of a wrapper -> those of the language models that it may hold; the first is meant where it says none."""
-_WRAPPED = frozenset(kind for kinds in WRAPPERS.values() for kind in kinds)
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_BOTH = (*_TOKENS, "dtype", "torch_dtype", "quantization_config")
+_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 """Settings of a wrapper that are its language model's, too, where that says nothing else."""
 _STACK = "model."
 
@@ -56,19 +54,18 @@ class Naming:
         return self.head + name.removeprefix(HEAD) if f"{name}.".startswith(f"{HEAD}.") else name
 
 
-PLAIN = Naming()
 _NAMINGS = (Naming("model.language_model."), Naming("language_model.model.", "language_model.lm_head"))
 """Of wrappers: as their classes name their parts now, and as they did before transformers 4.52; many still save so."""
 
 
 def naming_of(names: Collection[str]) -> Naming:
     """How tensors are named."""
-    return next((each for each in _NAMINGS if any(name.startswith(each.stack) for name in names)), PLAIN)
+    return next((each for each in _NAMINGS if any(name.startswith(each.stack) for name in names)), Naming())
 
 
 def may_wrap(config: Config) -> bool:
     """Whether tensors may be named as a wrapper's: it is one, or a language model that may have been saved out of one."""
-    return config.get("model_type") in {*WRAPPERS, *_WRAPPED}
+    return any(config.get("model_type") in (wrapper, *held) for wrapper, held in WRAPPERS.items())
 
 
 def unwrapped(source: ModelSource) -> ModelSource:

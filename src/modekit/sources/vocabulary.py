@@ -23,7 +23,7 @@ from modekit.sources.config import whole
 from modekit.sources.family import Family
 from modekit.sources.grown import Grown, TokenRows
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import SharedTokens, check_ids_fit, check_same_tokenizer, read_tokens, share_tokens
+from modekit.sources.tokenizer import SharedTokens, check_ids_fit, share_tokens
 from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer
 
 
@@ -53,26 +53,20 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family) -> Vocabula
     UnsupportedError for an adapter that cannot be given more rows.
     """
     base, unique = sources[0], list(dict.fromkeys(sources))
+    shared = share_tokens(unique, more=not family.pair)
     if family.pair:
-        return _of_pairs(sources, unique)
-    shared = share_tokens(unique)
+        check_ids_fit(shared.tokens, whole(base.config, "vocab_size"), where=base.where)
+        return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
     pairs = zip(unique, shared.read, strict=True)
     models = [TokenRows(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
     known = [model.rows or models[0].rows for model in models if model.ids == owner.ids]  # padding of others is no token's row
-    check_ids_fit(shared.tokens, max(known), where=owner.source.where)
+    unused = () if shared.read[0] is None else shared.read[0].special  # a base without rows for them came so
+    used = {token: index for token, index in shared.tokens.items() if token not in unused}
+    check_ids_fit(used, max(known), where=owner.source.where)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
         return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
     return _grown(sources, models, shared, rows)
-
-
-def _of_pairs(sources: tuple[ModelSource, ...], unique: Sequence[ModelSource]) -> Vocabulary:
-    base = unique[0]
-    for source in unique[1:]:
-        check_same_tokenizer(base.folder, source.folder, where=source.where)
-    read = read_tokens(base.folder, where=base.where)
-    check_ids_fit({} if read is None else read.tokens, whole(base.config, "vocab_size"), where=base.where)
-    return Vocabulary(sources, sources, TokenizerChoice(base))
 
 
 def _grown(sources: tuple[ModelSource, ...], models: Sequence[TokenRows], shared: SharedTokens, rows: int) -> Vocabulary:
