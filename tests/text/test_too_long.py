@@ -14,6 +14,8 @@ from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_domains
 from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair
 from modekit.text.records import data_of
@@ -50,6 +52,17 @@ def test_a_build_says_that_the_pairs_are_too_long(shop: Workshop, router: str) -
     message = refuse_build(shop, mixture={"top_k": 2, "router": {**ROUTERS[router], "sequence_length": 128}})
     assert TOO_LONG in message and "experts[1] 'law'" in message and "at most 128 tokens" in message
     assert "shorter pairs" in message and "more text" not in message
+
+
+@pytest.mark.parametrize("texts", ["self", None])
+def test_text_that_a_model_with_an_encoder_has_not_is_asked_for(shop: Workshop, texts: str | None) -> None:
+    """It cannot write some; without any a plan says what that costs."""
+    shop.recipe["experts"] = [{**each, "text": texts} for each in shop.recipe["experts"]]
+    if texts == "self":
+        assert "an encoder cannot write text of its own" in refuse_build(shop)
+    else:
+        notes = make_plan(load_recipe(shop.write()), shop.root).notes
+        assert "no expert has text: parallel text of each gives a far better router" in notes
 
 
 def test_whatever_trains_says_so(shop: Workshop) -> None:
