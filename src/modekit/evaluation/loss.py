@@ -20,16 +20,19 @@ from modekit.evaluation.uncertainty import in_blocks
 from modekit.loaded.passes import check_text, losses_of, tokens_per_batch
 from modekit.text.sequences import make_batches
 
+Advance = Callable[[int], object]
+"""Called with how many tokens more are done."""
+
 
 def tokens_per_pass(config: PreTrainedConfig) -> int:
     """Padded tokens of a batch whose logits, (B, S, V) float32, stay within bounds."""
     return max(512, min(8_192, 2**26 // int(config.vocab_size)))
 
 
-def score_domain(model: PreTrainedModel, domain: Domain, advance: Callable[[int], object]) -> Score:
+def score_domain(model: PreTrainedModel, domain: Domain, advance: Advance) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored.
 
-    `advance` is called with how many tokens more are scored. Raises TextError for text of another kind than the model reads.
+    Raises TextError for text of another kind than the model reads.
     """
     check_text(model, domain.sequences, where=domain.name or None)
     tokens = min(tokens_per_pass(model.config), tokens_per_batch(model))

@@ -24,6 +24,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, TextError
 from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import Advance
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_recorded
 from modekit.loaded.load import load_model
@@ -42,8 +43,6 @@ ALONE = "without the base beside it"
 """Row of a mixture whose base runs apart (always_on): what its experts are worth without it."""
 Labels = Literal["gate", "tag"]
 """How labels act."""
-Advance = Callable[[int], object]
-"""Called with how many tokens more are scored."""
 _Score = TypeVar("_Score")
 
 

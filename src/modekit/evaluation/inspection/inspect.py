@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.likeness import similarity
-from modekit.evaluation.inspection.passes import Advance, Array32, Decided, loss_per_token, losses_without, traced_losses
+from modekit.evaluation.inspection.passes import Array32, Decided, loss_per_token, losses_without, traced_losses
 from modekit.evaluation.inspection.result import Inspection, TokenLoss, TokenTrace, Usage
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
+from modekit.evaluation.loss import Advance
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.amounts import SAMPLE_TOKENS

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.loss import not_finite, tokens_per_pass
+from modekit.evaluation.loss import Advance, not_finite, tokens_per_pass
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import mixture_of
@@ -30,9 +30,6 @@ from modekit.sources.config import whole
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
-
-Advance = Callable[[int], object]
-"""Called with the tokens of each batch once they are done."""
 
 
 @dataclass(frozen=True)

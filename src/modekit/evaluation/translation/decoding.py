@@ -7,7 +7,7 @@ Shape legend: B batch, S tokens of a source, W written tokens with what the deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modekit.evaluation.loss import Advance
 from modekit.files.typed import Count
 from modekit.text.sequences import TokenSequence
 
@@ -54,7 +55,7 @@ def translated(
     decoding: Decoding,
     *,
     begins: int | None = None,
-    advance: Callable[[int], object] = lambda _count: None,
+    advance: Advance = lambda _count: None,
 ) -> list[str]:
     """Translate the sources of pairs. `begins` is the first token, where the model's own settings force none; `advance` gets
     how many tokens the targets have of what is done.
