@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import modekit.loaded.engine as engine_module
-from conftest import Workshop, make_workshop, save, tiny_model
+from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.cli.experts import print_specialist
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
 from modekit.experts.distill.student import Lesson, kl_to_teacher
@@ -45,6 +45,7 @@ def shop(tmp_path: Path) -> Workshop:
         train="full",
         training=TRAINING.with_(steps=60),
     )
+    character_tokenizer().save_pretrained(tmp_path / "teacher")  # transformers makes Qwen's own of it
     return made
 
 
