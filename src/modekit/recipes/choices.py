@@ -1,5 +1,5 @@
 """What a recipe leaves open, and what it may become. `fit: auto`: the router by its text, its settings and the form of the
-result, from a table of what was measured (benchmarks/auto.md). Nothing is run to choose; a plan, a build and a card say why.
+result, from a table of what was measured (benchmarks/auto.md). Nothing is run to choose; a plan and a card say why.
 
 What a recipe leaves out means the same in every form, and what it says stands: with a lexical router, or one that is left open,
 all that full models change is mixed, unless `modules` or `carry` says what.
