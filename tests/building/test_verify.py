@@ -14,6 +14,7 @@ from conftest import Workshop, make_workshop
 from modekit.building.verify import Check, is_proven, verify
 from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.planning.plan import ROUTER_FILE
+from pair_models import make_pair_workshop
 
 
 def checks_of(folder: Path) -> dict[str, Check]:
@@ -101,6 +102,17 @@ def test_a_config_that_routes_in_another_way_names_the_setting(workshop: Worksho
     assert detail.startswith("1 settings differ: modekit.routing.averages is [{") and ", planned [{" in detail
     assert "0.5" in detail and str(before) in detail and len(detail) < 400
     assert "modekit fit" in checks["router"].detail
+
+
+def test_a_tokenizer_file_that_the_base_has_no_longer_is_found(tmp_path: Path) -> None:
+    workshop = make_pair_workshop(tmp_path, "t5")
+    pieces = tmp_path / "base" / "spiece.model"
+    pieces.write_bytes(b"pieces")
+    out = workshop.build(mixture={"router": {"fit": "random"}})
+    assert checks_of(out)["tokenizer and code"].verdict == "proven"
+    pieces.unlink()
+    check = checks_of(out)["tokenizer and code"]
+    assert check.verdict == "failed" and check.detail == "spiece.model is no longer beside the base model"
 
 
 def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:

@@ -37,7 +37,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.digests import blake3_of
 from modekit.sources.header import DTYPE_NAMES
-from modekit.sources.tokenizer import copied_content
+from modekit.sources.tokenizer import copied_content, gone_pair_files
 from modekit.weights.flat import holds_only_finite, read_float32
 from modekit.weights.made import Delta, Join
 from modekit.weights.numeric import Array, as_array, to_float32
@@ -162,6 +162,9 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     files = (*plan.copied_files, *plan.shape.code_files)
     expected = {file.name: partial(copied_content, file) for file in files}
     wrong = _differing(checkpoint, expected | {name: partial(bytes, content) for name, content in plan.written_files.items()})
+    gone = gone_pair_files(checkpoint.folder, plan.copied_files)
+    if gone and wrong is None:
+        wrong = f"{gone[0]} is no longer beside the base model"
     return _row("tokenizer and code", wrong, f"{file_count(len(files) + len(plan.written_files))} as they were made")
 
 

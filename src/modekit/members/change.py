@@ -34,7 +34,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.open import Opener
 from modekit.sources.source import ModelSource
-from modekit.sources.tokenizer import copied_content, copied_files
+from modekit.sources.tokenizer import copied_content, copied_files, gone_pair_files
 
 
 def write_change(checkpoint: Checkpoint, edit: MixtureEdit, out: Path, *, run: Run = QUIET) -> Checkpoint:
@@ -183,13 +183,14 @@ def _changed_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> str | None:
     tokens = checkpoint.record.tokens
     if tokens is not None and tokens.tokenizer != 0:
         return None
-    for file in copied_files(base.folder, where=f"base_model ({base.spec})"):
+    copied = copied_files(base.folder, where=f"base_model ({base.spec})")
+    for file in copied:
         same = tokens is not None and file.name in tokens.written
         with suppress(*UNREADABLE):
             same = same or copied_content(file) == copied_content(checkpoint.folder / file.name)
         if not same:
             return file.name
-    return None
+    return next(iter(gone_pair_files(checkpoint.folder, copied)), None)
 
 
 def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], origins: Origins, before: Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,11 @@ def _without_code(said: object) -> object:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has files of one; a chat template alone is none."""
     return any((folder / name).exists() for name in TOKENIZER_FILES if not name.startswith("chat_"))
+
+
+def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
+    """Names of PAIR_FILES that a mixture's folder has, and that are not among the files that its base would give it now."""
+    return sorted({name for name in PAIR_FILES if (folder / name).exists()} - {file.name for file in copied})
 
 
 Tokens = dict[str, int]
