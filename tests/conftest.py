@@ -178,6 +178,13 @@ def writing_shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @pytest.fixture
+def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of a model on text keeps what it has whenever it can."""
+    monkeypatch.setattr("modekit.loaded.engine.STATE_SECONDS", 0.0)
+    monkeypatch.setattr("modekit.loaded.engine._STATE_SHARE", 0)
+
+
+@pytest.fixture
 def ids() -> torch.Tensor:
     """A batch of token ids."""
     return torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))

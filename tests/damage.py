@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
+from modekit.loaded.load import load_model
 from mutations import hostile_json
 
 RAW = (
@@ -40,6 +42,13 @@ def other_bytes(path: Path) -> None:
         stream.seek(-4, io.SEEK_END)
         stream.write(b"\0\0\0\0")
     os.utime(path, ns=(before, before + 1))
+
+
+def load_with_nan(*arguments: Any, **options: Any) -> PreTrainedModel:
+    """A model of which one number is none, in the place of `load_model`."""
+    model = load_model(*arguments, **options)
+    model.get_output_embeddings().weight.data[0, 0] = float("nan")
+    return model
 
 
 @st.composite

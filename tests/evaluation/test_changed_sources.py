@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import modekit
 from adapter_folders import lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
+from domain_mixtures import adapter_experts, built
 from modekit.building.verify import is_proven
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
@@ -28,9 +28,9 @@ from modekit.members.admission import measure_admission
 from modekit.members.change import before_change, write_change
 from modekit.members.edits import NewExpert, add_expert
 from modekit.sources import digests
-from modekit.training.settings import train_settings
 from modekit.training.train import train
 from refusal import borrow, copy_base, copy_expert
+from trained import short_settings
 
 CHANGED = "has changed since the mixture was built"
 
@@ -107,18 +107,15 @@ def test_settings_are_looked_at_where_they_count(bench: Workshop, file: str) -> 
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> Checkpoint:
+    """Of two adapters, of which one has another scale since."""
     save(tiny_model(), tmp_path / "base")
-    texts = write_text(tmp_path / "text", ("medicine", "law"))
-    for seed, name in enumerate(texts):
-        write_adapter(tmp_path / name, lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
-    experts = [{"name": name, "adapter": f"./{name}", "text": str(text)} for name, text in texts.items()]
-    recipe = {"base_model": "./base", "experts": experts, "mixture": {"top_k": 1, "router": {"fit": "random"}}}
-    return modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
+    mixture = {"top_k": 1, "router": {"fit": "random"}}
+    made = built(tmp_path, {"base_model": "./base", "experts": adapter_experts(tmp_path), "mixture": mixture})
+    write_adapter(tmp_path / "law-adapter", lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=16)
+    return made
 
 
 def test_an_adapter_of_another_scale_is_another_model(adapters: Checkpoint) -> None:
-    folder = adapters.folder.parent / "law"
-    write_adapter(folder, lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=16)
     found = scores(adapters)
     assert "law (adapter_config.json)" in " ".join(found.notes).replace("'", "")
     assert {"base", "medicine", "oracle", "mixture"} == {row.name for row in found.rows}
@@ -149,35 +146,27 @@ def test_it_does_not_teach(bench: Workshop) -> None:
     """A training towards what lies there now would teach something else."""
     checkpoint = open_checkpoint(bench.build(output={"format": "modekit"}))
     change(bench.root / "law", 3.0)
-    settings: dict[str, Any] = {
-        "what": ["routers"],
-        "losses": {"forward_kl": 1.0},
-        "steps": 1,
-        "batch_tokens": 64,
-        "sequence_length": 32,
-        "select_tokens": 64,
-    }
+    settings = short_settings(losses={"forward_kl": 1.0})
     with pytest.raises(TrainingError, match=r"(?s)own model, which is to teach, is not what it was.*expert 'law'"):
-        train(checkpoint, train_settings(settings, where="test"), out=bench.root / "TRAINED", evaluate_tokens=None)
+        train(checkpoint, settings, out=bench.root / "TRAINED", evaluate_tokens=None)
+
+
+def with_place(bench: Workshop) -> tuple[Checkpoint, NewExpert]:
+    """A mixture of the first two, and the third, who comes."""
+    *first, last = bench.recipe["experts"]
+    new = NewExpert({key: last[key] for key in ("model", "text")}, bench.root)
+    return open_checkpoint(bench.build(experts=first)), new
 
 
 def test_nothing_is_let_in_beside_a_base_that_changed(bench: Workshop) -> None:
-    recipe = dict(bench.recipe)
-    bench.recipe["experts"] = bench.recipe["experts"][:2]
-    checkpoint = open_checkpoint(bench.build())
+    checkpoint, new = with_place(bench)
     change(bench.root / "base")
-    said = recipe["experts"][2]
-    new = NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
     with pytest.raises(ModekitError, match="not the one that the mixture was built with"):
         write_change(checkpoint, add_expert(checkpoint, "code", new), bench.root / "ADDED")
 
 
 def test_who_comes_is_not_compared_with_what_changed(bench: Workshop) -> None:
-    recipe = dict(bench.recipe)
-    bench.recipe["experts"] = bench.recipe["experts"][:2]
-    checkpoint = open_checkpoint(bench.build())
-    said = recipe["experts"][2]
-    new = NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
+    checkpoint, new = with_place(bench)
     change(bench.root / "law")
     nearest = measure_admission(before_change(checkpoint, add_expert(checkpoint, "code", new))).nearest
     assert nearest is not None and nearest[0] == "medicine"
@@ -202,7 +191,6 @@ def test_what_stays_is_not_made_of_other_settings(tmp_path: Path) -> None:
 
 
 def test_verify_looks_at_settings_too(adapters: Checkpoint) -> None:
-    write_adapter(adapters.folder.parent / "law", lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=16)
     checks = {check.name: check for check in modekit.verify(adapters)}
     assert "adapter_config.json" in checks["source experts[1] 'law'"].detail
     assert checks["source experts[1] 'law'"].verdict == "failed" and checks["source base_model"].verdict == "proven"

@@ -7,7 +7,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import modekit.evaluation.rows as rows_module
 from command_line import ended
 from conftest import Workshop, make_workshop, save, tiny_model
+from damage import load_with_nan
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
@@ -319,36 +320,31 @@ def own(folder: Path, *models: str) -> TaskSettings:
     return TaskSettings(models=models, folders=[folder], trusted=True)
 
 
+def share_right(checkpoint: Checkpoint, answers: Sequence[str]) -> float:
+    """Of the task of one's own, each answer of each question read alone."""
+    model, tokenizer, right = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder), 0
+    for number in range(9):
+        likely = [direct(model, tokenizer, f"word {number}", answer) for answer in answers]
+        right += likely.index(max(likely)) == number % 3
+    return right / 9
+
+
 def test_a_task_of_one_s_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = own_task(tmp_path / "tasks")
-    found = evaluate_tasks(checkpoint, ["spell"], own(folder, "base", "mixture"))
+    """And what is written of it."""
+    found = evaluate_tasks(checkpoint, ["spell"], own(own_task(tmp_path / "tasks"), "base", "mixture"))
     scores = found.tasks["spell"]
     assert (scores.metric, scores.items) == ("acc_norm", 9)
-    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
-    right = 0
-    for number in range(9):
-        likely = [direct(model, tokenizer, f"word {number}", letter) for letter in "abc"]
-        right += likely.index(max(likely)) == number % 3
-    assert scores.rows["mixture"].value == pytest.approx(right / 9)
-
-
-def test_what_is_written_is_what_was_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = evaluate_tasks(checkpoint, ["spell"], own(own_task(tmp_path / "tasks"), "base", "mixture"))
+    assert scores.rows["mixture"].value == pytest.approx(share_right(checkpoint, "abc"))
     data = json.loads((checkpoint.folder / "results" / "tasks.json").read_text())
     assert data["checkpoint"] == checkpoint.identity and list(data["tasks"]) == ["spell"]
     assert TaskResults.from_data(data) == TaskResults.find(checkpoint)
-    assert str(found.tasks["spell"].rows["base"]) in (checkpoint.folder / "results" / "tasks.md").read_text()
+    assert str(scores.rows["base"]) in (checkpoint.folder / "results" / "tasks.md").read_text()
 
 
 def test_a_model_of_nan_has_no_score(
     asked: Workshop, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(*arguments: Any, **options: Any) -> PreTrainedModel:
-        model = load_model(*arguments, **options)
-        model.get_output_embeddings().weight.data[0, 0] = float("nan")
-        return model
-
-    monkeypatch.setattr(rows_module, "load_model", damaged)
+    monkeypatch.setattr(rows_module, "load_model", load_with_nan)
     for names, settings in ((["spell"], own(own_task(tmp_path / "tasks"), "mixture")), (["glosses"], TaskSettings(limit=2))):
         with pytest.raises(CheckpointError, match="not finite"):
             evaluate_tasks(checkpoint, names, settings)
@@ -360,11 +356,7 @@ def test_no_router_reads_pads(workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 2, "router": router}))
     letters = {'["a", "b", "c"]': '["a", "bbbbbbbb", "ccc"]', "acc_norm, aggregation": "acc, aggregation"}
     found = evaluate_tasks(checkpoint, ["spell"], own(own_task(tmp_path / "tasks", **letters), "mixture"))
-    model, tokenizer, right = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder), 0
-    for number in range(9):
-        likely = [direct(model, tokenizer, f"word {number}", answer) for answer in ("a", "bbbbbbbb", "ccc")]
-        right += likely.index(max(likely)) == number % 3
-    assert found.tasks["spell"].rows["mixture"].value == pytest.approx(right / 9)
+    assert found.tasks["spell"].rows["mixture"].value == pytest.approx(share_right(checkpoint, ("a", "bbbbbbbb", "ccc")))
 
 
 def test_a_model_that_changed_is_left_out(asked: Workshop, tmp_path: Path) -> None:

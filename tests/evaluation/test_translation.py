@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from command_line import modekit
 from conftest import Workshop
+from damage import load_with_nan
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.mixtures import show_build
@@ -58,22 +59,11 @@ def writer(model_type: str, seed: int) -> PreTrainedModel:
 
 
 def make_shop(root: Path, model_type: str = "t5") -> Workshop:
-    """Base and three experts, each with pairs, one domain without an expert, and settings that would sample."""
+    """Base and three experts, each with pairs, and one domain without an expert."""
     for seed, name in enumerate(("base", *EXPERTS)):
         # Files of Bart and its like hold one embedding for source and target alone where the head is the same, too.
         model = writer(model_type, seed) if model_type == "t5" else pair_model(model_type, seed)
         model.save_pretrained(root / name)
-        GenerationConfig(
-            do_sample=True,
-            min_length=5,
-            num_beams=4,
-            no_repeat_ngram_size=1,
-            pad_token_id=0,
-            eos_token_id=2,
-            bos_token_id=1,
-            decoder_start_token_id=model.config.decoder_start_token_id,
-            bad_words_ids=[[5]],
-        ).save_pretrained(root / name)
         tokenizer_of().save_pretrained(root / name)
         write_pairs(root / f"{name}.jsonl", seed, unseen=name == "base")
     experts = [{"name": name, "model": f"./{name}"} for name in EXPERTS]
@@ -113,15 +103,7 @@ def by_hand(checkpoint: Checkpoint, domain: str, expert: int | None, base: Path 
     texts, references = [], []
     for pair in held.documents[:5]:
         ids = torch.tensor([tokenizer(pair.source)["input_ids"]])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=2,
-            max_new_tokens=8,
-            min_length=0,
-            no_repeat_ngram_size=0,
-        )
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=2, max_new_tokens=8)
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True).strip())
         references.append(pair.target)
     return texts, references
@@ -189,11 +171,12 @@ def test_a_models_own_settings_are_left_aside_but_for_its_tokens(monkeypatch: py
         eos_token_id=[2, 3],
         decoder_start_token_id=0,
         length_penalty=5.0,
+        no_repeat_ngram_size=1,
     )
     settings = asked(model, monkeypatch, 6)
     assert settings.bad_words_ids == [[4]] and settings.eos_token_id == [2, 3] and settings.forced_eos_token_id == 2
     assert (settings.do_sample, settings.num_beams, settings.max_new_tokens, settings.min_length) == (False, 1, 7, 0)
-    assert settings.length_penalty == 1.0 and settings.forced_bos_token_id == 6
+    assert (settings.length_penalty, settings.no_repeat_ngram_size) == (1.0, 0) and settings.forced_bos_token_id == 6
     model.generation_config.forced_bos_token_id = 7
     assert asked(model, monkeypatch, 8).forced_bos_token_id == 7
 
@@ -268,11 +251,6 @@ def test_what_comes_next_is_what_runs_a_model_with_an_encoder(
 
 
 def test_a_model_of_nan_has_no_score(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(*arguments: Any, **options: Any) -> PreTrainedModel:
-        model = load_model(*arguments, **options)
-        model.get_output_embeddings().weight.data[0, 0] = float("nan")
-        return model
-
-    monkeypatch.setattr("modekit.evaluation.rows.load_model", damaged)
+    monkeypatch.setattr("modekit.evaluation.rows.load_model", load_with_nan)
     with pytest.raises(CheckpointError, match="not finite"):
         evaluate_translation(checkpoint, pairs=2, decoding=SHORT)

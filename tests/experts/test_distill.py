@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-import modekit.loaded.engine as engine_module
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.cli.experts import print_specialist
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
@@ -28,6 +25,7 @@ from modekit.text.held_out import read_text
 from modekit.text.sequences import encode
 from pair_models import make_pair_workshop
 from refusal import refuse, tree
+from trained import StoppedError, stopped_at
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 
@@ -83,14 +81,9 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
     assert all(value < 0.9 * plain for value in distances.values()), (plain, distances)
 
 
-def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Workshop) -> None:
+def test_the_record_tells_of_the_teacher(shop: Workshop) -> None:
     record = distill(asked(shop), shop.root / "new").as_data()
-    before, after = (load_file(shop.root / name / "model.safetensors") for name in ("base", "new"))
-    for name in before:
-        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
     assert json.loads((shop.root / "new" / "specialist.json").read_text()) == record
-    configs = [json.loads((shop.root / name / "config.json").read_text()) for name in ("base", "new")]
-    assert configs[0] == configs[1] and configs[0]["use_cache"] is True
     said = record["teacher"]
     assert (said["name"], said["losses"], said["temperature"], said["weights"]) == ("teacher", {"forward_kl": 1.0}, 2.0, 0.5)
     assert len(said["digest"]) == 64 and record["training"]["steps"] == 12
@@ -111,31 +104,13 @@ def test_texts_of_a_taught_student_are_said_to_have_no_tags(capsys: pytest.Captu
         assert words in capsys.readouterr().out
 
 
-class StoppedError(Exception):
-    pass
-
-
-def stopping_at(step: int) -> Run:
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage == "train" and done == step:
-            raise StoppedError
-
-    return Run(progress=progress)
-
-
-@pytest.fixture
-def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "STATE_SECONDS", 0.0)
-    monkeypatch.setattr(engine_module, "_STATE_SHARE", 0)
-
-
 @pytest.mark.usefixtures("a_state_after_every_step")
 def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop) -> None:
     settings = DistillSettings(adaptive=True, alternate=True)
     wanted = asked(shop, train="lora", settings=settings)
     distill(wanted, shop.root / "whole")
     with pytest.raises(StoppedError):
-        distill(wanted, shop.root / "new", run=stopping_at(8))
+        distill(wanted, shop.root / "new", run=stopped_at(8))
     assert list((shop.root / "new.training").glob("checkpoint-*")) and not (shop.root / "new").exists()
     with pytest.raises(TrainingError, match="an unfinished training is in the way"):
         distill(asked(shop, train="lora"), shop.root / "new")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adapter_folders import export_adapter, train_adapter
+from command_line import modekit
 from conftest import Workshop, logits_of, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.cli.shell import main
 from modekit.errors import UnsupportedError
 from modekit.experts.export import exportable
 from refusal import refuse
@@ -111,16 +109,10 @@ def test_low_rank_parts_are_cut_out_bit_for_bit(bench: Workshop, ids: torch.Tens
     export_adapter(checkpoint, "rslora", bench.root / "exported" / "rslora", overwrite=True)
 
 
-def test_what_was_folded_is_skipped_and_said(whole_bench: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_folded_is_skipped_and_said(whole_bench: Workshop) -> None:
     whole_bench.recipe["experts"] += [{"name": "general", "model": "base"}, {"name": "law", "model": "./law"}]
     out = whole_bench.build(mixture={"method": "linear", "modules": ["mlp", "q", "k", "v", "o"]})
-    with (
-        patch.object(sys, "argv", ["modekit", "export", str(out), str(whole_bench.root / "exported")]),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    assert ended.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(modekit("export", out, whole_bench.root / "exported").split())
     for line in (
         "dora: not exported: parts of it are no low-rank changes (DoRA, biases): ./dora has them",
         "general: not exported: it is the base",

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import modekit.loaded.engine as engine_module
 import modekit.loaded.text_training as training_module
 from conftest import VOCAB, Workshop, save
 from modekit.errors import TrainingError
@@ -22,13 +21,14 @@ from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.recipes.read import parse_recipe
-from modekit.run import DETAIL, QUIET, Run
+from modekit.run import DETAIL, Run
 from modekit.sources.open import Opener
 from modekit.text.splits import TRAINED_FILE, digests_in, split_of
 from pair_models import built, inputs, logits_of, make_pair_workshop, pair_model
 from refusal import tree
 from rounding import assert_close
 from tiny_decoders import tiny_decoder
+from trained import StoppedError, moved, stopped_at, tensors_of
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 
@@ -37,18 +37,15 @@ def fell(loss: BeforeAfter | None) -> bool:
     return loss is not None and loss.before is not None and loss.after is not None and loss.after < loss.before
 
 
-def run(workshop: Workshop, name: str, **kwargs: Any) -> SpecialistRecord:
-    return specialize(
-        workshop.root / "base", workshop.root / name, ["./text/law.jsonl"], root=workshop.root, training=TRAINING, **kwargs
-    )
+def run(workshop: Workshop, name: str, base: str = "base", text: str = "./text/law.jsonl", **more: Any) -> SpecialistRecord:
+    root = workshop.root
+    return specialize(root / base, root / name, [text], root=root, **{"training": TRAINING, **more})
 
 
 def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop) -> None:
     record = run(workshop, "new")
-    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
-    assert before.keys() == after.keys()
-    for name in before:
-        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+    before = tensors_of(workshop.root / "base")
+    assert moved(before, tensors_of(workshop.root / "new")) == {name for name in before if ".mlp." in name}
     assert fell(record.held_out_loss)
     assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record.as_data()
 
@@ -57,10 +54,9 @@ def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop)
 def test_the_ffn_of_both_stacks_moves_with_its_biases(model_type: str, tmp_path: Path) -> None:
     make_pair_workshop(tmp_path, model_type)
     specialize(tmp_path / "base", tmp_path / "new", ["./law.jsonl"], root=tmp_path, training=TRAINING)
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "new"))
-    for name in before:
-        in_ffn = ".fc1." in name or ".fc2." in name or ".DenseReluDense." in name
-        assert torch.equal(before[name], after[name]) != in_ffn, name
+    before, ffn = tensors_of(tmp_path / "base"), (".fc1.", ".fc2.", ".DenseReluDense.")
+    in_ffn = {name for name in before if any(part in name for part in ffn)}
+    assert moved(before, tensors_of(tmp_path / "new")) == in_ffn
     assert_close(logits_of(load_model(built(tmp_path, {}, "new")), inputs()), logits_of(load_model(tmp_path / "new"), inputs()))
 
 
@@ -70,9 +66,7 @@ def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
     before = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in before.items()}
     save_file(before, workshop.root / "base" / "model.safetensors", metadata={"format": "pt"})
     run(workshop, "new")
-    after = load_file(workshop.root / "new" / "model.safetensors")
-    assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
-    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+    assert all(".mlp." in name for name in moved(before, tensors_of(workshop.root / "new")))
 
 
 @pytest.mark.parametrize("train", ["mlp", "lora"])
@@ -81,9 +75,8 @@ def test_routed_experts_of_a_mixture_move_in_its_own_dtype(train: What, workshop
     base = save(tiny_decoder("gpt_oss", vocab_size=VOCAB).bfloat16(), workshop.root / "base")
     assert fell(run(workshop, "new", train=train).held_out_loss)
     if train == "mlp":
-        before, after = (load_file(folder / "model.safetensors") for folder in (base, workshop.root / "new"))
-        assert {name: tensor.dtype for name, tensor in after.items()} == {name: each.dtype for name, each in before.items()}
-        assert all(torch.equal(before[name], after[name]) == (".mlp." not in name) for name in before)
+        before = tensors_of(base)
+        assert moved(before, tensors_of(workshop.root / "new")) == {name for name in before if ".mlp." in name}
         return
     opener = Opener(workshop.root)
     recipe = parse_recipe({"base_model": "./base", "experts": [{"name": "new", "adapter": "./new"}]})
@@ -115,54 +108,20 @@ def test_only_the_fit_split_is_read(workshop: Workshop, monkeypatch: pytest.Monk
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
-        specialize(
-            workshop.root / "base",
-            workshop.root / "new",
-            ["./text/law.jsonl"],
-            root=workshop.root,
-            training=TRAINING.with_(learning_rate=1e30, clip=1e30),
-        )
+        run(workshop, "new", training=TRAINING.with_(learning_rate=1e30, clip=1e30))
     assert not list(workshop.root.glob("new*"))
 
 
-class StoppedError(Exception):
-    """A kill."""
-
-
-def stopped_at(step: int, error: type[BaseException] = StoppedError) -> Run:
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage.startswith("train") and done == step:
-            raise error
-
-    return Run(progress=progress)
-
-
-@pytest.fixture
-def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "STATE_SECONDS", 0.0)
-    monkeypatch.setattr(engine_module, "_STATE_SHARE", 0)
-
-
 @pytest.mark.usefixtures("a_state_after_every_step")
-@pytest.mark.parametrize("changes", [{"train": "mlp"}, {"train": "lora"}])
-def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Workshop, changes: dict[str, Any]) -> None:
-    changes = dict(changes)
-    training = TRAINING
-
-    def make(name: str, run: Run = QUIET) -> SpecialistRecord:
-        torch.manual_seed(0)  # as in a new process: an adapter's first weights
-        texts = ["./text/law.jsonl"]
-        return specialize(
-            workshop.root / "base", workshop.root / name, texts, root=workshop.root, training=training, run=run, **changes
-        )
-
-    whole = make("whole")
+@pytest.mark.parametrize("train", ["mlp", "lora"])
+def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Workshop, train: What) -> None:
+    whole = run(workshop, "whole", train=train)
     with pytest.raises(StoppedError):
-        make("new", stopped_at(8))
+        run(workshop, "new", train=train, run=stopped_at(8))
     kept = {path.name for path in (workshop.root / "new.training").glob("checkpoint-*")}
     assert kept == {"checkpoint-6", "checkpoint-7"}  # the step that was reported last was not kept yet
     seen: list[tuple[str, int]] = []
-    record = make("new", Run(progress=lambda stage, done, total: seen.append((stage, done))))
+    record = run(workshop, "new", train=train, run=Run(progress=lambda stage, done, total: seen.append((stage, done))))
     assert min(done for stage, done in seen if stage.startswith("train")) == 7
     assert not any(stage == "score before" for stage, _ in seen)  # that was kept, too
     assert record == whole
@@ -200,15 +159,8 @@ def test_a_damaged_state_is_one_clear_error(workshop: Workshop, damage: str) -> 
 def test_held_out_text_is_scored_up_to_a_bound_and_every_phase_is_named_first(workshop: Workshop) -> None:
     """However much text there is: so many tokens before, and as many after."""
     seen: list[tuple[str, int, int]] = []
-    asked = TRAINING.with_(held_out_tokens=100)
-    specialize(
-        workshop.root / "base",
-        workshop.root / "new",
-        ["./text/law.jsonl"],
-        root=workshop.root,
-        training=asked,
-        run=Run(progress=lambda stage, done, total: seen.append((stage, done, total))),
-    )
+    seeing = Run(progress=lambda stage, done, total: seen.append((stage, done, total)))
+    run(workshop, "new", training=TRAINING.with_(held_out_tokens=100), run=seeing)
     for when in ("score before", "score after"):
         assert 0 < max(total for stage, _, total in seen if stage == when) < 100
         assert next(done for stage, done, _ in seen if stage == when) == 0
@@ -237,6 +189,6 @@ def test_the_seed_decides_all_that_is_drawn(tmp_path: Path) -> None:
 def test_what_the_base_was_trained_on_goes_along(workshop: Workshop) -> None:
     """No table may show text that the specialist knows from the model that it was made from."""
     run(workshop, "new")
-    specialize(workshop.root / "new", workshop.root / "newer", ["./text/code.jsonl"], root=workshop.root, training=TRAINING)
+    run(workshop, "newer", base="new", text="./text/code.jsonl")
     first, both = (digests_in(workshop.root / name / TRAINED_FILE) for name in ("new", "newer"))
     assert first and first < both

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import byte_level
 from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
 from modekit.errors import MismatchError, SourceError, UnsupportedError
@@ -31,6 +32,7 @@ from modekit.text.sequences import TokenSequence, encode
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of, tagged
 from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer
 from refusal import refuse
+from trained import tensors_of
 
 TRAINING = Training(steps=6, batch_tokens=256, sequence_length=64, learning_rate=5e-3)
 
@@ -53,27 +55,17 @@ def run(root: Path, base: str, out: Path, texts: Labelled, **options: Any) -> di
     return specialize(root / base, out, texts, root=root, **{"training": TRAINING, **options}).as_data()
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 # Tokens.
 
 
 def byte_tokenizer(prefix: str, *, spaced: bool) -> PreTrainedTokenizerFast:
     """Pieces of bytes with a token before every text, or none; `spaced`: a text begins with a space of its own."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    made = deepcopy(byte_level.byte_tokenizer())
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{prefix} $A".strip(), special_tokens=[("<s>", 0)]
     )
-    made.train_from_iterator(["Some text about fever and other text", "some dose, of the text"], trainer)
-    made.post_processor = processors.TemplateProcessing(single=f"{prefix} $A".strip(), special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    return made
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -155,11 +147,9 @@ def test_a_tag_is_not_predicted(shop: Path) -> None:
         )
 
 
-def begun_tokenizer(opening: str = "<s>") -> PreTrainedTokenizerFast:
+def begun_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = character_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening} $A".strip(), special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
 
@@ -170,7 +160,7 @@ def begun_tokenizer(opening: str = "<s>") -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("base", ["tied", "untied"])
 def test_new_rows_move_and_plain_transformers_loads_them(shop: Path, tmp_path: Path, base: str, train: Any) -> None:
     record = run(shop, base, tmp_path / "OUT", labelled(shop, "law", "code"), train=train)
-    before, after = weights_of(shop / base), weights_of(tmp_path / "OUT")
+    before, after = tensors_of(shop / base), tensors_of(tmp_path / "OUT")
     assert before.keys() == after.keys()
     rows = after["model.embed_tokens.weight"]
     mean = before["model.embed_tokens.weight"].mean(0)
@@ -261,7 +251,7 @@ def test_a_base_with_tags_is_made_a_specialist_of_one_domain(shop: Path, tmp_pat
         record = run(tmp_path, "base", out, labelled(shop, "law"), train=train)
         assert record["labels"] == {"tags": ["law"]} and "held_out_loss_by_label" not in record
         if train == "mlp":
-            old, new = weights_of(tmp_path / "base"), weights_of(out)
+            old, new = tensors_of(tmp_path / "base"), tensors_of(out)
             assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
             assert labels_of(AutoTokenizer.from_pretrained(out)) == ("law", "code")
         if train == "lora":
@@ -371,24 +361,10 @@ def test_the_command_line_trains_with_tags_and_a_name_with_a_sign_is_a_file_with
 ) -> None:
     monkeypatch.chdir(shop)
     few = ("steps=1", "sequence_length=32")
-    modekit(
-        "specialize",
-        "tied",
-        str(tmp_path / "OUT"),
-        "--text",
-        "law=text/law.jsonl",
-        "--text",
-        "code=text/code.jsonl",
-        "--tags",
-        "randomise=0.2",
-        "randomise_to=others",
-        "--generic",
-        "text/medicine.jsonl",
-        "generic_share=0.25",
-        *few,
-    )
+    drawn, generic = ("randomise=0.2", "randomise_to=others"), ("--generic", "text/medicine.jsonl", "generic_share=0.25")
+    modekit("specialize", "tied", tmp_path / "OUT", "--text", "code=text/code.jsonl", *LAW, *drawn, *generic, *few)
     record = json.loads((tmp_path / "OUT" / "specialist.json").read_text())
-    assert record["labels"] == {"tags": ["law", "code"], "randomise": 0.2, "randomise_to": "others"}
+    assert record["labels"] == {"tags": ["code", "law"], "randomise": 0.2, "randomise_to": "others"}
     assert record["generic"]["share"] == pytest.approx(0.25, abs=0.01)
     (tmp_path / "law=one.jsonl").write_bytes((shop / "text" / "law.jsonl").read_bytes())
     monkeypatch.chdir(tmp_path)

@@ -42,8 +42,8 @@ from modekit.routing.refit import refit
 from modekit.routing.text_router import TextRouter
 from modekit.routing.token_text import TokenText, load_token_text
 from modekit.training.folder import TrainingFolder, TrainingOutcome
-from modekit.training.settings import train_settings
 from modekit.training.train import train
+from trained import short_settings
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
@@ -74,17 +74,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def native(workshop: Workshop) -> Stranger:
     """Fitted, trained, and with everything that a report can show."""
     checkpoint = open_checkpoint(workshop.build("NATIVE", mixture={"method": "routing", "top_k": 2, "router": ROUTER}))
-    asked = train_settings(
-        {
-            "steps": 2,
-            "batch_tokens": 200,
-            "sequence_length": 32,
-            "select_tokens": 200,
-            "evaluate_every": 1,
-            "learning_rate": 0.02,
-        },
-        where="test",
-    )
+    asked = short_settings(steps=2, batch_tokens=200, sequence_length=32, select_tokens=200, learning_rate=0.02)
     return with_results(train(checkpoint, asked, evaluate_tokens=200).checkpoint)
 
 

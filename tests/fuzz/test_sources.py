@@ -360,47 +360,24 @@ def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:
     return st.tuples(configs, headers), door
 
 
+TAGS = ("int x", "bool x", "float x", "timestamp x", "binary x", "null x", "str 3", "int ''", "map [a]", "omap [a]", "set {a}")
+NUMBERS = "2001-99-99 2001-01-01 0b1 0o17 017 1:99:99 1_000 1e400 .inf .nan -.inf"
 YAML = [
-    "2001-99-99",
-    "!!int x",
-    "!!bool x",
-    "!!map [a]",
-    "!!float x",
-    "!!timestamp x",
-    "!!binary x",
-    "!!set {a}",
-    "!!omap [a]",
-    "!!null x",
+    *(f"!!{tag}" for tag in TAGS),
+    *NUMBERS.split(),
+    *"-|%@~\t",
     "!!python/object/apply:os.system [x]",
     "*a",
     "&a [*a]",
     "0x" + "f" * 9_000,
-    "0b1",
-    "1:99:99",
-    ".inf",
-    ".nan",
-    "-.inf",
-    "1_000",
     '"\\ud800"',
-    "!!str 3",
     "? [a]\n: b",
     "<<: {a: b}",
     "{<<: [{a: b}, {c: d}]}",
     "&b {<<: *b}",
-    "1e400",
-    "~",
     "''",
     "[" * 400,
     "{[a]: b}",
-    "2001-01-01",
-    "!!int ''",
-    "0o17",
-    "017",
-    "-",
-    "|",
-    "%",
-    "@",
-    "\t",
 ]
 
 

@@ -29,9 +29,9 @@ from modekit.report.drawing import gap_chart
 from modekit.report.page import write_report
 from modekit.report.sections import SAMPLE_BYTES
 from modekit.routing.refit import refit
-from modekit.training.settings import train_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop
+from trained import short_settings
 
 LIMIT = 2_000_000
 LOGISTIC = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -147,17 +147,7 @@ def told(workshop: Workshop) -> Checkpoint:
     )
     workshop.recipe["eval"] = {"music": str(write_music(workshop.root))}
     checkpoint = open_checkpoint(workshop.build("TOLD", mixture=LOGISTIC))
-    settings = train_settings(
-        {
-            "steps": 4,
-            "batch_tokens": 300,
-            "sequence_length": 64,
-            "select_tokens": 300,
-            "evaluate_every": 1,
-            "learning_rate": 0.02,
-        },
-        where="test",
-    )
+    settings = short_settings(steps=4, batch_tokens=300, select_tokens=300, learning_rate=0.02)
     done = train(checkpoint, settings, evaluate_tokens=400)
     assert done.improved
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)

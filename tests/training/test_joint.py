@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -20,9 +19,10 @@ from modekit.training.batches import Batches, plan_parts
 from modekit.training.end_to_end import packs
 from modekit.training.moving import moving_of, names_of
 from modekit.training.objective import Objective
-from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.settings import TrainSettings
 from modekit.training.texts import read_texts
 from modekit.training.train import train
+from trained import moved, short_settings, tensors_of
 
 NGRAM = {"fit": "lexical", "orders": [1, 2], "buckets": 512}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
@@ -33,32 +33,10 @@ def mixture(workshop: Workshop, **said: object) -> Checkpoint:
     return open_checkpoint(workshop.build(mixture={"modules": "decoder", "top_k": 1, "router": NGRAM, **said}))
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
 def settings(**said: object) -> TrainSettings:
-    return train_settings(
-        {
-            "regime": "joint",
-            "steps": 3,
-            "batch_tokens": 64,
-            "sequence_length": 32,
-            "backbone_learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "select_tokens": 64,
-            "evaluate_every": 1,
-            **said,
-        },
-        where="test",
+    rates = {"backbone_learning_rate": 1e-2, "weight_decay": 0.1}
+    return short_settings(
+        **{"regime": "joint", "batch_tokens": 64, "sequence_length": 32, "select_tokens": 64, **rates, **said}
     )
 
 

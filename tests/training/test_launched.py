@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
-from rounding import assert_close
+from trained import tensors_of
 
 pytestmark = pytest.mark.slow
 TRAINING = {
@@ -67,20 +63,6 @@ def modekit(*args: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob(pattern)):
-        with safe_open(file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return found
-
-
-def rows_of(table: Path) -> list[dict[str, float]]:
-    """The numbers of a training's table."""
-    with table.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 def test_training_with_two_processes_is_training_with_one(workshop: Workshop, sharded: bool) -> None:
     one, two = workshop.build("ONE", mixture=CONTEXT), workshop.build("TWO", mixture=CONTEXT)
@@ -92,35 +74,11 @@ def test_training_with_two_processes_is_training_with_one(workshop: Workshop, sh
     script.write_text(SHARDING)
     command = [str(script)] if sharded else ["-m", "modekit"]
     launch(2, *command, "train", str(two), "--settings", str(settings), "--tokens", "0")
-    before, after = tensors(one), tensors(two)
+    before, after = tensors_of(one), tensors_of(two)
     for name in before:
         # A hundredth of the first step: where a gradient is all but zero, Adam makes a step of its rounding.
         assert torch.allclose(before[name], after[name], atol=2e-5), name
     assert is_proven(verify(open_checkpoint(two)))
-
-
-def test_a_training_that_was_killed_outright_ends_the_same(workshop: Workshop) -> None:
-    one, two = workshop.build("ONE"), workshop.build("TWO")
-    settings = workshop.root / "training.yaml"
-    settings.write_text(yaml.safe_dump({**TRAINING, "steps": 20, "evaluate_every": 2, "patience": 99}))
-    args = ["--settings", str(settings), "--tokens", "0"]
-    modekit("train", str(one), *args)
-    running = subprocess.Popen([sys.executable, "-m", "modekit", "train", str(two), *args], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((workshop.root / "TWO.training").glob("checkpoint-*/complete")):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.3)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert (workshop.root / "TWO.training").exists(), "it was done before it could be killed"
-    modekit("train", str(two), *args)
-    before, after = tensors(one), tensors(two)
-    for name in before:
-        assert_close(after[name], before[name])
-    for row, wanted in zip(*(rows_of(out / "results" / "train.csv") for out in (two, one)), strict=True):
-        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    assert not (workshop.root / "TWO.training").exists()
 
 
 def test_other_commands_refuse_a_launcher(workshop: Workshop) -> None:

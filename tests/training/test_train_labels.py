@@ -28,6 +28,7 @@ from modekit.training.objective import Objective, make_teachers
 from modekit.training.settings import TrainSettings, given_settings, train_settings
 from modekit.training.texts import read_texts
 from modekit.training.train import train
+from trained import short_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAGS = tuple(range(96, 99))
@@ -51,10 +52,7 @@ def tagged_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def settings(**said: Any) -> TrainSettings:
-    return train_settings(
-        {"steps": 3, "batch_tokens": 400, "sequence_length": 48, "select_tokens": 400, "evaluate_every": 1, **said},
-        where="test",
-    )
+    return short_settings(**{"sequence_length": 48, **said})
 
 
 # Which labels are drawn.

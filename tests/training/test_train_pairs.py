@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
@@ -21,11 +20,12 @@ from modekit.training.batches import Batches, plan_parts
 from modekit.training.losses import domain_label
 from modekit.training.moving import moving_of
 from modekit.training.objective import Objective
-from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.settings import TrainSettings
 from modekit.training.texts import read_texts
 from modekit.training.train import train
 from pair_models import make_pair_workshop
 from refusal import borrow
+from trained import moved, short_settings, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,20 +36,8 @@ def pair_workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 def settings(**said: Any) -> TrainSettings:
-    return train_settings(
-        {
-            "what": ["all"],
-            "steps": 4,
-            "batch_tokens": 256,
-            "sequence_length": 64,
-            "learning_rate": 1e-2,
-            "backbone_learning_rate": 1e-3,
-            "select_tokens": 256,
-            "evaluate_every": 2,
-            **said,
-        },
-        where="test",
-    )
+    rates = {"learning_rate": 1e-2, "backbone_learning_rate": 1e-3}
+    return short_settings(**{"what": ["all"], "steps": 4, "batch_tokens": 256, "select_tokens": 256, **rates, **said})
 
 
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -61,12 +49,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_a_training_lowers_the_held_out_loss_and_is_written(pair_workshop: Workshop, tmp_path: Path, router: str) -> None:
     out = borrow(pair_workshop, tmp_path).build(mixture={"top_k": 2, "router": ROUTERS[router]})
-    before = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    before = tensors_of(out)
     losses = {"lm": 1.0, "label": 0.1, "balance": 0.01, "z": 0.001}
     trained = train(open_checkpoint(out), settings(losses=losses))
     assert trained.improved and trained.failed is None
-    after = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert moved(before, tensors_of(out))
     assert is_proven(verify(open_checkpoint(out)))
     assert torch.isfinite(
         load_model(out)(input_ids=torch.arange(4, 9)[None], decoder_input_ids=torch.arange(4)[None]).logits
