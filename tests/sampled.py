@@ -12,7 +12,7 @@ import pytest
 
 nothing = r"^$"
 _FEW_ROWS = r"^(llama-mixtral-0|qwen2-qwen2_moe-9|olmo2)"
-_INSPECTED = r"^(native|gating|context|everything|feature)$"
+_INSPECTED = r"^(native|gating|context|everything|feature)(-0)?$|^always (on-0|chosen-2)$"
 
 SAMPLED = {
     "architecture/test_architecture.py::test_half_precision": r"^(token|two contexts|context per feature|sequence)$",

@@ -329,15 +329,11 @@ def test_a_model_without_a_largest_position_is_inspected(
     assert inspect_text(checkpoint, "fever dose").loss == known
 
 
-def trace_of(data: dict[str, Any]) -> TextTrace:
-    return as_kind(data, TextTrace)
-
-
 def drawn(trace: dict[str, Any], **options: Any) -> str:
     """What the terminal gets."""
     stream = io.StringIO()
     with patch.object(printing_module, "out", Console(file=stream, width=100, **options)):
-        printing_module.print_trace(trace_of(trace))
+        printing_module.print_trace(as_kind(trace, TextTrace))
     return stream.getvalue()
 
 

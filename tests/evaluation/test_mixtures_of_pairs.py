@@ -33,11 +33,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "token": {"method": "routing", "top_k": 2, "router": RANDOM},
     "context": {"method": "gating", "router": {**RANDOM, "granularity": "context"}},
     "source": {"method": "gating", "router": {**RANDOM, "granularity": "sequence", "per": "model"}},
-    "projection": {
-        "method": "gating",
-        "modules": ["cross_q", "cross_k", "cross_v", "o", "up"],
-        "router": {**RANDOM, "per": "projection"},
-    },
+    "projection": {"method": "gating", "modules": PARTS, "router": {**RANDOM, "per": "projection"}},
 }
 SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 64}
 

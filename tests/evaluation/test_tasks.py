@@ -24,7 +24,6 @@ from conftest import Workshop, make_workshop, save, tiny_model
 from damage import load_with_nan
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.cli.shell import main
 from modekit.errors import CheckpointError, SourceError
 from modekit.evaluation.tasks.evaluate import TaskSettings, evaluate_tasks
 from modekit.evaluation.tasks.questions import (
@@ -402,7 +401,7 @@ def only_stages(stderr: str) -> bool:
     return all(re.match(r"\d+:\d\d  (starting|prepare tasks|score |load )", line) for line in stderr.splitlines())
 
 
-def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_at_the_command_line(asked: Workshop) -> None:
     """Nothing of the harness's noise, and JSON that is JSON."""
     folder = asked.build("shown")
     options = ["questions", "--limit", "6", "--models", "base,mixture"]
@@ -411,9 +410,6 @@ def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, c
     )
     assert done.returncode == 0 and only_stages(done.stderr), done.stderr
     assert "acc_mutual_info" in done.stdout and "guessing scores" in done.stdout and "tasks.json, tasks.md" in done.stdout
-    monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), "continuations", *options[1:], "--json"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capsys.readouterr()
-    assert end.value.code == 0 and only_stages(printed.err), printed.err
-    assert json.loads(printed.out)["tasks"]["modekit_code_continuations"]["items"] == 6
+    code, printed, stages = ended("eval-tasks", folder, "continuations", *options[1:], "--json")
+    assert code == 0 and only_stages(stages), stages
+    assert json.loads(printed)["tasks"]["modekit_code_continuations"]["items"] == 6

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM
 
+from command_line import modekit
 from conftest import Workshop, logits_of
 from modekit.building.verify import verify
 from modekit.checkpoint.open import open_checkpoint
@@ -122,18 +123,11 @@ def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_
     assert verdicts["recipe digest"] == "proven" and "failed" not in verdicts.values()
 
 
-def test_a_dry_run_says_what_goes_and_writes_nothing(
-    shared_workshop: Workshop, tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from modekit.cli.shell import main
-
+def test_a_dry_run_says_what_goes_and_writes_nothing(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:
     out = made(shared_workshop, tmp_path)
     before = sorted(path.name for path in out.rglob("*"))
-    monkeypatch.setattr("sys.argv", ["modekit", "push", str(out), "me/mine", "--dry-run"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and "stays here: router/" in said and "modekit.json" in said and " stay\n" in said
+    said = modekit("push", out, "me/mine", "--dry-run")
+    assert "stays here: router/" in said and "modekit.json" in said and " stay\n" in said
     assert not hub.exists() and sorted(path.name for path in out.rglob("*")) == before
 
 
@@ -170,7 +164,7 @@ def test_only_what_modekit_wrote_goes(shared_workshop: Workshop, tmp_path: Path)
     """Files of the user's own stay, wherever they lie in the folder."""
     out = made(shared_workshop, tmp_path)
     write_report(open_checkpoint(out))
-    own = (
+    own = [
         "id_rsa",
         "notes.txt",
         "data.json",
@@ -179,7 +173,7 @@ def test_only_what_modekit_wrote_goes(shared_workshop: Workshop, tmp_path: Path)
         "model/secret.safetensors",
         "results/mine.json",
         "tasks/x.yaml",
-    )
+    ]
     for name in own:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
