@@ -163,6 +163,14 @@ def shared_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("shared"))
 
 
+@pytest.fixture
+def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+    """A recipe of this test's own over the shared models."""
+    from refusal import borrow
+
+    return borrow(shared_workshop, tmp_path)
+
+
 @pytest.fixture(scope="session")
 def small_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """The same with models of one layer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adapter_folders import lora, write_adapter
 from conftest import DOMAINS, VOCAB, Workshop, character_tokenizer, tiny_model, write_text
 from modekit.text.tags import add_tags
+from text_files import write_records
 
 LABEL, STRANGER = "court", "mail"
 """Domains without an expert: `law` has the first as a label, nobody the second."""
@@ -39,8 +39,8 @@ def make_labelled(
         write_adapter(root / f"{name}-adapter", tensors, target_modules=["up_proj"], r=2, lora_alpha=8)
     write_text(root / "text")
     for name in (LABEL, STRANGER):
-        lines = [json.dumps({"text": f"{name} {number} hears of it at {number % 7} again"}) for number in range(8)]
-        (root / "text" / f"{name}.jsonl").write_text("\n".join(lines))
+        said = (f"{name} {number} hears of it at {number % 7} again" for number in range(8))
+        write_records(root / "text" / f"{name}.jsonl", said)
     experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
     experts[DOMAINS.index("law")]["labels"] = [LABEL]  # type: ignore[assignment]
     return Workshop(

@@ -16,7 +16,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import parse_recipe
 from modekit.text.document import Pair
-from modekit.text.records import data_of
+from text_files import write_records
 
 _BART: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -95,9 +95,8 @@ def make_pair_workshop(root: Path, model_type: str) -> Workshop:
         pair_tokenizer().save_pretrained(root / name)
     experts = []
     for place, name in enumerate(DOMAINS):
-        lines = [json.dumps(data_of(Pair(f"{name} {pair.source}", f"{pair.target} {place}"))) for pair in pairs(60)]
-        (root / f"{name}.jsonl").write_text("\n".join(lines))
-        experts.append({"name": name, "model": f"./{name}", "text": f"./{name}.jsonl"})
+        said = [Pair(f"{name} {pair.source}", f"{pair.target} {place}") for pair in pairs(60)]
+        experts.append({"name": name, "model": f"./{name}", "text": write_records(root / f"{name}.jsonl", said)})
     return Workshop(root, {"base_model": "./base", "experts": experts})
 
 

@@ -73,6 +73,23 @@ def run_python(code: str, *args: object, **options: Any) -> subprocess.Completed
     )
 
 
+WITHOUT_TORCH = """
+import sys
+from modekit.cli.shell import main
+try:
+    main()
+finally:
+    assert not {'torch', 'transformers'} & set(sys.modules)
+"""
+
+
+def without_torch(*args: object) -> str:
+    """What `modekit ARGS` prints in a process of its own, which must end well and import no torch."""
+    done = run_python(WITHOUT_TORCH, *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def borrow(shared: Workshop, root: Path, count: int | None = None) -> Workshop:
     """A workshop of one test that reads the shared models and texts where they are: of all experts, or the first `count`."""
     experts = [

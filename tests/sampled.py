@@ -55,7 +55,7 @@ SAMPLED = {
     "files/test_power.py::test_a_fit": r"^cut off$",
     "files/test_power.py::test_who_does_not_wait_for_the_disk_may_lose_what_is_there": nothing,
     "files/test_two_at_once.py::test_a_race_of_two_commands": r"^two that",
-    "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": r"lexical$|by pairs$",
+    "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": r"lexical$|by pairs$|bits$",
     "members/test_come_and_go.py::test_another_model_in_the_place_of_one": r"^(native lexical|adapters)$",
     "members/test_come_and_go.py::test_the_first_goes_in_place": r"^(native random|everything)$",
     "members/test_whole_plain.py::test_who_comes_and_goes_leaves_no_trace": r"-2$",

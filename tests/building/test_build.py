@@ -16,15 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_states import DTYPES, RANDOM, State, result_of, states_of, store
 from conftest import DOMAINS, Workshop, make_workshop
-from refusal import borrow, tree
+from refusal import tree
 
 MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
-    """A recipe over the shared models."""
-    return borrow(shared_workshop, tmp_path)
 
 
 def in_memory(base: State, experts: list[State], dtype: torch.dtype, factors: list[float] | None = None) -> State:

@@ -23,17 +23,16 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
-from refusal import borrow, copy_expert, tree
+from refusal import copy_expert, tree
 
 HALF = {"output": {"dtype": "float16"}}
 
 
 @pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+def bench(bench: Workshop) -> Workshop:
     """A recipe of which one expert, law, may be damaged."""
-    workshop = borrow(shared_workshop, tmp_path)
-    copy_expert(workshop)
-    return workshop
+    copy_expert(bench)
+    return bench
 
 
 def law_of(bench: Workshop) -> Path:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modekit.building.preview import memory_of
 from modekit.files.staging import safetensors_header
@@ -111,26 +113,11 @@ def make_model(folder: Path, sizes: tuple[int, int], layers: int, seed: int) -> 
     """A random Llama in bfloat16."""
     hidden, width = sizes
     folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes: Shapes = {"model.embed_tokens.weight": (256, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-        shapes |= {f"{prefix}mlp.{name}_proj.weight": shape for name, shape in ffn(sizes).items()}
-        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    fill(folder / "model.safetensors", shapes, seed)
+    sizes_of = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 8}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes_of, tie_word_embeddings=True, dtype="bfloat16"))
+    model.config.save_pretrained(folder)
+    fill(folder / "model.safetensors", {name: tuple(each.shape) for name, each in model.named_parameters()}, seed)
 
 
 def make_adapter(folder: Path, sizes: tuple[int, int], layers: int, seed: int, rank: int = 16) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_folders import quiet, train_adapter
+from building.test_carry import divergence, recipe_of
 from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from generated import check_generation
@@ -53,17 +55,28 @@ def base_of(family: str, **says: Any) -> PreTrainedModel:
     return tiny_model(model_type, **{**SIZES, **sizes, **says})
 
 
+def is_own(key: str) -> bool:
+    """Of experts and gates."""
+    return any(part in key for part in OWN) and "shared" not in key
+
+
+def moved(model: PreTrainedModel, seed: int, only: Callable[[str], bool] = is_own, by: float = 0.5) -> PreTrainedModel:
+    """With noise on some parameters, in shares of their spread."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if only(key):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * by * parameter.std())
+    return model
+
+
 def moe_shop(root: Path, family: str = "qwen3", *, copies: bool = False, **says: Any) -> Workshop:
     """A base that is a mixture, and a fine-tune per domain whose experts and gates are its own."""
     save(base_of(family, **says), root / "base")
     write_text(root / "text")
     for seed, name in enumerate(DOMAINS):
-        model, generator = base_of(family, **says), torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if any(part in key for part in OWN) and "shared" not in key and not copies:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
-        save(model, root / name)
+        model = base_of(family, **says)
+        save(model if copies else moved(model, seed), root / name)
     experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
     return Workshop(root, recipe_of(experts))
 
@@ -74,12 +87,7 @@ def byte_shop(root: Path, family: str, **says: Any) -> Checkpoint:
     texts, experts = write_text(root / "text", DOMAINS[:2]), []
     for seed, name in enumerate(DOMAINS[:2]):
         save_byte_model(root / name, model_type, 0, **{**SIZES, **sizes, **says})
-        model, generator = loaded(root / name), torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if any(part in key for part in OWN) and "shared" not in key:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
-        model.save_pretrained(root / name)
+        moved(loaded(root / name), seed).save_pretrained(root / name)
         experts.append({"name": name, "model": f"./{name}", "text": str(texts[name])})
     return open_checkpoint(Workshop(root, {**recipe_of(experts), "base_model": f"./{DOMAINS[0]}"}).build("OUT"))
 
@@ -291,23 +299,12 @@ def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
     assert plan.parameters()["active"] == written - more
 
 
-def recipe_of(experts: list[dict[str, str]]) -> dict[str, Any]:
-    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
-    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "plain"}}
-
-
 @pytest.mark.parametrize(("family", "plain"), [("qwen3", True), ("qwen3-softmax", False)])
 def test_an_open_recipe_takes_the_plain_form_where_that_keeps_attention(tmp_path: Path, family: str, plain: bool) -> None:
     """As the build measures; what it finds is what is lost in the result."""
-    moe_shop(tmp_path, family)
+    experts = moe_shop(tmp_path, family).recipe["experts"]
     for seed, name in enumerate(DOMAINS):
-        model, generator = loaded(tmp_path / name), torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "self_attn" in key and parameter.ndim == 2:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3 * parameter.std())
-        save(model, tmp_path / name)
-    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+        save(moved(loaded(tmp_path / name), seed, lambda key: "self_attn" in key and "norm" not in key, 0.3), tmp_path / name)
     build(make_plan(parse_recipe({"base_model": "./base", "experts": experts}), tmp_path), tmp_path / "OUT")
     checkpoint = open_checkpoint(tmp_path / "OUT")
     assert checkpoint.shape.plain == plain
@@ -318,11 +315,6 @@ def test_an_open_recipe_takes_the_plain_form_where_that_keeps_attention(tmp_path
     else:
         found = [row.lost or 0.0 for row in force_experts(checkpoint, tokens_per_domain=300).rows]
         assert lost_of(checkpoint.folder) == pytest.approx(found, rel=0.7) and max(found) < 0.05
-
-
-def divergence(own: torch.Tensor, other: torch.Tensor) -> float:
-    own, other = own.double().log_softmax(-1), other.double().log_softmax(-1)
-    return float((own.exp() * (own - other)).sum(-1).mean())
 
 
 def test_both_levels_are_inspected(shop: Workshop, checkpoint: Checkpoint) -> None:

@@ -25,12 +25,6 @@ from refusal import borrow, copy_expert, refuse, refuse_build, tree
 FFN = "model.layers.2.mlp.down_proj.weight"
 
 
-@pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
-    """A recipe over the shared models."""
-    return borrow(shared_workshop, tmp_path)
-
-
 def spoil(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[FFN][0, 0] = math.nan

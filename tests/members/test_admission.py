@@ -38,6 +38,7 @@ def shop(shared_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) ->
         specialize(
             shared_workshop.root / "base", root / name, [str(text)], root=root, train="mlp", rank=None, training=training
         )
+    shutil.copytree(shared_workshop.root / "code", root / "stranger")
     _nudged(root / "python", root / "twin")
     made.recipe["experts"][1] = {**made.recipe["experts"][1], "model": "./medic"}
     made.build()
@@ -66,8 +67,7 @@ def test_a_specialist_brings_what_was_measured(shop: Workshop) -> None:
     assert found.nearest is not None and found.nearest[0] in ("medicine", "law") and found.nearest[1] < 0.9
 
 
-def test_one_that_knows_its_domain_less_than_the_base_is_kept_out(shop: Workshop, shared_workshop: Workshop) -> None:
-    shutil.copytree(shared_workshop.root / "code", shop.root / "stranger", dirs_exist_ok=True)
+def test_one_that_knows_its_domain_less_than_the_base_is_kept_out(shop: Workshop) -> None:
     found = door(shop, "stranger")
     assert found.losses["expert"] > found.losses["base"]
     assert [finding.what for finding in found.refused] == ["it is not better than the base model on its own text"]
@@ -147,8 +147,7 @@ def test_the_commands(at: Path) -> None:
     assert [each.what for each in record.history] == ["add", "remove", "replace"]
 
 
-def test_the_door_refuses_and_can_be_forced(at: Path, shop: Workshop, shared_workshop: Workshop) -> None:
-    shutil.copytree(shared_workshop.root / "code", shop.root / "stranger", dirs_exist_ok=True)
+def test_the_door_refuses_and_can_be_forced(at: Path) -> None:
     args = ("add", "COPY", "--name", "code", "--model", "./stranger", "--text", "./text/code.jsonl", *FEW)
     code, said, error = ended(*args)
     assert code == 2 and "the expert is not added" in error and "not better than the base" in said and "not better" not in error

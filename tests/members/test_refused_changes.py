@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import modekit.building.build as building
+from adapter_folders import write_adapter
 from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, ModekitError
@@ -17,17 +18,16 @@ from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
-from refusal import borrow, refuse, tree
+from refusal import refuse, tree
 
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 
 
 @pytest.fixture
-def bench(shared_workshop: Workshop, tmp_path: Path) -> Workshop:
+def two(bench: Workshop) -> Workshop:
     """Two experts in a mixture at OUT, and the third at hand."""
-    made = borrow(shared_workshop, tmp_path)
-    made.recipe["experts"][2:] = []
-    return made
+    bench.recipe["experts"][2:] = []
+    return bench
 
 
 def refuse_change(bench: Workshop, *args: object) -> str:
@@ -41,21 +41,17 @@ def of_shop(shared: Workshop, name: str) -> tuple[str, str]:
     return "--model", str(shared.root / name)
 
 
-def test_a_name_that_is_there(bench: Workshop, shared_workshop: Workshop) -> None:
-    out = bench.build()
-    message = refuse_change(bench, "add", out, "--name", "law", *of_shop(shared_workshop, "code"))
-    assert "two experts are named 'law'" in message
-
-
-@pytest.mark.parametrize("name", ["oracle", "mixture", "base"])
-def test_a_name_that_means_something_else(bench: Workshop, shared_workshop: Workshop, name: str) -> None:
-    assert "rename it" in refuse_change(bench, "add", bench.build(), "--name", name, *of_shop(shared_workshop, "code"))
+@pytest.mark.parametrize(
+    ("name", "says"), [("law", "two experts are named 'law'"), *((name, "rename it") for name in ("oracle", "mixture", "base"))]
+)
+def test_a_name_that_is_there_or_means_something_else(two: Workshop, shared_workshop: Workshop, name: str, says: str) -> None:
+    assert says in refuse_change(two, "add", two.build(), "--name", name, *of_shop(shared_workshop, "code"))
 
 
 @pytest.mark.parametrize("command", [("remove",), ("replace", "--model", "base")])
-def test_a_name_that_is_not_there(bench: Workshop, command: tuple[str, ...]) -> None:
+def test_a_name_that_is_not_there(two: Workshop, command: tuple[str, ...]) -> None:
     verb, *rest = command
-    message = refuse_change(bench, verb, bench.build(), "tax", *rest)
+    message = refuse_change(two, verb, two.build(), "tax", *rest)
     assert "no expert of this name exists" in message and "medicine, law" in message
 
 
@@ -67,11 +63,11 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_model_that_does_not_fit(bench: Workshop, tmp_path: Path, kind: str) -> None:
+def test_a_model_that_does_not_fit(two: Workshop, tmp_path: Path, kind: str) -> None:
     make, said = OTHERS[kind]
-    out = bench.build()
+    out = two.build()
     make(tmp_path / "stranger")
-    assert said in refuse_change(bench, "add", out, "--name", "tax", "--model", tmp_path / "stranger")
+    assert said in refuse_change(two, "add", out, "--name", "tax", "--model", tmp_path / "stranger")
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "replace"])
@@ -91,8 +87,8 @@ def test_a_tokenizer_file_of_the_base_is_gone(tmp_path: Path, change: str) -> No
     )
 
 
-def test_the_last_but_one(bench: Workshop) -> None:
-    message = refuse_change(bench, "remove", bench.build(), "law")
+def test_the_last_but_one(two: Workshop) -> None:
+    message = refuse_change(two, "remove", two.build(), "law")
     assert "experts" in message and "2" in message
 
 
@@ -101,72 +97,58 @@ def test_the_last_but_one(bench: Workshop) -> None:
     [
         ({"method": "gating", "always_on": {"expert": "law", "weight": 0.3}}, "mixture.always_on"),
         ({"backbone": {"expert": "law"}}, "mixture.backbone"),
+        ({"top_k": 3}, "mixture.top_k is 3"),
     ],
 )
-def test_an_expert_that_the_mixture_stands_on(
-    shared_workshop: Workshop, tmp_path: Path, mixture: dict[str, Any], key: str
-) -> None:
-    bench = borrow(shared_workshop, tmp_path)
+def test_an_expert_that_the_mixture_stands_on(bench: Workshop, mixture: dict[str, Any], key: str) -> None:
     out = bench.build(mixture={**mixture, "router": {"fit": "random"}})
-    message = refuse_change(bench, "remove", out, "law")
-    assert key in message
+    assert key in refuse_change(bench, "remove", out, "law")
 
 
-def test_more_experts_per_token_than_are_left(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    out = bench.build(mixture={"top_k": 3, "router": {"fit": "random"}})
-    assert "mixture.top_k is 3" in refuse_change(bench, "remove", out, "law")
-
-
-def test_no_text_for_a_router_that_reads_it(bench: Workshop, shared_workshop: Workshop) -> None:
-    out = bench.build(mixture={"router": {"fit": "logistic", **SHORT}})
-    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"))
+def test_no_text_for_a_router_that_reads_it(two: Workshop, shared_workshop: Workshop) -> None:
+    out = two.build(mixture={"router": {"fit": "logistic", **SHORT}})
+    message = refuse_change(two, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"))
     assert "needs text of every domain" in message and "tax" in message
 
 
-def test_statistics_and_text_are_gone(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    shutil.copytree(shared_workshop.root / "text", tmp_path / "text")
+def test_statistics_and_text_are_gone(bench: Workshop, shared_workshop: Workshop) -> None:
+    shutil.copytree(shared_workshop.root / "text", bench.root / "text")
     for expert in bench.recipe["experts"]:
         expert["text"] = f"./text/{expert['name']}.jsonl"
     out = bench.build(mixture={"router": {"fit": "logistic", **SHORT}})
-    (tmp_path / "text" / "medicine.jsonl").unlink()
+    (bench.root / "text" / "medicine.jsonl").unlink()
     shutil.rmtree(out / "router")
     message = refuse_change(bench, "remove", out, "law")
     assert "medicine" in message and "text" in message
 
 
-def test_an_adapter_beside_whole_models_of_a_native_mixture(bench: Workshop, tmp_path: Path) -> None:
-    from adapter_folders import write_adapter
-
-    out = bench.build(output={"format": "auto"})
+def test_an_adapter_beside_whole_models_of_a_native_mixture(two: Workshop, tmp_path: Path) -> None:
+    out = two.build(output={"format": "auto"})
     write_adapter(tmp_path / "tax", target_modules=["up_proj"], r=4, lora_alpha=8)
-    message = refuse_change(bench, "add", out, "--name", "tax", "--adapter", tmp_path / "tax", "--no-measure")
+    message = refuse_change(two, "add", out, "--name", "tax", "--adapter", tmp_path / "tax", "--no-measure")
     assert "would need another architecture" in message
 
 
-def test_a_model_that_changed_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    shutil.copytree(shared_workshop.root / "medicine", tmp_path / "medicine")
+def test_a_model_that_changed_and_is_needed(bench: Workshop, shared_workshop: Workshop) -> None:
+    shutil.copytree(shared_workshop.root / "medicine", bench.root / "medicine")
     bench.recipe["experts"][0]["model"] = "./medicine"
     out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
-    save(tiny_model(seed=8), tmp_path / "medicine")
+    save(tiny_model(seed=8), bench.root / "medicine")
     assert "has changed since the mixture was built" in refuse_change(bench, "remove", out, "law")
 
 
-def test_neither_model_nor_adapter(bench: Workshop) -> None:
-    before = tree(bench.root)
-    message = refuse("add", bench.root / "nothing", "--name", "tax", "--model", "base")
-    assert "modekit.json is missing" in message and tree(bench.root) == before
-    out = bench.build()
-    assert "give either 'model' or 'adapter'" in refuse_change(bench, "add", out, "--name", "tax")
+def test_neither_model_nor_adapter(two: Workshop) -> None:
+    before = tree(two.root)
+    message = refuse("add", two.root / "nothing", "--name", "tax", "--model", "base")
+    assert "modekit.json is missing" in message and tree(two.root) == before
+    out = two.build()
+    assert "give either 'model' or 'adapter'" in refuse_change(two, "add", out, "--name", "tax")
 
 
-def test_what_would_undo_a_training(shared_workshop: Workshop, tmp_path: Path) -> None:
+def test_what_would_undo_a_training(bench: Workshop) -> None:
     from modekit.training.settings import train_settings
     from modekit.training.train import train
 
-    bench = borrow(shared_workshop, tmp_path)
     out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
     asked = {
         "what": ["norms"],
@@ -180,9 +162,8 @@ def test_what_would_undo_a_training(shared_workshop: Workshop, tmp_path: Path) -
     assert "this change would undo that" in refuse_change(bench, "remove", out, "law")
 
 
-def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_while_it_was_made(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever another command did to the mixture meanwhile is not undone; notes that came meanwhile stay."""
-    bench = borrow(shared_workshop, tmp_path)
     out = bench.build()
     write_shards = building.write_shards
 
@@ -204,19 +185,18 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
     assert (out / "notes.txt").read_text() == "mine" and open_checkpoint(out).names == ["medicine", "code"]
 
 
-def test_the_folder_itself_as_out(bench: Workshop, shared_workshop: Workshop) -> None:
+def test_the_folder_itself_as_out(two: Workshop, shared_workshop: Workshop) -> None:
     """Where NEW is OUT the change is in place; where NEW exists it is refused."""
-    out = bench.build()
-    (bench.root / "NEW").mkdir()
-    (bench.root / "NEW" / "mine.txt").write_text("mine")
-    args = ("add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "--no-measure", "--out", bench.root / "NEW")
-    assert "the output folder exists" in refuse_change(bench, *args)
+    out = two.build()
+    (two.root / "NEW").mkdir()
+    (two.root / "NEW" / "mine.txt").write_text("mine")
+    args = ("add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "--no-measure", "--out", two.root / "NEW")
+    assert "the output folder exists" in refuse_change(two, *args)
 
 
 def test_an_error_in_the_middle_leaves_the_old_one(
-    shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Workshop, shared_workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = borrow(shared_workshop, tmp_path)
     out = bench.build()
     before = tree(bench.root)
 
@@ -225,7 +205,7 @@ def test_an_error_in_the_middle_leaves_the_old_one(
 
     monkeypatch.setattr("modekit.building.build.fit_router", fails)
     checkpoint = open_checkpoint(out)
-    new = NewExpert({"model": str(shared_workshop.root / "code")}, tmp_path)
+    new = NewExpert({"model": str(shared_workshop.root / "code")}, bench.root)
     with pytest.raises(ModekitError, match="the fit failed"):
         write_change(checkpoint, add_expert(checkpoint, "tax", new), out)
     assert tree(bench.root) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.routing.inputs import load_statistics
 from modekit.training.settings import train_settings
 from modekit.training.train import train
-from refusal import borrow
 
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 64, "sequence_length": 32}
 STEPS = {"steps": 4, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
@@ -32,11 +30,6 @@ def trained(bench: Workshop, router: dict[str, Any], names: int, output: str = "
     asked = train_settings({**STEPS, **settings}, where="test")
     assert train(open_checkpoint(out), asked, evaluate_tokens=None).improved
     return open_checkpoint(out)
-
-
-@pytest.fixture
-def bench(shared_workshop: Workshop, tmp_path: Path) -> Workshop:
-    return borrow(shared_workshop, tmp_path)
 
 
 def code(bench: Workshop) -> NewExpert:
@@ -76,17 +69,14 @@ def test_trained_experts_stay_as_they_are(bench: Workshop, output: str) -> None:
 
 
 def test_a_router_that_is_set_as_a_whole_is_not_patched(bench: Workshop) -> None:
-    before = trained(
-        bench, {"fit": "lexical", "orders": [1, 2], "buckets": 512}, 2, "modekit", what=["routers"], learning_rate=0.05
-    )
+    pairs = {"fit": "lexical", "orders": [1, 2], "buckets": 512}
+    before = trained(bench, pairs, 2, "modekit", what=["routers"], learning_rate=0.05)
     with pytest.raises(RecipeError, match="--refit"):
         write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
     change = before_change(before, add_expert(before, "code", code(bench)), refits=True)
     added = build(change.plan, bench.root / "added", update=change)
     assert added.record.router.status == "fitted" and added.names == ["medicine", "law", "code"]
-    three = trained(
-        bench, {"fit": "lexical", "orders": [1, 2], "buckets": 512}, 3, "modekit", what=["routers"], learning_rate=0.05
-    )
+    three = trained(bench, pairs, 3, "modekit", what=["routers"], learning_rate=0.05)
     removed = write_change(three, remove_expert(three, "law"), bench.root / "removed")
     (ours,), (theirs,) = three.gates(), removed.gates()
     assert np.array_equal(theirs, ours[[0, 2]])

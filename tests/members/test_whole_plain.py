@@ -10,17 +10,13 @@ from peft import LoraConfig
 
 from adapter_folders import train_adapter
 from conftest import Workshop, make_workshop, save, tiny_model
-from members.test_come_and_go import check_same, gone
-from modekit.building.build import build
+from members.test_come_and_go import built, check_same, gone, new
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import SourceError
 from modekit.members.change import write_change
-from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_expert
-from modekit.planning.make import make_plan
+from modekit.members.edits import add_expert, remove_expert, replace_expert
 from modekit.recipes.edit import as_written
-from modekit.recipes.read import parse_recipe
 
 MOST = 5
 TEXTS = ("medicine", "law", "code")
@@ -49,16 +45,6 @@ def expert(kind: str, number: int, name: str = "") -> dict[str, Any]:
     return {"name": name or f"{what}{number}", what: folder, "text": [f"./text/{TEXTS[number % 3]}.jsonl"]}
 
 
-def built(shop: Workshop, said: dict[str, Any], out: Path) -> Checkpoint:
-    return build(make_plan(parse_recipe(said), shop.root), out)
-
-
-def new(shop: Workshop, kind: str, number: int) -> NewExpert:
-    said = expert(kind, number)
-    del said["name"]
-    return NewExpert(said, shop.root)
-
-
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("kind", ["adapters", "models", "both"])
 def test_who_comes_and_goes_leaves_no_trace(shop: Workshop, tmp_path: Path, kind: str, count: int) -> None:
@@ -69,7 +55,7 @@ def test_who_comes_and_goes_leaves_no_trace(shop: Workshop, tmp_path: Path, kind
     said = as_written(first.record.recipe)
 
     late = expert(kind, count)
-    added = write_change(first, add_expert(first, late["name"], new(shop, kind, count)), tmp_path / "added")
+    added = write_change(first, add_expert(first, late["name"], new(shop, late)), tmp_path / "added")
     check_same(added.folder, built(shop, {**said, "experts": [*experts, late]}, tmp_path / "joint").folder)
     assert is_proven(verify(open_checkpoint(added.folder), reload=False))
 
@@ -79,8 +65,8 @@ def test_who_comes_and_goes_leaves_no_trace(shop: Workshop, tmp_path: Path, kind
     check_same(without.folder, built(shop, {**said, "experts": [*experts[1:], late]}, tmp_path / "others").folder)
 
     name = experts[-1]["name"]
-    replaced = write_change(first, replace_expert(first, name, new(shop, kind, count)), tmp_path / "replaced")
-    other = {**expert(kind, count, name)}
+    replaced = write_change(first, replace_expert(first, name, new(shop, late)), tmp_path / "replaced")
+    other = expert(kind, count, name)
     check_same(replaced.folder, built(shop, {**said, "experts": [*experts[:-1], other]}, tmp_path / "wanted").folder)
 
 
@@ -88,7 +74,7 @@ def test_a_second_full_model_comes_and_goes(shop: Workshop, tmp_path: Path) -> N
     """Two share their average; beside one the base stays."""
     experts = [expert("adapters", 0), expert("models", 1)]
     first = built(shop, {"base_model": "./base", "experts": experts, "output": {"format": "plain"}}, tmp_path / "first")
-    added = write_change(first, add_expert(first, "model2", new(shop, "models", 2)), tmp_path / "added")
+    added = write_change(first, add_expert(first, "model2", new(shop, expert("models", 2))), tmp_path / "added")
     assert (first.record.recipe.mixture.backbone, added.record.recipe.mixture.backbone) == ("base", "average")
     removed = write_change(added, remove_expert(added, "model2"), tmp_path / "removed")
     check_same(removed.folder, first.folder)
@@ -105,7 +91,7 @@ def test_a_full_model_joins_those_that_differ_in_ffns(shop: Workshop, tmp_path: 
     first = built(shop, given, tmp_path / "first")
     assert first.shape.plain and first.record.carry is None
     late = expert("models", 0)
-    added = write_change(first, add_expert(first, late["name"], new(shop, "models", 0)), tmp_path / "added")
+    added = write_change(first, add_expert(first, late["name"], new(shop, late)), tmp_path / "added")
     assert added.record.carry is not None and added.record.recipe.output.carry == "all"
     check_same(added.folder, built(shop, {**given, "experts": [*given["experts"], late]}, tmp_path / "joint").folder)
     removed = write_change(added, remove_expert(added, late["name"]), tmp_path / "removed")
@@ -118,7 +104,7 @@ def test_models_that_are_gone_differed_in_ffns_where_nothing_else_is_carried(sho
     first = built(shop, given, tmp_path / "first")
     wanted = built(shop, {**given, "experts": [*given["experts"], expert("ffns", 2, "e2")]}, tmp_path / "wanted")
     with gone(shop, "ffn0"):
-        added = write_change(first, add_expert(first, "e2", new(shop, "ffns", 2)), tmp_path / "added")
+        added = write_change(first, add_expert(first, "e2", new(shop, expert("ffns", 2))), tmp_path / "added")
         check_same(added.folder, wanted.folder)
         with pytest.raises(SourceError, match="is missing or has changed"):
-            write_change(first, add_expert(first, "model0", new(shop, "models", 0)), tmp_path / "lacking")
+            write_change(first, add_expert(first, "model0", new(shop, expert("models", 0))), tmp_path / "lacking")

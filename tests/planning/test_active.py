@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
-from refusal import borrow
 
 RANDOM = {"fit": "random"}
 FFN = 3 * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"]
@@ -57,10 +55,9 @@ def run_by_a_token(checkpoint: Checkpoint) -> int:
 
 @pytest.mark.parametrize("place", [0, 2, 3])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_whoever_is_the_base(shared_workshop: Workshop, tmp_path: Path, place: int, top_k: int) -> None:
-    workshop = with_base(borrow(shared_workshop, tmp_path), place)
-    checkpoint = built(workshop, top_k=top_k)
-    counted, planned = checkpoint.parameters, make_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path).parameters()
+def test_whoever_is_the_base(bench: Workshop, place: int, top_k: int) -> None:
+    checkpoint = built(with_base(bench, place), top_k=top_k)
+    counted, planned = checkpoint.parameters, make_plan(load_recipe(bench.root / "recipe.yaml"), bench.root).parameters()
     assert counted.active == counted.dense + planned["router"] + (top_k - 1) * FFN
     assert counted.per_expert == planned["per_expert"] == FFN
     assert (counted.total, counted.active) == (planned["total"], planned["active"])
@@ -82,18 +79,17 @@ def test_whoever_is_the_base(shared_workshop: Workshop, tmp_path: Path, place: i
     ids=str,
 )
 @pytest.mark.parametrize("base", [False, True])
-def test_what_a_token_runs_through(shared_workshop: Workshop, tmp_path: Path, mixture: dict[str, Any], base: bool) -> None:
+def test_what_a_token_runs_through(bench: Workshop, mixture: dict[str, Any], base: bool) -> None:
     """At most: a token that chooses the expert which is always on, or the base beside it, runs through less."""
-    workshop = borrow(shared_workshop, tmp_path)
     if base:
-        with_base(workshop, 1)
+        with_base(bench, 1)
     said = {"router": RANDOM, **mixture}
     said = {key: value for key, value in said.items() if value is not None}
-    checkpoint = open_checkpoint(workshop.build(mixture=said, output={"format": "modekit"}))
+    checkpoint = open_checkpoint(bench.build(mixture=said, output={"format": "modekit"}))
     ran, active = run_by_a_token(checkpoint), checkpoint.parameters.active
     assert ran == active if "always_on" not in mixture else ran <= active <= ran + FFN
 
 
-def test_of_a_table_of_tokens_a_row_is_read(shared_workshop: Workshop, tmp_path: Path) -> None:
-    counted = built(with_base(borrow(shared_workshop, tmp_path), 0), top_k=1, router={"fit": "hash"}).parameters
+def test_of_a_table_of_tokens_a_row_is_read(bench: Workshop) -> None:
+    counted = built(with_base(bench, 0), top_k=1, router={"fit": "hash"}).parameters
     assert counted.active == counted.dense < counted.total - 4 * SMALL["vocab_size"]

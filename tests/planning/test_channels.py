@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import VOCAB, logits_of, save, tiny_model, write_text
+from conftest import DOMAINS, VOCAB, logits_of, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -35,7 +35,6 @@ WIDE += [
     ("llama", "mixtral", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}),  # 112 is no multiple of 9
 ]
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(WIDE)]
-DOMAINS = ("medicine", "law", "code")
 
 
 def recipe_of(models: list[str], **router: Any) -> Any:
@@ -140,17 +139,21 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(case: tuple[Path,
     torch.testing.assert_close(logits_of(view.model, ids), expected, atol=1e-4, rtol=1e-5)
 
 
+def assert_directions(logits: list[torch.Tensor], expected: torch.Tensor) -> None:
+    """The same in every layer, up to the size of the stream there, which is one number per token."""
+    for said in logits:
+        factor = (said.double() * expected).sum(-1) / (expected * expected).sum(-1)
+        assert (factor > 0).all()
+        torch.testing.assert_close(said.double(), expected * factor[..., None], atol=2e-4, rtol=2e-3)
+
+
 def test_gates_read_the_average_of_the_table(case: tuple[Path, str], ids: torch.Tensor) -> None:
-    """In every layer, up to the size of the stream there, which is one number per token."""
     root, _ = case
     checkpoint = open_checkpoint(root / "OUT")
     expected = direct(checkpoint, ids, torch.ones_like(ids), window_of(checkpoint))
     logits, _ = said_by(loaded(root / "OUT"), checkpoint, input_ids=ids)
     assert len(logits) == checkpoint.layers
-    for said in logits:
-        factor = (said.double() * expected).sum(-1) / (expected * expected).sum(-1)
-        assert (factor > 0).all()
-        torch.testing.assert_close(said.double(), expected * factor[..., None], atol=2e-4, rtol=2e-3)
+    assert_directions(logits, expected)
 
 
 def test_pads_caches_and_batches_change_nothing(case: tuple[Path, str], ids: torch.Tensor) -> None:
@@ -268,24 +271,20 @@ def test_turns_that_are_not_known_are_none(rope: dict[str, Any]) -> None:
         assert turns_per_token({"head_dim": size, "rope_parameters": {"rope_theta": 10_000.0}}) is None
 
 
-@pytest.mark.parametrize("native", ["cohere2_moe", "qwen3_5_moe_text"])
-def test_architectures_that_cannot_are_refused_with_the_reason(tmp_path: Path, native: str) -> None:
-    dense, _, overrides = next(case for case in CASES if case[1] == native)
-    save(tiny_model(dense, **overrides), tmp_path / "base")
-    write_text(tmp_path / "text")
-    with pytest.raises(UnsupportedError, match="cannot carry a lexical router"):
-        make_plan(recipe_of(["base"] * 2), tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("native", "changes", "message"),
     [
-        ({"decay": [0.5]}, "cannot fade so"),
-        ({"decay": [0.98, 0.99, 1.0]}, "cannot carry the evidence of so many"),
+        ("cohere2_moe", {}, "cannot carry a lexical router"),
+        ("qwen3_5_moe_text", {}, "cannot carry a lexical router"),
+        ("mixtral", {"decay": [0.5]}, "cannot fade so"),
+        ("mixtral", {"decay": [0.98, 0.99, 1.0]}, "cannot carry the evidence of so many"),
     ],
 )
-def test_what_a_head_cannot_say_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    save(tiny_model(), tmp_path / "base")
+def test_what_architectures_and_heads_cannot_say_is_refused(
+    tmp_path: Path, native: str, changes: dict[str, Any], message: str
+) -> None:
+    dense, _, overrides = next(case for case in CASES if case[1] == native)
+    save(tiny_model(dense, **overrides), tmp_path / "base")
     write_text(tmp_path / "text")
     with pytest.raises(UnsupportedError, match=message):
         make_plan(recipe_of(["base"] * 2, **changes), tmp_path)
@@ -298,8 +297,6 @@ def test_several_averages_side_by_side(tmp_path: Path, ids: torch.Tensor) -> Non
     checkpoint = open_checkpoint(out)
     assert channels_in(checkpoint).decays == (0.95, 1.0)
     expected = direct(checkpoint, ids, torch.ones_like(ids))
-    for said in said_by(loaded(out), checkpoint, input_ids=ids)[0]:
-        factor = (said.double() * expected).sum(-1) / (expected * expected).sum(-1)
-        torch.testing.assert_close(said.double(), expected * factor[..., None], atol=2e-4, rtol=2e-3)
+    assert_directions(said_by(loaded(out), checkpoint, input_ids=ids)[0], expected)
     torch.testing.assert_close(logits_of(out, ids), logits_of(tmp_path / "base", ids), atol=1e-4, rtol=1e-5)
     assert checkpoint.carrier[1].shape[0] == VOCAB

@@ -40,14 +40,10 @@ CASES: dict[str, Case] = {  # experts, whether with text, mixture, output -> rou
 }
 
 
-def add_adapters(root: Path) -> None:
-    for seed, name in enumerate(DOMAINS, 1):
-        write_adapter(root / f"{name}-lora", lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
-
-
 @pytest.fixture(scope="module")
 def shop(small_workshop: Workshop) -> Workshop:
-    add_adapters(small_workshop.root)
+    for seed, name in enumerate(DOMAINS, 1):
+        write_adapter(small_workshop.root / f"{name}-lora", lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
     return small_workshop
 
 
@@ -74,19 +70,21 @@ def test_a_plan_names_the_router_and_says_why(shop: Workshop, case: Case) -> Non
 
 
 @pytest.mark.parametrize(
-    ("family", "output", "router", "plain"),
+    ("family", "asked", "output", "router", "plain"),
     [
-        ("cohere2", {}, PAIRS, False),
-        ("cohere2", NATIVE, LOGISTIC, True),
-        ("qwen3", {}, TOKENS, True),
+        ("cohere2", {}, {}, PAIRS, False),
+        ("cohere2", TOKENS, {}, TOKENS, False),
+        ("cohere2", {}, NATIVE, LOGISTIC, True),
+        ("qwen3", {}, {}, TOKENS, True),
     ],
 )
 def test_where_no_plain_checkpoint_carries_tokens(
-    tmp_path: Path, family: str, output: dict[str, Any], router: dict[str, Any], plain: bool
+    tmp_path: Path, family: str, asked: dict[str, Any], output: dict[str, Any], router: dict[str, Any], plain: bool
 ) -> None:
     shop = make_workshop(tmp_path, family, num_hidden_layers=1)
-    plan = planned(shop.root, "model", True, {}, output)
+    plan = planned(shop.root, "model", True, {"router": asked} if asked else {}, output)
     assert (plan.recipe.mixture.router.model_dump(exclude_unset=True), plan.shape.plain) == (router, plain)
+    assert not asked or "subtract the mean" in plan.why
 
 
 @pytest.mark.parametrize("name", ["models", "models, modekit", "adapters, native", "adapters without text"])

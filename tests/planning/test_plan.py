@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import Workshop
 from modekit.building.preview import preview_of
 from modekit.files.write import safetensors_header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
+from refusal import without_torch
 
 
 def plan_of(workshop: Workshop, **changes: Any) -> Any:
@@ -49,48 +49,17 @@ def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
     assert summary.bytes["statistics"] == data
 
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 8192,
-    "torch_dtype": "bfloat16",
-}
-
-
 def sparse_8b(folder: Path) -> None:
     """A Llama-3-8B folder whose files hold headers and no data on disk."""
-    folder.mkdir()
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (128_256, 4096),
-        "lm_head.weight": (128_256, 4096),
-        "model.norm.weight": (4096,),
-    }
-    for layer in range(32):
-        p = f"model.layers.{layer}."
-        shapes |= {p + f"mlp.{name}_proj.weight": (14_336, 4096) for name in ("gate", "up")}
-        shapes |= {p + "mlp.down_proj.weight": (4096, 14_336), p + "input_layernorm.weight": (4096,)}
-        shapes |= {p + f"self_attn.{name}_proj.weight": (4096, 4096) for name in ("q", "o")}
-        shapes |= {p + f"self_attn.{name}_proj.weight": (1024, 4096) for name in ("k", "v")}
-        shapes |= {p + "post_attention_layernorm.weight": (4096,)}
-    entries = []
-    for name, shape in shapes.items():
-        size = 2
-        for length in shape:
-            size *= length
-        entries.append((name, "BF16", shape, size))
+    config = LlamaConfig(vocab_size=128_256, intermediate_size=14_336, num_key_value_heads=8, dtype="bfloat16")
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    entries = [(name, "BF16", tuple(each.shape), 2 * each.numel()) for name, each in model.state_dict().items()]
     header = safetensors_header(entries)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(header)
         stream.truncate(len(header) + sum(entry[3] for entry in entries))
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
     (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
 
 
@@ -102,13 +71,7 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
         "experts": [{"name": name, "model": f"./{name}", "prompts": ["x"]} for name in "abcd"],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    script = (
-        "import sys; from modekit.cli.shell import main\n"
-        f"sys.argv = ['modekit', 'plan', {str(tmp_path / 'recipe.yaml')!r}, '--json']\n"
-        "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    summary = json.loads(done.stdout)
+    summary = json.loads(without_torch("plan", tmp_path / "recipe.yaml", "--json"))
     assert summary["architecture"] == "MixtralForCausalLM"
     assert 24.9e9 < summary["parameters"]["total"] < 25.1e9
     assert summary["parameters"]["active"] < summary["parameters"]["total"] * 0.6

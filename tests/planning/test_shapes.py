@@ -21,7 +21,6 @@ from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.plan import open_shape
 from modekit.recipes.read import load_recipe
-from refusal import borrow
 
 SOURCE = Path(modekit.__file__).parent
 ADDED = {"router": {"fit": "random", "granularity": "context", "decay": [0.5, 0.9]}}
@@ -63,11 +62,10 @@ def test_names_of_layers_are_taken_apart_in_one_place() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "modekit"])
-def test_a_plan_says_what_its_checkpoint_says(shared_workshop: Workshop, tmp_path: Path, kind: str) -> None:
-    workshop = borrow(shared_workshop, tmp_path)
+def test_a_plan_says_what_its_checkpoint_says(bench: Workshop, kind: str) -> None:
     changes = {"mixture": {"top_k": 2, "router": {"fit": "random"}}, "output": {"format": kind}}
-    checkpoint = open_checkpoint(workshop.build(**changes))
-    plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root)
+    checkpoint = open_checkpoint(bench.build(**changes))
+    plan = make_plan(load_recipe(bench.write(**changes)), bench.root)
     ours, theirs = plan.shape, checkpoint.shape
     assert type(ours) is type(theirs) is {"plain": NativeShape, "modekit": ModekitShape}[kind]
     assert ours.plain == (kind == "plain") and dict(ours.config) == dict(theirs.config)
@@ -79,22 +77,20 @@ def test_a_plan_says_what_its_checkpoint_says(shared_workshop: Workshop, tmp_pat
     assert [tuple(gate.shape) for gate in loaded.gates()] == [slot.shape for slot in ours.slots]
 
 
-def test_another_routing_is_another_checkpoint(shared_workshop: Workshop, tmp_path: Path) -> None:
+def test_another_routing_is_another_checkpoint(bench: Workshop) -> None:
     """Nothing is written into the one that was asked."""
-    workshop = borrow(shared_workshop, tmp_path)
-    checkpoint = open_checkpoint(workshop.build(output={"format": "modekit"}))
+    checkpoint = open_checkpoint(bench.build(output={"format": "modekit"}))
     before = dict(checkpoint.config)
     held = set(vars(checkpoint))
-    changed = checkpoint.with_recipe(load_recipe(workshop.write(mixture=ADDED, output={"format": "modekit"})))
+    changed = checkpoint.with_recipe(load_recipe(bench.write(mixture=ADDED, output={"format": "modekit"})))
     assert changed.config != before and len(changed.shape.routing.averages) == 2
     assert changed.slots[0].parts == 2
     assert dict(checkpoint.config) == before and set(vars(checkpoint)) == held
 
 
-def test_a_mixture_config_is_written_as_it_was_read(shared_workshop: Workshop, tmp_path: Path) -> None:
+def test_a_mixture_config_is_written_as_it_was_read(bench: Workshop) -> None:
     """Key by key: what was not set is not written."""
-    workshop = borrow(shared_workshop, tmp_path)
-    checkpoint = open_checkpoint(workshop.build(mixture=ADDED, output={"format": "modekit"}))
+    checkpoint = open_checkpoint(bench.build(mixture=ADDED, output={"format": "modekit"}))
     written = checkpoint.config["modekit"]
     assert "biased" not in next(iter(written["places"].values())) and "ngram" not in written["routing"]
     assert MixtureConfig.model_validate(written).as_written() == written
@@ -102,9 +98,8 @@ def test_a_mixture_config_is_written_as_it_was_read(shared_workshop: Workshop, t
     assert again.config == checkpoint.config
 
 
-def test_a_row_of_the_table_opens_what_a_record_names(shared_workshop: Workshop, tmp_path: Path) -> None:
-    workshop = borrow(shared_workshop, tmp_path)
-    checkpoint = open_checkpoint(workshop.build(output={"format": "plain"}))
+def test_a_row_of_the_table_opens_what_a_record_names(bench: Workshop) -> None:
+    checkpoint = open_checkpoint(bench.build(output={"format": "plain"}))
     record = checkpoint.record
     shape = open_shape(checkpoint.config, record.recipe, "here", record.native_type, record.dense_config, None)
     assert (

@@ -14,6 +14,7 @@ from refusal import refuse, tree
 
 EXPERTS = [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}]
 RANDOM = {"router": {"fit": "random"}}
+WEIGHTS = {"law": 1.0, "code": 2.0}
 GOOD: dict[str, Any] = {"base_model": "./base", "experts": EXPERTS, "mixture": RANDOM}
 
 
@@ -32,123 +33,83 @@ def with_mixture(**mixture: Any) -> dict[str, Any]:
     return {**GOOD, "mixture": mixture}
 
 
+def with_router(**router: Any) -> dict[str, Any]:
+    return with_mixture(router={**RANDOM["router"], **router})
+
+
+def with_weights(**weights: float) -> dict[str, Any]:
+    return with_mixture(method="linear", weights={**WEIGHTS, **weights})
+
+
+def with_merge(method: str, **said: Any) -> dict[str, Any]:
+    return with_mixture(**RANDOM, backbone={"method": method, **said})
+
+
+def with_law(**said: Any) -> dict[str, Any]:
+    return {**GOOD, "experts": [{**EXPERTS[0], **said}, EXPERTS[1]]}
+
+
 NAMED = ("not a name", "letters, digits, '_', '.' and '-', 64 at most")
 ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("misspelt key", {**GOOD, "expets": []}, ["expets: unknown key", "did you mean 'experts'?"]),
+    ("misspelt key", {**GOOD, "expets": []}, ["expets: unknown key; did you mean 'experts'?"]),
+    ("base for base_model", {**GOOD, "base": "./base"}, ["base: unknown key; did you mean 'base_model'?"]),
+    ("misspelt key of an expert", with_law(modle="x"), ["experts[0].modle: unknown key; did you mean 'model'?"]),
     (
-        "misspelt inner key",
-        with_mixture(router={"fit": "random", "temprature": 2}),
-        [
-            "mixture.router.temprature: unknown key",
-            "did you mean 'temperature'?",
-        ],
+        "misspelt setting of a router",
+        with_router(temprature=2),
+        ["mixture.router.temprature: unknown key; did you mean 'temperature'?"],
     ),
     (
-        "misspelt key of an expert",
-        {**GOOD, "experts": [{**EXPERTS[0], "modle": "x"}, EXPERTS[1]]},
-        [
-            "experts[0].modle: unknown key",
-            "did you mean 'model'?",
-        ],
+        "misspelt setting of a merge",
+        with_merge("ties", densty=0.5),
+        ["mixture.backbone.densty: unknown key; did you mean 'density'?"],
     ),
     ("unknown key", {**GOOD, "zzz": 1}, ["zzz: unknown key", "remove it"]),
     ("missing key", {"experts": EXPERTS, "mixture": RANDOM}, ["base_model: missing"]),
     ("no experts", {**GOOD, "experts": []}, ["experts", "at least 1"]),
     ("duplicate names", {**GOOD, "experts": [EXPERTS[0], EXPERTS[0]]}, ["experts", "two experts are named 'law'"]),
-    ("name of something else", {**GOOD, "experts": [{**EXPERTS[0], "name": "base"}]}, ["experts", "cannot be named 'base'"]),
-    ("name that is no file name", {**GOOD, "experts": [{**EXPERTS[0], "name": "../law"}]}, ["experts[0].name", "'../law'"]),
+    ("name of something else", with_law(name="base"), ["experts", "cannot be named 'base'"]),
+    ("name that is no file name", with_law(name="../law"), ["experts[0].name", "'../law'"]),
     ("unknown method", with_mixture(method="switch"), ["mixture.method: must be 'linear', 'gating' or 'routing'", "'switch'"]),
-    ("unknown fit", with_mixture(router={"fit": "magic"}), ["mixture.router.fit", "'centroid'", "'magic'"]),
+    ("unknown fit", with_router(fit="magic"), ["mixture.router.fit", "'centroid'", "'magic'"]),
     ("top_k over E", with_mixture(**RANDOM, top_k=3), ["mixture.top_k is 3", "only 2 experts"]),
     ("top_k of zero", with_mixture(**RANDOM, top_k=0), ["mixture.top_k", "greater than or equal to 1", "found 0"]),
-    ("temperature of zero", with_mixture(router={"fit": "random", "temperature": 0}), ["mixture.router.temperature"]),
-    ("1e-4 as YAML reads it", with_mixture(router={"l2": "1e-4"}), ["mixture.router.l2: YAML takes", "like 1.0e-4", "'1e-4'"]),
-    (
-        "infinite temperature",
-        with_mixture(router={"fit": "random", "temperature": float("inf")}),
-        [
-            "mixture.router.temperature",
-            "finite",
-        ],
-    ),
+    ("temperature of zero", with_router(temperature=0), ["mixture.router.temperature"]),
+    ("1e-4 as YAML reads it", with_router(fit="auto", l2="1e-4"), ["mixture.router.l2: YAML takes", "like 1.0e-4", "'1e-4'"]),
+    ("infinite temperature", with_router(temperature=float("inf")), ["mixture.router.temperature", "finite"]),
     ("router under linear", with_mixture(method="linear", **RANDOM), ["mixture: 'router' has no effect", "remove it"]),
-    (
-        "weights under routing",
-        with_mixture(**RANDOM, weights={"law": 1, "code": 2}),
-        [
-            "mixture: 'weights' has no effect",
-            "remove it",
-        ],
-    ),
+    ("weights under routing", with_mixture(**RANDOM, weights=WEIGHTS), ["mixture: 'weights' has no effect", "remove it"]),
     ("top_k under gating", with_mixture(method="gating", top_k=2, **RANDOM), ["mixture: 'top_k' has no effect", "remove it"]),
     ("weights that miss an expert", with_mixture(method="linear", weights={"law": 1}), ["mixture.weights", "law, code"]),
-    (
-        "negative weight",
-        with_mixture(method="linear", weights={"law": 1, "code": -1}),
-        ["mixture.weights.code: must be greater than or equal to 0"],
-    ),
-    ("weights all zero", with_mixture(method="linear", weights={"law": 0, "code": 0}), ["mixture: 'weights'", "not all zero"]),
-    (
-        "weight that is no number",
-        with_mixture(method="linear", weights={"law": 1, "code": float("nan")}),
-        [
-            "mixture.weights.code",
-            "finite",
-        ],
-    ),
+    ("negative weight", with_weights(code=-1), ["mixture.weights.code: must be greater than or equal to 0"]),
+    ("weights all zero", with_weights(law=0, code=0), ["mixture: 'weights'", "not all zero"]),
+    ("weight that is no number", with_weights(code=float("nan")), ["mixture.weights.code", "finite"]),
+    ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "must be a valid dictionary"]),
     (
         "negative_prompts without centroid",
-        {**GOOD, "experts": [{**EXPERTS[0], "negative_prompts": ["x"]}, EXPERTS[1]]},
-        [
-            "'negative_prompts' have no effect",
-            "remove them",
-        ],
+        with_law(negative_prompts=["x"]),
+        ["'negative_prompts' have no effect", "remove them"],
     ),
     (
         "density under average",
-        with_mixture(**RANDOM, backbone={"method": "average", "density": 0.5}),
-        [
-            "mixture.backbone: 'density' has no effect with method 'average'",
-            "remove it",
-        ],
+        with_merge("average", density=0.5),
+        ["mixture.backbone: 'density' has no effect with method 'average'", "remove it"],
     ),
-    (
-        "density out of range",
-        with_mixture(**RANDOM, backbone={"method": "ties", "density": 2}),
-        [
-            "mixture.backbone.density",
-            "less than or equal to 1",
-            "found 2",
-        ],
-    ),
-    (
-        "misspelt merge setting",
-        with_mixture(**RANDOM, backbone={"method": "ties", "densty": 0.5}),
-        [
-            "mixture.backbone.densty: unknown key",
-            "did you mean 'density'?",
-        ],
-    ),
+    ("density out of range", with_merge("ties", density=2), ["mixture.backbone.density", "less than or equal to 1", "found 2"]),
     ("unknown backbone", with_mixture(**RANDOM, backbone="avrage"), ["mixture.backbone", "'average'", "'avrage'"]),
     (
         "backbone of a stranger",
         with_mixture(**RANDOM, backbone={"expert": "poetry"}),
-        [
-            "mixture.backbone.expert 'poetry'",
-            "law, code",
-        ],
+        ["mixture.backbone.expert 'poetry'", "law, code"],
     ),
     (
         "merge of nothing",
         {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]},
-        [
-            "mixture.backbone cannot be merged",
-            "every expert",
-        ],
+        ["mixture.backbone cannot be merged", "every expert"],
     ),
     (
         "fit without text",
-        with_mixture(router={"fit": "logistic"}),
+        with_router(fit="logistic"),
         [
             "router fit 'logistic' needs text",
             "law, code",
@@ -162,33 +123,16 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
     ("endless size", {**GOOD, "output": {"shard_size": "infGB"}}, ["output.shard_size", "not a size"]),
     ("eval of a bad name", {**GOOD, "eval": {"a b": "./x.txt"}}, ["eval.a b: not a name"]),
-    ("name of two words", {**GOOD, "experts": [{**EXPERTS[0], "name": "a b"}, EXPERTS[1]]}, ["experts[0].name", *NAMED]),
-    ("name that is too long", {**GOOD, "experts": [{**EXPERTS[0], "name": "a" * 65}, EXPERTS[1]]}, ["experts[0].name", *NAMED]),
-    (
-        "label of two words",
-        {**GOOD, "experts": [{**EXPERTS[0], "labels": ["a b"]}, EXPERTS[1]]},
-        [
-            "experts[0].labels[0]",
-            *NAMED,
-        ],
-    ),
-    (
-        "text without a path",
-        {**GOOD, "experts": [{**EXPERTS[0], "text": ""}, EXPERTS[1]]},
-        ["experts[0].text[0]", "at least 1"],
-    ),
-    (
-        "empty prompt",
-        {**GOOD, "experts": [{**EXPERTS[0], "prompts": [""]}, EXPERTS[1]]},
-        ["experts[0].prompts[0]", "at least 1"],
-    ),
+    ("name of two words", with_law(name="a b"), ["experts[0].name", *NAMED]),
+    ("name that is too long", with_law(name="a" * 65), ["experts[0].name", *NAMED]),
+    ("label of two words", with_law(labels=["a b"]), ["experts[0].labels[0]", *NAMED]),
+    ("text without a path", with_law(text=""), ["experts[0].text[0]", "at least 1"]),
+    ("empty prompt", with_law(prompts=[""]), ["experts[0].prompts[0]", "at least 1"]),
     ("experts as a mapping", {**GOOD, "experts": {"law": "./law"}}, ["experts: must be a valid list"]),
-    ("base for base_model", {**GOOD, "base": "./base"}, ["base: unknown key; did you mean 'base_model'?"]),
-    ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "must be a valid dictionary"]),
     ("router by one word", with_mixture(router="lexical"), ["mixture.router", "must be a valid dictionary"]),
     ("expert without a path", {**GOOD, "experts": ["", EXPERTS[1]]}, ["experts[0]", "write ./law, or {name: law"]),
     ("expert by a number", {**GOOD, "experts": ["./law", 3]}, ["experts[1]", "neither a path nor a mapping of keys"]),
-    ("misspelt fit", with_mixture(router={"fit": "lexicl"}), ["mixture.router.fit", "did you mean 'lexical'?", "'lexicl'"]),
+    ("misspelt fit", with_router(fit="lexicl"), ["mixture.router.fit", "did you mean 'lexical'?", "'lexicl'"]),
     ("misspelt method", with_mixture(method="routng", **RANDOM), ["mixture.method", "did you mean 'routing'?"]),
     ("misspelt part", with_mixture(modules=["corss_q"], **RANDOM), ["mixture.modules[0]", "did you mean 'cross_q'?"]),
 ]
@@ -271,12 +215,9 @@ def test_a_colon_in_place_of_an_equals_sign(tmp_path: Path) -> None:
     assert "write law=./law-lora" in refuse("plan", tmp_path / "recipe.yaml")
 
 
-def test_a_key_in_the_wrong_place_is_told_where_it_belongs() -> None:
-    experts = [{"name": "law", "model": "./law"}]
-    for wrong, home in (
-        ({"mixture": {"fit": "random"}}, "router"),
-        ({"top_k": 1}, "mixture"),
-        ({"dtype": "source"}, "output"),
-    ):
-        with pytest.raises(RecipeError, match=f"unknown key; it belongs in {home}"):
-            parse_recipe({"base_model": "./base", "experts": experts, **wrong})
+@pytest.mark.parametrize(
+    ("wrong", "home"), [({"mixture": {"fit": "random"}}, "router"), ({"top_k": 1}, "mixture"), ({"dtype": "source"}, "output")]
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(wrong: dict[str, Any], home: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown key; it belongs in {home}"):
+        parse_recipe({"base_model": "./base", "experts": EXPERTS, **wrong})

@@ -93,20 +93,15 @@ def test_a_mixture_keeps_what_its_method_reads(
 @pytest.mark.parametrize("name", FITS)
 def test_settings_with_effect_are_accepted(name: str) -> None:
     router = {
+        **ROUTER,
         "fit": name,
         "temperature": 2.0,
-        "l2": 0.1,
         "tokens_per_domain": 100,
         "sequence_length": 16,
         "keep_tokens": 0,
-        "seed": 1,
         "jitter": 0.1,
         "buckets": 64,
-        "granularity": "sequence",
         "prefix": 3,
-        "decay": [0.5, 0.9],
-        "per": "feature",
-        "noise": 0.1,
         "compute_dtype": "bfloat16",
     }
     experts = [{"name": "law", "model": "./law", "as": "lora", "text": "a"}]

@@ -38,7 +38,6 @@ def test_recipes_without_labels_do_not_speak_of_them() -> None:
         (["court", "court"], None, "the label 'court' is known already"),
         (["law"], None, "the label 'law' is known already"),
         (None, ["base"], "the label 'base' is known already"),
-        (["two words"], None, "letters, digits"),
         ([], None, "at least 1 item"),
     ],
 )

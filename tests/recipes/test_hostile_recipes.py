@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -101,14 +100,6 @@ def test_a_pipe_is_not_waited_for(path: Path, tmp_path: Path) -> None:
             load_recipe(wait)
 
 
-def _recipe() -> dict[str, Any]:
-    return {
-        "base_model": "./base",
-        "experts": [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}],
-        "mixture": {"router": {"fit": "random"}},
-    }
-
-
 def test_thousands_of_problems_are_counted(path: Path) -> None:
     message = refused(path, GOOD + "".join(f"key{number}: 1\n" for number in range(20_000)), "20000 problems", "and 19980 more")
     assert message.count("unknown key") == 20
@@ -133,5 +124,6 @@ def test_layers_without_end(tmp_path: Path, shared_workshop: Workshop, layers: o
 
 @pytest.mark.parametrize("weights", [{"law": 1e308, "code": 1e308}, {"law": 10**400, "code": 1}])
 def test_weights_whose_sum_is_endless(weights: dict[str, float]) -> None:
+    experts = [{"name": name, "model": f"./{name}"} for name in weights]
     with pytest.raises(RecipeError, match="weights"):
-        parse_recipe({**_recipe(), "mixture": {"method": "linear", "weights": weights}})
+        parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"method": "linear", "weights": weights}})

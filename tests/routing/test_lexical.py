@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from conftest import DOMAINS, Workshop, logits_of, make_workshop
 from generated import check_generation
-from modekit.building.build import build as build_plan
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
@@ -120,14 +119,6 @@ def test_kept_tokens_stand_in_for_text_that_is_gone(tmp_path: Path) -> None:
 def test_another_carrier_is_another_build(shop: Workshop, native: Checkpoint, changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="build again"):
         refit(native, {"router": changes})
-
-
-def test_auto_takes_the_modekit_architecture_where_no_native_one_carries_it(tmp_path: Path) -> None:
-    workshop = make_workshop(tmp_path, "cohere2")
-    mixture = {"method": "routing", "router": {"fit": "lexical"}}
-    plan = make_plan(load_recipe(workshop.write(mixture=mixture)), tmp_path)
-    assert not plan.shape.plain and "subtract the mean" in plan.why
-    assert is_proven(verify(build_plan(plan, tmp_path / "OUT")))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +25,7 @@ from modekit.routing.linear import fit_gates
 from modekit.routing.refit import refit
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
+from refusal import tree
 from rounding import assert_same_checkpoint
 
 FIT: dict[str, Any] = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
@@ -137,14 +136,6 @@ def test_centroid_is_the_mean_less_the_negatives_at_length_one() -> None:
     assert_same_up_to_a_temperature(gates[0].double(), expected / expected.norm(dim=1, keepdim=True))
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -158,14 +149,14 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
     workshop: Workshop, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = fitted(workshop)
-    before = digests(checkpoint.folder)
+    before = tree(checkpoint.folder)
 
     def no_forward(*_: Any, **__: Any) -> Any:
         raise AssertionError("a re-fit from kept statistics must not run the model")
 
     monkeypatch.setattr(inputs_module, "expert_view", no_forward)
     refit(checkpoint, changes)
-    after = digests(checkpoint.folder)
+    after = tree(checkpoint.folder)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed <= {ROUTER_FILE, "config.json", "modekit.json", ".modekit"}
     reopened = open_checkpoint(checkpoint.folder)
@@ -173,25 +164,30 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
     assert reopened.config["num_experts_per_tok"] == reopened.record.recipe.top_k == expected_k
 
 
-def test_interrupted_fit_goes_on_with_the_next_domain(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = fitted(workshop)
-    expected = shutil.copytree(checkpoint.folder, workshop.root / "EXPECTED")
-    (checkpoint.folder / STATISTICS_FOLDER / "law.safetensors").unlink()
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for every domain whose text is read."""
     read: list[int] = []
     real = inputs_module.capture_domain
     monkeypatch.setattr(inputs_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    return read
+
+
+def test_interrupted_fit_goes_on_with_the_next_domain(workshop: Workshop, read: list[int]) -> None:
+    checkpoint = fitted(workshop)
+    expected = shutil.copytree(checkpoint.folder, workshop.root / "EXPECTED")
+    (checkpoint.folder / STATISTICS_FOLDER / "law.safetensors").unlink()
+    read.clear()
     refit(checkpoint, {})
     assert len(read) == 1
     assert_same_checkpoint(checkpoint.folder, expected)
 
 
-def test_changed_text_is_read_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_text_is_read_again(workshop: Workshop, read: list[int]) -> None:
     checkpoint = fitted(workshop)
     text = workshop.root / "text" / "law.jsonl"
     text.write_text(text.read_text().replace("clause", "schedule"))
-    read: list[int] = []
-    real = inputs_module.capture_domain
-    monkeypatch.setattr(inputs_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    read.clear()
     refit(checkpoint, {})
     assert len(read) == 1
 

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-import modekit as modekit_api
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from command_line import ended, modekit
 from conftest import _WORDS
 from domain_mixtures import TWO, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.routing.text_router import TextRouter
@@ -93,11 +91,6 @@ def test_nobody_knows_an_empty_text(mixtures: dict[str, Checkpoint]) -> None:
     for name in ("lexical", "bigrams"):
         found = TextRouter(mixtures[name]).decide("")
         assert (found.expert, found.tokens) == ("base", 0) and sum(found.probabilities.values()) == pytest.approx(1)
-
-
-def test_a_router_that_reads_the_model_is_refused(mixtures: dict[str, Checkpoint]) -> None:
-    with pytest.raises(UnsupportedError, match="cannot tell by a text alone"):
-        modekit_api.router(mixtures["hidden"])
 
 
 def test_route_from_the_command_line(mixtures: dict[str, Checkpoint]) -> None:

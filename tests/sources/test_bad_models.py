@@ -27,17 +27,11 @@ from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
 from modekit.sources.source import open_source
 from modekit.sources.tokenizer import copied_content
-from refusal import borrow, copy_base, copy_expert, refuse_build
+from refusal import copy_base, copy_expert, refuse_build
 
 LAW = "experts[1] 'law' (./law)"
 FFN = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
-
-
-@pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
-    """A recipe over the shared models."""
-    return borrow(shared_workshop, tmp_path)
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

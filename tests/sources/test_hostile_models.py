@@ -25,15 +25,10 @@ from modekit.sources.contents import WeightFile
 from modekit.sources.names import natural_key, split_layer
 from modekit.sources.source import open_source
 from mutations import limited
-from refusal import borrow, copy_base, copy_expert, refuse_build
+from refusal import copy_base, copy_expert, refuse_build
 
 TRUSTING = Run(trust_remote_code=True)
 NAME = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
-    return borrow(shared_workshop, tmp_path)
 
 
 def planned(bench: Workshop, run: Run | None = None) -> Any:

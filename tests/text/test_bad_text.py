@@ -19,11 +19,10 @@ MIXTURE = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens":
 
 
 @pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+def bench(bench: Workshop) -> Workshop:
     """A recipe that fits its router, over the shared models and texts."""
-    workshop = borrow(shared_workshop, tmp_path)
-    workshop.recipe["mixture"] = MIXTURE
-    return workshop
+    bench.recipe["mixture"] = MIXTURE
+    return bench
 
 
 @pytest.fixture(scope="module")
@@ -140,20 +139,15 @@ def test_unusual_text_is_read(tmp_path: Path) -> None:
 # eval and fit
 
 
-def test_eval_without_its_text(fitted: Path) -> None:
-    (fitted.parent / "text" / "law.jsonl").unlink()
+@pytest.mark.parametrize(
+    ("place", "name", "command"),
+    [(1, "law", ("eval",)), (2, "code", ("fit", "tokens_per_domain=50"))],  # kept statistics do not say this
+)
+def test_text_that_is_gone(fitted: Path, place: int, name: str, command: tuple[str, ...]) -> None:
+    (fitted.parent / "text" / f"{name}.jsonl").unlink()
     before = tree(fitted)
-    message = refuse("eval", fitted)
-    assert "experts[1] 'law'" in message
-    assert "the text does not exist" in message
-    assert tree(fitted) == before
-
-
-def test_fit_with_text_that_is_gone(fitted: Path) -> None:
-    (fitted.parent / "text" / "code.jsonl").unlink()
-    before = tree(fitted)
-    message = refuse("fit", fitted, "tokens_per_domain=50")  # kept statistics do not say this
-    assert "experts[2] 'code'" in message
+    message = refuse(command[0], fitted, *command[1:])
+    assert f"experts[{place}] '{name}'" in message and "the text does not exist" in message
     assert tree(fitted) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from modekit.text.documents import read_documents
 from modekit.text.records import conversation_of
 from modekit.text.sequences import encode
 from modekit.text.splits import digest_of, split_of, text_record
+from text_files import write_records
 
 SAID: list[dict[str, str]] = [
     {"role": "user", "content": "what is fever"},
@@ -24,9 +24,7 @@ SAID: list[dict[str, str]] = [
 
 
 def read(tmp_path: Path, name: str, lines: list[Any]) -> list[Document]:
-    path = tmp_path / name
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return read_documents([str(path)], root=tmp_path, where="text")
+    return read_documents([write_records(tmp_path / name, lines)], root=tmp_path, where="text")
 
 
 def test_a_record_of_messages_is_one_document_by_what_was_said(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from modekit.text.document import Conversation, Document, Pair, text_of
 from modekit.text.documents import read_documents
 from modekit.text.records import data_of
 from modekit.text.sequences import encode
+from text_files import write_records
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 SAID = ["what is fever", "a thing"]
@@ -33,8 +34,7 @@ TURNS = [{"from": "system", "value": "be kind"}, {"from": "human", "value": SAID
 
 
 def read(path: Path, *records: dict[str, Any]) -> list[Document]:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return read_documents([path.name], root=path.parent, where="law")
+    return read_documents([write_records(path, records)], root=path.parent, where="law")
 
 
 @pytest.mark.parametrize("record", EXCHANGES)

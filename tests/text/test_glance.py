@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from command_line import ended
 from conftest import Workshop
-from refusal import borrow, run_python
+from refusal import without_torch
 
 MIXTURE = {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 64}}
 
 
 @pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
-    workshop = borrow(shared_workshop, tmp_path)
-    workshop.recipe["mixture"] = MIXTURE
-    return workshop
+def bench(bench: Workshop) -> Workshop:
+    bench.recipe["mixture"] = MIXTURE
+    return bench
 
 
 def test_a_plan_reads_text_without_torch(bench: Workshop) -> None:
-    done = run_python(PLANS, "plan", bench.write())
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-PLANS = """
-import sys
-from modekit.cli import app
-try:
-    app()
-finally:
-    assert not {'torch', 'transformers'} & set(sys.modules)
-"""
+    without_torch("plan", bench.write())
 
 
 def test_too_little_text_and_one_model_twice_are_noted(bench: Workshop) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,18 @@ import pytest
 from modekit.recipes.recipe import Recipe
 from modekit.text.held_out import RecipeTexts, fit_documents, read_text
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, Split, digest_of, mark_of, split_of
+from text_files import write_records
 
 LAW, OTHER = ([f"{name} number {place}" for place in range(200)] for name in ("law", "other"))
-
-
-def write(path: Path, documents: list[str]) -> str:
-    path.write_text("\n".join(json.dumps({"text": document}) for document in documents) + "\n")
-    return f"./{path.name}"
 
 
 def recipe_of(tmp_path: Path, **law: Any) -> Recipe:
     """Two experts; `law` says what the first has, `eval` among it."""
     given = {"eval": law.pop("eval")} if "eval" in law else {}
+    code = write_records(tmp_path / "code.jsonl", (f"code {place}" for place in range(50)))
     experts = [
         {"name": "law", "model": "base", **law},
-        {"name": "code", "model": "base", "text": write(tmp_path / "code.jsonl", [f"code {place}" for place in range(50)])},
+        {"name": "code", "model": "base", "text": code},
     ]
     return Recipe.model_validate({"base_model": "base", "experts": experts, "mixture": {"method": "linear"}, **given})
 
@@ -43,7 +39,7 @@ def chosen(texts: RecipeTexts, name: str) -> set[str]:
 
 
 def test_of_the_experts_text_each_split_has_its_use(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", LAW), prompts=["a prompt"])
+    recipe = recipe_of(tmp_path, text=write_records(tmp_path / "law.jsonl", LAW), prompts=["a prompt"])
     texts = RecipeTexts(recipe, tmp_path)
     assert set(texts.fit(0)) == {"a prompt", *of(LAW, "fit")} == set(fit_documents(recipe.experts[0], tmp_path, 0))
     assert chosen(texts, "law") == of(LAW, "select")
@@ -51,14 +47,14 @@ def test_of_the_experts_text_each_split_has_its_use(tmp_path: Path) -> None:
 
 
 def test_what_eval_gives_is_shown_whole_and_the_own_text_chooses(tmp_path: Path) -> None:
-    law, other = write(tmp_path / "law.jsonl", LAW), write(tmp_path / "other.jsonl", OTHER)
+    law, other = write_records(tmp_path / "law.jsonl", LAW), write_records(tmp_path / "other.jsonl", OTHER)
     texts = RecipeTexts(recipe_of(tmp_path, text=law, eval={"law": other}), tmp_path)
     assert chosen(texts, "law") == of(LAW, "select")
     assert shown(texts, "law") == set(OTHER)
 
 
 def test_where_only_eval_gives_text_what_chose_is_not_shown(tmp_path: Path) -> None:
-    texts = RecipeTexts(recipe_of(tmp_path, eval={"law": write(tmp_path / "other.jsonl", OTHER)}), tmp_path)
+    texts = RecipeTexts(recipe_of(tmp_path, eval={"law": write_records(tmp_path / "other.jsonl", OTHER)}), tmp_path)
     assert chosen(texts, "law") == of(OTHER, "select") and texts.fit(0) == []
     assert shown(texts, "law") == set(OTHER)  # nothing has been chosen yet
     assert shown(texts, "law", [digest_of(each) for each in chosen(texts, "law")]) == of(OTHER, "fit", "report")
@@ -71,7 +67,7 @@ def test_what_set_a_router_is_not_shown_whatever_file_names_it(tmp_path: Path) -
     """Also under another domain's name, and also a single prompt, for or against."""
     held_out = sorted(of(LAW, "select", "report"))
     prompts, against = held_out[:2], held_out[2:4]
-    law = write(tmp_path / "law.jsonl", LAW)
+    law = write_records(tmp_path / "law.jsonl", LAW)
     recipe = recipe_of(tmp_path, text=law, eval={"law": law, "poetry": law})
     experts = [recipe.experts[0].model_copy(update={"prompts": prompts, "negative_prompts": against}), recipe.experts[1]]
     texts = RecipeTexts(recipe.model_copy(update={"experts": experts}), tmp_path)
@@ -80,7 +76,7 @@ def test_what_set_a_router_is_not_shown_whatever_file_names_it(tmp_path: Path) -
 
 
 def test_what_trained_a_model_neither_chooses_nor_is_shown(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", LAW))
+    recipe = recipe_of(tmp_path, text=write_records(tmp_path / "law.jsonl", LAW))
     select, report = sorted(of(LAW, "select"))[0], sorted(of(LAW, "report"))[0]
     for name in ("model", "mixture"):
         folder = tmp_path / name
@@ -93,8 +89,8 @@ def test_what_trained_a_model_neither_chooses_nor_is_shown(tmp_path: Path) -> No
 
 def test_another_text_that_is_given_by_command_obeys_the_same_rule(tmp_path: Path) -> None:
     prompt = sorted(of(OTHER, "select"))[0]
-    recipe = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", LAW), prompts=[prompt])
-    given = read_text([write(tmp_path / "other.jsonl", OTHER)], root=tmp_path, where="--text")
+    recipe = recipe_of(tmp_path, text=write_records(tmp_path / "law.jsonl", LAW), prompts=[prompt])
+    given = read_text([write_records(tmp_path / "other.jsonl", OTHER)], root=tmp_path, where="--text")
     assert set(RecipeTexts(recipe, tmp_path).select_of(given)) == of(OTHER, "select") - {prompt}
     assert set(given.split("fit")) == of(OTHER, "fit") and set(given.split("report")) == of(OTHER, "report")
 
@@ -105,7 +101,7 @@ def test_each_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     read: list[str] = []
     real = module.read_documents
     monkeypatch.setattr(module, "read_documents", lambda *a, **k: (read.append(k["where"]), real(*a, **k))[1])
-    law = write(tmp_path / "law.jsonl", LAW)
+    law = write_records(tmp_path / "law.jsonl", LAW)
     texts = RecipeTexts(recipe_of(tmp_path, text=law, eval={"law": law}), tmp_path)
     texts.select(), texts.report(), texts.fit(0), texts.report()
     assert sorted(read) == ["eval.law", "experts[0] 'law': text", "experts[1] 'code': text"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import pytest
 from conftest import Workshop, make_workshop
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TextError
-from modekit.text.records import data_of
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop, pairs
 from refusal import refuse, refuse_build
+from text_files import write_records
 
 PLAIN = [{"text": f"plain {number} text"} for number in range(60)]
-PAIRS = [data_of(pair) for pair in pairs(60)]
+PAIRS = pairs(60)
 FITS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
     "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 64},
@@ -27,19 +26,15 @@ FITS: dict[str, dict[str, Any]] = {
 }
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def of_pairs(root: Path) -> tuple[Workshop, list[dict[str, Any]], str]:
+def of_pairs(root: Path) -> tuple[Workshop, list[Any], str]:
     return make_pair_workshop(root, "bart"), PLAIN, "needs pairs"
 
 
-def of_text(root: Path) -> tuple[Workshop, list[dict[str, Any]], str]:
+def of_text(root: Path) -> tuple[Workshop, list[Any], str]:
     return make_workshop(root), PAIRS, "reads plain text"
 
 
-Made = Callable[[Path], tuple[Workshop, list[dict[str, Any]], str]]
+Made = Callable[[Path], tuple[Workshop, list[Any], str]]
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -48,7 +43,7 @@ def test_a_build_refuses_the_other_kind_whatever_its_router_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made, fit: str
 ) -> None:
     shop, wrong, says = made(tmp_path)
-    write(tmp_path / "wrong.jsonl", wrong)
+    write_records(tmp_path / "wrong.jsonl", wrong)
     for expert in shop.recipe["experts"][1:]:
         expert["text"] = "./wrong.jsonl"
     monkeypatch.setattr("modekit.building.build.staging", None)  # before anything is copied
@@ -60,7 +55,7 @@ def test_a_build_refuses_the_other_kind_whatever_its_router_reads(
 def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path, made: Made) -> None:
     shop, wrong, says = made(tmp_path)
     mixture = {"top_k": 2, "modules": ["mlp"], "router": FITS["bigrams"]}
-    write(tmp_path / "wrong.jsonl", wrong)
+    write_records(tmp_path / "wrong.jsonl", wrong)
     out = shop.build(mixture=mixture, eval={"music": "./wrong.jsonl"})
     message = refuse("eval", out)
     assert says in message and "where:    eval.music" in message
@@ -68,6 +63,6 @@ def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path,
     with pytest.raises(TextError, match=rf"{says}[\s\S]*generic"):
         train(open_checkpoint(out), settings)
     for expert in shop.recipe["experts"]:
-        write(tmp_path / expert["text"], wrong)
+        write_records(tmp_path / expert["text"], wrong)
     message = refuse("fit", out, "fit=logistic")
     assert says in message and "experts[0] 'medicine': text" in message

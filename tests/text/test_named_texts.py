@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,18 @@ import pytest
 from conftest import Workshop
 from modekit.errors import TextError
 from modekit.text.documents import read_documents
-from modekit.text.records import data_of
 from pair_models import pairs as few_words
 from refusal import refuse, refuse_build
-
-
-def write(path: Path, documents: list[Any]) -> str:
-    path.write_text("".join(json.dumps(data_of(document)) + "\n" for document in documents), encoding="utf-8")
-    return path.name
+from text_files import write_records
 
 
 def test_which_text_is_of_the_other_kind(tmp_path: Path) -> None:
-    pairs, plain = write(tmp_path / "pairs.jsonl", few_words(3)), write(tmp_path / "plain.jsonl", ["some plain words"])
+    pairs = write_records(tmp_path / "pairs.jsonl", few_words(3))
+    plain = write_records(tmp_path / "plain.jsonl", ["some plain words"])
     for specs in ([pairs, plain], [plain, pairs]):
         with pytest.raises(TextError, match="pairs and plain text") as caught:
             read_documents(specs, root=tmp_path, where="--text")
-        assert "pairs in pairs.jsonl, plain text in plain.jsonl: " in str(caught.value.found)
+        assert f"pairs in {pairs}, plain text in {plain}: " in str(caught.value.found)
 
 
 def test_a_damaged_table_is_not_told_to_name_its_columns(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from modekit.text.records import data_of, record_of
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import digest_of, text_record
 from pair_models import pair_tokenizer, pairs
+from text_files import write_records
 
 SAID = [("good day", "bonjour"), ("one, two", "un, deux"), ("where?", "où ?")]
 PAIRS = [Pair(*sides) for sides in SAID]
@@ -27,10 +27,6 @@ PAIRS = [Pair(*sides) for sides in SAID]
 
 def read(root: Path, *specs: str) -> list[Document]:
     return read_documents(specs, root=root, where="text")
-
-
-def write_lines(path: Path, lines: list[Any]) -> None:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
 
 
 def test_a_pair_is_both_sides() -> None:
@@ -59,8 +55,8 @@ def test_what_is_no_pair(record: dict[object, object]) -> None:
 
 
 def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", [{"source": f" {source} ", "target": target, "id": 7} for source, target in SAID])
-    write_lines(tmp_path / "b.jsonl", [{"translation": {"en": source, "fr": target}} for source, target in SAID])
+    write_records(tmp_path / "a.jsonl", [{"source": f" {source} ", "target": target, "id": 7} for source, target in SAID])
+    write_records(tmp_path / "b.jsonl", [{"translation": {"en": source, "fr": target}} for source, target in SAID])
     sides = {"source": [source for source, _ in SAID], "target": [target for _, target in SAID]}
     parquet.write_table(pa.table(sides), tmp_path / "c.parquet")
     parquet.write_table(pa.table({"translation": [{"en": s, "fr": t} for s, t in SAID]}), tmp_path / "d.parquet")
@@ -74,7 +70,7 @@ def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> 
 
 def test_text_counts_before_a_source_that_says_where_it_is_from(tmp_path: Path) -> None:
     record = {"text": "plain", "source": "the web", "target": "nobody"}
-    write_lines(tmp_path / "a.jsonl", [record])
+    write_records(tmp_path / "a.jsonl", [record])
     parquet.write_table(pa.table({key: [value] for key, value in record.items()}), tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
         (document,) = read(tmp_path, name)
@@ -96,7 +92,7 @@ def test_a_side_that_a_table_lacks_is_no_row_to_skip(tmp_path: Path, columns: di
     with pytest.raises(TextError, match=says):
         read(tmp_path, "a.parquet")
     rows = [{name: values[row] for name, values in columns.items()} for row in range(2)]
-    write_lines(tmp_path / "a.jsonl", rows)
+    write_records(tmp_path / "a.jsonl", rows)
     with pytest.raises(TextError, match=says.replace("row ", "a.jsonl:")):
         read(tmp_path, "a.jsonl")
 
@@ -108,12 +104,12 @@ def test_of_several_languages_the_two_that_are_there(tmp_path: Path) -> None:
 
 
 def test_one_domain_has_pairs_or_plain_text(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", [{"source": "a", "target": "b"}, {"text": "c"}])
+    write_records(tmp_path / "a.jsonl", [{"source": "a", "target": "b"}, {"text": "c"}])
     with pytest.raises(TextError, match=r"pairs and plain text[\s\S]*here"):
         read_documents(["a.jsonl"], root=tmp_path, where="here")
     with pytest.raises(TextError, match="pairs and plain text"):
         list(make_batches([TokenSequence((1, 2)), TokenSequence((1, 2), target=(3,))]))
-    write_lines(tmp_path / "b.jsonl", [{"source": f"{number}", "target": "b"} for number in range(20)])
+    write_records(tmp_path / "b.jsonl", [{"source": f"{number}", "target": "b"} for number in range(20)])
     with pytest.raises(TextError, match=r"prompts are plain text[\s\S]*experts\[0\] 'one': prompts[\s\S]*'a question'"):
         fit_documents(Expert(name="one", model="x", text=["b.jsonl"], prompts=["a question"]), tmp_path, 0)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,38 +16,28 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair
-from modekit.text.records import data_of
 from modekit.training.settings import train_settings
 from modekit.training.texts import read_texts
 from pair_models import make_pair_workshop, pair_tokenizer
 from refusal import refuse_build
+from text.test_kinds import FITS
+from text_files import write_records
 
 TOO_LONG = "no pair is short enough to be read"
-ROUTERS: dict[str, dict[str, Any]] = {
-    "lexical": {"fit": "lexical"},
-    "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 64},
-    "logistic": {"fit": "logistic"},
-}
-
-
-def long_pairs(path: Path, count: int = 60) -> str:
-    """Of 200 tokens a side."""
-    lines = (json.dumps(data_of(Pair(f"{number} " + "fever " * 33, f"{number} " + "DOSE " * 40))) for number in range(count))
-    path.write_text("\n".join(lines))
-    return f"./{path.name}"
 
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Workshop:
     made = make_pair_workshop(tmp_path, "bart")
-    long_pairs(tmp_path / "long.jsonl")
+    sides = ((f"{number} " + "fever " * 33, f"{number} " + "DOSE " * 40) for number in range(60))  # of 200 tokens each
+    write_records(tmp_path / "long.jsonl", (Pair(*each) for each in sides))
     return made
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", FITS)
 def test_a_build_says_that_the_pairs_are_too_long(shop: Workshop, router: str) -> None:
     shop.recipe["experts"][1]["text"] = "./long.jsonl"
-    message = refuse_build(shop, mixture={"top_k": 2, "router": {**ROUTERS[router], "sequence_length": 128}})
+    message = refuse_build(shop, mixture={"top_k": 2, "router": {**FITS[router], "sequence_length": 128}})
     assert TOO_LONG in message and "experts[1] 'law'" in message and "at most 128 tokens" in message
     assert "shorter pairs" in message and "more text" not in message
 
@@ -70,13 +58,13 @@ def test_whatever_trains_says_so(shop: Workshop) -> None:
     with pytest.raises(TextError, match=TOO_LONG) as caught:
         read_material(["./long.jsonl"], None, Reading(pair_tokenizer(), shop.root, training))
     assert "60 documents" in str(caught.value.found) and "128" in str(caught.value.expected)
-    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}))
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": FITS["bigrams"]}))
     settings = train_settings({"what": ["mlp"], "sequence_length": 128}, where="test")
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text law"):
         read_texts(checkpoint, settings, {"law": ["./long.jsonl"]}, shop.root, run=QUIET)
 
 
 def test_whatever_compares_says_so(shop: Workshop) -> None:
-    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}, eval={"law": "./long.jsonl"}))
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": FITS["bigrams"]}, eval={"law": "./long.jsonl"}))
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*eval\.law"):
         held_out_domains(checkpoint, tokens_per_domain=1_000, sequence_length=128)

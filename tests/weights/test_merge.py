@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,9 @@ from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.merge import merged as merge_of
 from modekit.weights.numeric import DTYPES as NUMPY_DTYPES
 from modekit.weights.numeric import blocks as blocks_of
-from refusal import borrow, tree
+from refusal import tree
 
 Reference = Callable[[BackboneMerge, torch.Tensor, list[torch.Tensor]], torch.Tensor]
-
-
-@pytest.fixture
-def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
-    """A recipe over the shared models."""
-    return borrow(shared_workshop, tmp_path)
 
 
 def average(_settings: BackboneMerge, _base: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:
