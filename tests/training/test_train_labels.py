@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_text
+from conftest import Workshop
+from labelled import make_labelled
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.training import train_words
@@ -20,7 +21,6 @@ from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
-from modekit.text.tags import add_tags
 from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.losses import GENERIC
@@ -39,16 +39,8 @@ COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 
 @pytest.fixture(scope="module")
 def tagged_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Base and one expert per domain, of one layer, with a tag for each domain."""
-    root = tmp_path_factory.mktemp("tagged")
-    tokenizer = character_tokenizer()
-    assert add_tags(tokenizer, DOMAINS, where="test") == TAGS
-    for seed, name in enumerate(("base", *DOMAINS)):
-        tiny_model(seed=seed, num_hidden_layers=1, vocab_size=99).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    write_text(root / "text")
-    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
-    return Workshop(root, {"base_model": "./base", "experts": experts})
+    """Base and one expert per domain, with a tag for each domain."""
+    return make_labelled(tmp_path_factory.mktemp("tagged"))
 
 
 def settings(**said: Any) -> TrainSettings:
