@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import logging
 
 from sampled import mark_sampled
+
+if TYPE_CHECKING:
+    from modekit.planning.plan import Plan
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
@@ -127,13 +130,18 @@ class Workshop:
         path.write_text(yaml.safe_dump({**self.recipe, **changes}, sort_keys=False))
         return path
 
-    def build(self, name: str = "OUT", **changes: Any) -> Path:
-        """Build the recipe with changes; returns the checkpoint folder."""
-        from modekit.building.build import build
+    def plan(self, **changes: Any) -> Plan:
+        """Plan the recipe with changes."""
         from modekit.planning.make import make_plan
         from modekit.recipes.read import load_recipe
 
-        build(make_plan(load_recipe(self.write(**changes)), self.root), self.root / name, overwrite=True)
+        return make_plan(load_recipe(self.write(**changes)), self.root)
+
+    def build(self, name: str = "OUT", **changes: Any) -> Path:
+        """Build the recipe with changes; returns the checkpoint folder."""
+        from modekit.building.build import build
+
+        build(self.plan(**changes), self.root / name, overwrite=True)
         return self.root / name
 
 

@@ -19,9 +19,7 @@ from modekit.building.verify import verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError, SourceError
 from modekit.files.read import open_regular
-from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.recipes.read import load_recipe
 from modekit.run import Run
 from refusal import copy_expert, tree
 
@@ -39,10 +37,6 @@ def law_of(bench: Workshop) -> Path:
     return bench.root / "law" / "model.safetensors"
 
 
-def plan_of(bench: Workshop, **changes: Any) -> Plan:
-    return make_plan(load_recipe(bench.write(**changes)), bench.root)
-
-
 def refused(plan: Plan, kind: type[ModekitError], match: str, run: Run | None = None) -> ModekitError:
     """Build to OUT: the error; nothing may be left behind."""
     out = plan.root / "OUT"
@@ -56,7 +50,7 @@ def test_a_source_that_shrinks_while_it_is_hashed(bench: Workshop, monkeypatch: 
     """It ended the process by SIGBUS, without a message."""
     law = law_of(bench)
     monkeypatch.setattr("modekit.building.build.check_finite", lambda *_: os.truncate(law, 5000))
-    assert refused(plan_of(bench), SourceError, "became shorter|has changed").where == str(law)
+    assert refused(bench.plan(), SourceError, "became shorter|has changed").where == str(law)
 
 
 @pytest.mark.parametrize("changes", [HALF, {"mixture": {"router": {"fit": "random"}, "backbone": "ties"}}])
@@ -64,7 +58,7 @@ def test_a_source_that_shrinks_while_tensors_are_computed_of_it(
     bench: Workshop, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     law = law_of(bench)
-    plan = plan_of(bench, **changes)
+    plan = bench.plan(**changes)
     monkeypatch.setattr("modekit.building.build.Inspector", Idle)
     monkeypatch.setattr("modekit.planning.tensors.is_finite", lambda *_: os.truncate(law, 5000) is None)
     assert refused(plan, SourceError, "became shorter|has changed").where == str(law)
@@ -79,7 +73,7 @@ class Idle(Inspector):
 
 @pytest.mark.parametrize("watched", ["copying", "hashing"])
 def test_a_source_replaced_between_plan_and_build(bench: Workshop, monkeypatch: pytest.MonkeyPatch, watched: str) -> None:
-    plan, law = plan_of(bench), law_of(bench)
+    plan, law = bench.plan(), law_of(bench)
     shutil.copy2(law, law.with_suffix(".new"))  # the same bytes, size and time: who knows that they are the same?
     law.with_suffix(".new").replace(law)
     if watched == "copying":
@@ -90,7 +84,7 @@ def test_a_source_replaced_between_plan_and_build(bench: Workshop, monkeypatch: 
 
 
 def test_a_source_changed_after_it_was_copied_and_before_it_is_hashed(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, law, copied = plan_of(bench), law_of(bench), threading.Event()
+    plan, law, copied = bench.plan(), law_of(bench), threading.Event()
     inspect, finish = Inspector._inspect, Inspector.finish
 
     def late(inspector: Inspector, file: Path, refs: list[Any]) -> str:
@@ -111,7 +105,7 @@ def test_a_source_changed_after_it_was_copied_and_before_it_is_hashed(bench: Wor
 def test_a_source_changed_after_it_was_hashed_and_before_all_is_copied(
     bench: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, law = plan_of(bench), law_of(bench)
+    plan, law = bench.plan(), law_of(bench)
     monkeypatch.setattr("modekit.building.build.Inspector", Idle)  # as if it had been done long ago
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -136,7 +130,7 @@ def broken_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize("watched", ["copying", "computing", "hashing"])
 def test_a_source_that_the_disk_does_not_give(bench: Workshop, monkeypatch: pytest.MonkeyPatch, watched: str) -> None:
-    plan = plan_of(bench, **HALF) if watched == "computing" else plan_of(bench)
+    plan = bench.plan(**HALF) if watched == "computing" else bench.plan()
     broken_disk(monkeypatch, "model.safetensors")
     if watched == "hashing":
         monkeypatch.setattr("modekit.building.build.write_shards", lambda *_: None)
@@ -153,7 +147,7 @@ def test_a_source_that_the_disk_does_not_give(bench: Workshop, monkeypatch: pyte
 
 def test_a_tokenizer_file_that_cannot_be_read_is_no_error_of_the_output(bench: Workshop) -> None:
     shutil.copytree(bench.recipe["base_model"], bench.root / "base")
-    plan = plan_of(bench, base_model="./base")
+    plan = bench.plan(base_model="./base")
     (bench.root / "base" / "tokenizer.json").unlink()
     assert str(refused(plan, SourceError, "cannot be read").where).endswith("tokenizer.json")
 

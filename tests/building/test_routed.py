@@ -32,7 +32,7 @@ from modekit.loaded.text_training import Training
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.routing.text_router import TextRouter
 from tiny_decoders import tiny_decoder
 
@@ -264,7 +264,7 @@ def test_members_come_and_go(tmp_path: Path, name: str) -> None:
 def test_what_this_form_cannot_say_is_refused(tmp_path: Path, family: str, says: dict[str, Any], why: str) -> None:
     shop = moe_shop(tmp_path, family, copies=True)
     with pytest.raises(UnsupportedError, match=why):
-        make_plan(load_recipe(shop.write(**says)), tmp_path)
+        shop.plan(**says)
 
 
 @pytest.mark.parametrize("top_k", [0, M + 1])
@@ -272,7 +272,7 @@ def test_a_base_whose_tokens_have_more_experts_than_there_are_is_refused(tmp_pat
     """Of fine-tunes together there are enough."""
     shop = moe_shop(tmp_path, "mixtral", copies=True, num_experts_per_tok=top_k)
     with pytest.raises(UnsupportedError, match=r"more experts than there are, or none"):
-        make_plan(load_recipe(shop.write(output={"format": "plain"})), tmp_path)
+        shop.plan(output={"format": "plain"})
 
 
 @pytest.mark.parametrize(("model_type", "why"), [("gpt_oss", "sinks"), ("olmoe", "norms of queries")])

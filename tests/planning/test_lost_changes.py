@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 
 from conftest import Workshop
-from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe
 
 ROUTER = {"fit": "random"}
 
 
 def notes_of(workshop: Workshop, **changes: Any) -> list[str]:
     """The plan's notes on full models, without a build."""
-    plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root)
+    plan = workshop.plan(**changes)
     return [note for note in plan.notes if "changed outside of the mixed modules" in note]
 
 

@@ -15,18 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from conftest import Workshop
 from modekit.building.preview import preview_of
 from modekit.files.write import safetensors_header
-from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe
 from refusal import without_torch
-
-
-def plan_of(workshop: Workshop, **changes: Any) -> Any:
-    return make_plan(load_recipe(workshop.write(**changes)), workshop.root)
 
 
 @pytest.mark.parametrize("mixture", [{"method": "linear"}, {"top_k": 1, "router": {"fit": "random"}}])
 def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[str, Any]) -> None:
-    summary = preview_of(plan_of(workshop, mixture=mixture))
+    summary = preview_of(workshop.plan(mixture=mixture))
     out = workshop.build(mixture=mixture)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert summary.parameters["total"] == sum(p.numel() for p in model.parameters())
@@ -42,7 +36,7 @@ def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[st
 
 def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
     router = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 100}
-    summary = preview_of(plan_of(workshop, mixture={"router": router}))
+    summary = preview_of(workshop.plan(mixture={"router": router}))
     out = workshop.build(mixture={"router": router})
     files = list((out / "router").glob("*.safetensors"))
     data = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
@@ -79,7 +73,7 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_shards_obey_the_size_and_say_whose_they_are(workshop: Workshop) -> None:
-    plan = plan_of(workshop, output={"shard_size": 40_000})
+    plan = workshop.plan(output={"shard_size": 40_000})
     assert all(shard.nbytes <= 40_000 or len(shard.tensors) == 1 for shard in plan.shards)
     for shard in plan.shards:
         experts = {tensor.expert for tensor in shard.tensors}

@@ -14,16 +14,11 @@ from conftest import Workshop, make_workshop
 from modekit.planning.make import make_plan
 from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
-from modekit.planning.plan import Plan
-from modekit.recipes.read import load_recipe, parse_recipe
-
-
-def planned(shop: Workshop, **changes: Any) -> Plan:
-    return make_plan(load_recipe(shop.write(**changes)), shop.root)
+from modekit.recipes.read import parse_recipe
 
 
 def said(shop: Workshop, part: str, **changes: Any) -> list[str]:
-    return [note for note in planned(shop, **changes).notes if part in note]
+    return [note for note in shop.plan(**changes).notes if part in note]
 
 
 RANDOM = {"router": {"fit": "random"}}

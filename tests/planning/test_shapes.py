@@ -15,7 +15,6 @@ from modekit.loaded.load import load_model
 from modekit.loaded.modekit import ModekitMixture
 from modekit.loaded.native import NativeMixture
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.make import make_plan
 from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
@@ -65,7 +64,7 @@ def test_names_of_layers_are_taken_apart_in_one_place() -> None:
 def test_a_plan_says_what_its_checkpoint_says(bench: Workshop, kind: str) -> None:
     changes = {"mixture": {"top_k": 2, "router": {"fit": "random"}}, "output": {"format": kind}}
     checkpoint = open_checkpoint(bench.build(**changes))
-    plan = make_plan(load_recipe(bench.write(**changes)), bench.root)
+    plan = bench.plan(**changes)
     ours, theirs = plan.shape, checkpoint.shape
     assert type(ours) is type(theirs) is {"plain": NativeShape, "modekit": ModekitShape}[kind]
     assert ours.plain == (kind == "plain") and dict(ours.config) == dict(theirs.config)

@@ -187,7 +187,7 @@ def test_generation_padding_and_beams_equal_the_full_pass(of_orders: Checkpoint)
 
 def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> None:
     mixture = {"method": "routing", "router": {"fit": "lexical", "orders": [1, 2]}}
-    plan = make_plan(load_recipe(shared_workshop.write(mixture=mixture)), shared_workshop.root)
+    plan = shared_workshop.plan(mixture=mixture)
     assert not plan.shape.plain and "n-grams of a lexical router" in plan.why
     with pytest.raises(RecipeError, match="n-grams of a lexical router"):
         load_recipe(shared_workshop.write(mixture=mixture, output={"format": "plain"}))

@@ -14,8 +14,6 @@ from building.test_routed import loaded, moe_shop
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.loaded.layers import LayerByLayer
 from modekit.loaded.load import decoder_layers
-from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe
 from modekit.routing import stream
 from modekit.routing.stream import base_by_layers
 from modekit.run import QUIET
@@ -56,7 +54,7 @@ def test_a_layer_has_the_weights_of_its_files_while_it_runs_and_no_other_has_any
         ran.append(number)
 
     monkeypatch.setattr(stream, "base_by_layers", watched)
-    plan = make_plan(load_recipe(shop.write(output={"format": "plain", "carry": "all"})), tmp_path)
+    plan = shop.plan(output={"format": "plain", "carry": "all"})
     stream.measure_stream(plan, tmp_path / "none", QUIET)
     assert ran == [0, 1, 2] * (len(ran) // 3) and ran and in_memory(made[0].model) == outside
 

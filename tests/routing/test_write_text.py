@@ -198,10 +198,7 @@ def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch
 
 
 def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
-    assert any(
-        "text of medicine, law, general: the models write it" in note
-        for note in make_plan(load_recipe(bench.write()), bench.root).notes
-    )
+    assert any("text of medicine, law, general: the models write it" in note for note in bench.plan().notes)
     assert not (bench.root / "self-text").exists()
     checkpoint = open_checkpoint(bench.build())
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)

@@ -12,8 +12,6 @@ from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_domains
 from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
-from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair
 from modekit.training.settings import train_settings
@@ -49,7 +47,7 @@ def test_text_that_a_model_with_an_encoder_has_not_is_asked_for(shop: Workshop, 
     if texts == "self":
         assert "an encoder cannot write text of its own" in refuse_build(shop)
     else:
-        notes = make_plan(load_recipe(shop.write()), shop.root).notes
+        notes = shop.plan().notes
         assert "no expert has text: parallel text of each gives a far better router" in notes
 
 
