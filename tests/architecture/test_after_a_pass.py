@@ -1,9 +1,8 @@
-"""Whatever a pass was told, and however it ended, the next one is as if it had not been."""
+"""What a pass is told is for its own sources; whatever it was, and however it ended, the next is as if it had not been."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from pair_models import built, inputs, logits_of, write_models, written
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONCE = {"modules": "all", "router": {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}}
+MIXTURES: dict[str, dict[str, Any]] = {"whole models": ONCE, "FFNs": {"top_k": 2}}
 
 
-@pytest.fixture(scope="module", params=["t5"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two full models."""
-    return write_models(tmp_path_factory.mktemp("after"), str(request.param))
+    return write_models(tmp_path_factory.mktemp("after"), "t5")
 
 
 def loss_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -29,17 +29,51 @@ def loss_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
     return loss
 
 
+# --- experts that are named one per source: as many as there are sources, each of which may have several beams
+
+
+@pytest.mark.parametrize("mixed", list(MIXTURES))
+def test_fewer_experts_than_sources_are_refused(folder: Path, mixed: str) -> None:
+    """Two for four sources might be meant for two beams of two sources, which an encoder never sees."""
+    model, four = load_model(built(folder, MIXTURES[mixed], "one", "two")), inputs("right", (9, 6, 3, 5))
+    model.use_expert(["one", "two"])
+    for how in ({}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+        with pytest.raises(ValueError, match="use_expert was given 2 experts, for 4 sequences"):
+            written(model, four, **how)
+    with pytest.raises(ValueError, match="use_expert was given 2 experts, for 4 sequences"):
+        logits_of(model, four)
+    found = logits_of(model, inputs("right", (9, 6)))  # what was refused left nothing behind
+    for row, name in enumerate(("one", "two")):
+        model.use_expert(name)
+        alone = logits_of(model, inputs("right", (9, 6)))[row]
+        torch.testing.assert_close(found[row], alone, atol=1e-5 * float(alone.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixed", list(MIXTURES))
+def test_beams_of_a_source_share_its_expert(folder: Path, mixed: str) -> None:
+    model, said = load_model(built(folder, MIXTURES[mixed], "one", "two")), inputs("right", (9, 6))
+    for how in ({}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 2}):
+        alone = []
+        for name in ("one", "two"):
+            model.use_expert(name)
+            alone.append(written(model, said, **how))
+        model.use_expert(["one", "two"])
+        found, rows = written(model, said, **how), how.get("num_return_sequences", 1)
+        assert torch.equal(found, torch.cat([alone[0][:rows], alone[1][rows:]])), how
+
+
 # --- gradient checkpointing, which runs layers a second time
 
 
-def check_that_no_expert_stays(model: Any, said: dict[str, torch.Tensor], expert: str) -> None:
+def test_an_expert_that_a_layer_is_run_again_with_does_not_stay(folder: Path) -> None:
     """An expert that was named in the pass is the recomputed layers' too, and nobody's afterwards."""
+    model, said = load_model(built(folder, ONCE, "one", "two")), inputs()
     routed, found = logits_of(model, said), []
     for checkpointing in (False, True):
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.use_expert(expert)
+        model.use_expert("one")
         loss = loss_of(model, said)
         model.use_expert(None)
         loss.backward()
@@ -50,10 +84,6 @@ def check_that_no_expert_stays(model: Any, said: dict[str, torch.Tensor], expert
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-12, rtol=1e-4)
-
-
-def test_an_expert_that_a_layer_is_run_again_with_does_not_stay(folder: Path) -> None:
-    check_that_no_expert_stays(load_model(built(folder, ONCE, "one", "two")), inputs(), "one")
 
 
 def test_an_encoder_that_was_run_again_does_not_run_on(folder: Path) -> None:
@@ -108,26 +138,10 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def check_that_others_run(
-    model: Any, layer: torch.nn.Module, said: dict[str, torch.Tensor], call: Callable[[], object]
-) -> None:
-    """Another thread, which waits while a pass has the turn, gets it after an interrupt in a layer."""
-    expected, found = logits_of(model, said), []
-    handle = layer.register_forward_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        call()
-    handle.remove()
-    assert not model.base_model.flow.encoding
-    thread = threading.Thread(target=lambda: found.append(logits_of(model, said)), daemon=True)
-    thread.start()
-    thread.join(20)
-    assert len(found) == 1, "it waits for a pass that is over"
-    assert torch.equal(found[0], expected)
-
-
 @pytest.mark.parametrize("how", ["a pass", "generate", "beams"])
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_an_interrupted_pass_is_over(folder: Path, stack: str, how: str) -> None:
+    """Another thread, which waits while a pass has the turn, gets it after an interrupt in a layer."""
     model, said = load_model(built(folder, ONCE, "one", "two")), inputs()
     part = model.get_encoder() if stack == "encoder" else model.get_decoder()
     layer = (part.layers if hasattr(part, "layers") else part.block)[1]
@@ -136,4 +150,14 @@ def test_an_interrupted_pass_is_over(folder: Path, stack: str, how: str) -> None
         "generate": lambda: written(model, said),
         "beams": lambda: written(model, said, num_beams=2),
     }
-    check_that_others_run(model, layer, said, calls[how])
+    expected, found = logits_of(model, said), []
+    handle = layer.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        calls[how]()
+    handle.remove()
+    assert not model.base_model.flow.encoding
+    thread = threading.Thread(target=lambda: found.append(logits_of(model, said)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(found) == 1, "it waits for a pass that is over"
+    assert torch.equal(found[0], expected)

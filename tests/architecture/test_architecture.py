@@ -672,13 +672,6 @@ class Replaced(nn.Module):
         return x @ self.packed + (0 if self.bias is None else self.bias)
 
 
-def replace_linear(model: nn.Module) -> int:
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    for name in names:
-        model.set_submodule(name, Replaced(model.get_submodule(name)))
-    return len(names)
-
-
 def test_four_bits(built: Build, ids: torch.Tensor) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -709,7 +702,8 @@ def test_from_a_config_on_no_device_with_weights_by_name(built: Build, ids: torc
         model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer, persistent=False)
     weights = {name.removeprefix("model."): tensor for name, tensor in weights_in(out).items() if name.startswith("model.")}
     model.load_state_dict(weights, assign=True)
-    replace_linear(model)
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
+        model.set_submodule(name, Replaced(model.get_submodule(name)))
     with torch.inference_mode():
         hidden = model.eval()(
             input_ids=ids[:1], position_ids=torch.arange(ids.shape[1])[None], use_cache=False, return_dict=False

@@ -59,6 +59,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses
 BY_TYPE = {family.model_type: family for family in FAMILIES if not family.pair}
 TYPES = [*BY_TYPE]
+_FOLDER = tempfile.TemporaryDirectory()
 PROMPTS = ["fever artery lesion", "licence clause party", "def return self", "salt pepper onion"]
 
 BASE, ONE, TWO, ALIKE = {"model": "base"}, {"model": "./one"}, {"model": "./two"}, {"model": "./base"}
@@ -108,7 +109,7 @@ class Bench:
 def bench_of(model_type: str) -> Bench:
     """The bench of a family, made once."""
     family, overrides = BY_TYPE[model_type], OVERRIDES.get(model_type, {})
-    root = Path(_folder()) / model_type
+    root = Path(_FOLDER.name) / model_type
     made = {}
     for seed, name in enumerate(("base", "one", "two")):
         save(tiny_model(model_type, seed=seed, **overrides), root / name)
@@ -128,16 +129,6 @@ def bench_of(model_type: str) -> Bench:
     for name, config in adapters.items():
         made[name] = train(root / "base", LoraConfig(**config), root / name)
     return Bench(family, root, made)
-
-
-@functools.cache
-def _folder() -> str:
-    folder = tempfile.TemporaryDirectory()
-    _KEPT.append(folder)
-    return folder.name
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def train(base: Path, config: LoraConfig, folder: Path) -> PreTrainedModel:
@@ -320,9 +311,7 @@ class Reference:
         self.weights: dict[str, torch.Tensor] = {}
         self.base = bench.made["base"]
         self.mask = torch.ones(0)
-        experts = [
-            bench.dense({k: v for k, v in expert.items() if k not in {"name", "prompts"}}) for expert in recipe["experts"]
-        ]
+        experts = [bench.dense(kind) for kind in kinds_of(recipe)]
         self.changed = changed_modules(bench, recipe)
         for name in self.groups:
             modules = [expert.get_submodule(name) for expert in experts]
@@ -371,13 +360,12 @@ class Reference:
             return self.weights[group]
         router = mixture["router"]
         x = (self.base.get_submodule(name)(x) if x.ndim == 2 else x).double()
-        gate, rows = self.gates[name]
         granularity = router.get("granularity", "token")
         decays = {"token": [0.0], "sequence": [1.0]}.get(granularity, router.get("decay", [0.9]))
         prefix = router.get("prefix", 64) if granularity == "sequence" else None
         logits = torch.zeros(())
-        for decay, part in zip(decays, gate.chunk(len(decays), dim=1), strict=True):
-            scores = score(x, part, rows, router["fit"])
+        for decay, part in zip(decays, self.gates[name].chunk(len(decays), dim=1), strict=True):
+            scores = (x @ part.T).abs() if router["fit"] == "arrow" else x @ part.T
             logits = logits + (so_far(scores, self.mask, decay, prefix) if decay else scores)
         if router.get("per") == "feature":
             logits = logits.unflatten(-1, (-1, len(experts)))
@@ -400,20 +388,15 @@ def mean_with(output: Any, common: torch.Tensor, share: float) -> Any:
     return output
 
 
-def score(x: torch.Tensor, gate: torch.Tensor, rows: list[int], fit: str) -> torch.Tensor:
-    """Of every expert (B, S, E): w x, or its size."""
-    return (x @ gate.T).abs() if fit == "arrow" else x @ gate.T
-
-
-def read_gates(checkpoint: Checkpoint) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """Module that decides -> gate in float64, and its rows per expert."""
+def read_gates(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Module that decides -> gate in float64."""
     found = {}
     for slot in checkpoint.slots:
         with safe_open(checkpoint.tensors[slot.name].file, framework="pt") as file:
             place = slot.name.removesuffix(".router.gate")
             if checkpoint.shape.plain:
                 place = f"model.layers.{slot.name.split('.')[2]}.mlp"
-            found[place] = (file.get_tensor(slot.name).double(), list(slot.rows))
+            found[place] = file.get_tensor(slot.name).double()
     return found
 
 
@@ -657,7 +640,9 @@ def copies(draw: st.DrawFn) -> dict[str, Any]:
     return {"family": model_type, "recipe": {"base_model": base, "experts": experts, "mixture": mixture}}
 
 
-def check_copies(drawn: dict[str, Any], seed: int) -> None:
+@FEW
+@given(drawn=copies(), seed=st.integers(0, 99))
+def test_copies_of_one_expert_are_that_expert(drawn: dict[str, Any], seed: int) -> None:
     bench, recipe = bench_of(drawn["family"]), drawn["recipe"]
     ids, mask = a_batch(seed)
     if recipe["base_model"] == "./one":
@@ -666,12 +651,6 @@ def check_copies(drawn: dict[str, Any], seed: int) -> None:
         expected = expected_model(bench, recipe, kinds_of(recipe)[0], backbone_of(bench, recipe))
     with built(bench, recipe) as (_, model):
         close(logits_of(model, ids, mask), logits_of(expected, ids, mask), mask)
-
-
-@FEW
-@given(drawn=copies(), seed=st.integers(0, 99))
-def test_copies_of_one_expert_are_that_expert(drawn: dict[str, Any], seed: int) -> None:
-    check_copies(drawn, seed)
 
 
 # --- routers

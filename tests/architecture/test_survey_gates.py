@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from architecture.test_architecture import greedy, in_pieces
 from conftest import VOCAB, Workshop, make_workshop
 from modekit.architecture.modekit_router import FINISHED, attention, cosine, select
 from modekit.building.verify import is_proven, verify
@@ -36,7 +36,6 @@ GATES: dict[str, dict[str, Any]] = {
     "groups": {"method": "routing", "groups": 2, "router": {"fit": "logistic", **LITTLE}},
     "threshold": {"method": "routing", "threshold": 0.3, "router": {"fit": "logistic", **LITTLE}},
 }
-Opened = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +43,16 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2)
 
 
-@pytest.fixture(scope="module")
-def opened(shop: Workshop) -> Opened:
-    """Opens a mixture, which is built once."""
-
-    def open_it(gate: str) -> PreTrainedModel:
-        return load_model(built(shop, gate), dtype=torch.float32).eval()
-
-    return open_it
-
-
 def built(shop: Workshop, gate: str) -> Path:
+    """A mixture, which is built once."""
     out = shop.root / gate.replace(" ", "_")
     if not out.exists():
         shop.build(out.name, mixture=GATES[gate], output={"format": "modekit"})
     return out
+
+
+def opened(shop: Workshop, gate: str) -> PreTrainedModel:
+    return load_model(built(shop, gate), dtype=torch.float32).eval()
 
 
 EVERY = pytest.mark.parametrize("gate", GATES)
@@ -80,8 +74,8 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 2e-5) -> None:
 
 
 @EVERY
-def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(opened: Opened, gate: str, ids: torch.Tensor) -> None:
-    found, active = weights(opened(gate), ids), set()
+def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(shop: Workshop, gate: str, ids: torch.Tensor) -> None:
+    found, active = weights(opened(shop, gate), ids), set()
     for weights_BSE in found.values():
         close(weights_BSE.sum(-1), torch.ones(weights_BSE.shape[:-1]))
         active |= set((weights_BSE > 0).sum(-1).flatten().tolist())
@@ -97,35 +91,28 @@ def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(opened: Ope
 
 
 @EVERY
-def test_cache_and_left_padding_are_the_whole_pass(opened: Opened, gate: str, ids: torch.Tensor) -> None:
-    model = opened(gate)
+def test_cache_and_left_padding_are_the_whole_pass(shop: Workshop, gate: str, ids: torch.Tensor) -> None:
+    model = opened(shop, gate)
     whole = logits(model, ids)
-    cache, pieces, start = DynamicCache(config=model.config), [], 0
-    for size in (7, 1, 2, *[1] * 14):
-        with torch.inference_mode():
-            output = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + size
-        pieces.append(output.logits)
-    close(torch.cat(pieces, 1), whole)
+    close(in_pieces(model, ids, [7, 1, 2, 1]), whole)
     padded = torch.cat([torch.zeros_like(ids[:, :6]), ids], 1)
     mask = (torch.arange(padded.shape[1]) >= 6).long().expand_as(padded)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     close(logits(model, padded, attention_mask=mask, position_ids=positions)[:, 6:], whole)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    text = model.generate(ids, **settings)
-    assert torch.equal(text, model.generate(ids, use_cache=False, **settings))
-    assert torch.equal(text, model.generate(padded, attention_mask=mask, **settings)[:, 6:])
+    text = greedy(model, ids)
+    assert torch.equal(text, greedy(model, ids, use_cache=False))
+    assert torch.equal(text, greedy(model, padded, attention_mask=mask)[:, 6:])
 
 
 # --- scores
 
 
-def test_hash_is_a_function_of_the_token_alone(shop: Workshop, opened: Opened, ids: torch.Tensor) -> None:
+def test_hash_is_a_function_of_the_token_alone(shop: Workshop, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(built(shop, "hash"))
     (gate_EV,) = checkpoint.gates()
     best_V = torch.from_numpy(gate_EV.copy()).argmax(0)
     assert torch.bincount(best_V, minlength=3).min() > VOCAB / 6  # about a third of the tokens each
-    (found,) = weights(opened("hash"), ids).values()
+    (found,) = weights(opened(shop, "hash"), ids).values()
     assert torch.equal(found.argmax(-1), best_V[ids])
     assert (found[found > 0] - 0.5).abs().max() < 0.01  # those chosen weigh the same
     assert checkpoint.record.router.status == "unfitted" and checkpoint.record.router.text == {}

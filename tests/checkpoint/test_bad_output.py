@@ -104,9 +104,6 @@ def test_a_path_that_no_folder_can_have(bench: Workshop, monkeypatch: pytest.Mon
         build(make_plan(load_recipe(recipe), bench.root), Path(name))
 
 
-# A full disk, Ctrl-C
-
-
 # Folders that are no checkpoint, or no longer
 
 

@@ -1,6 +1,7 @@
-"""Promises 5 and 6: the same recipe gives the same bytes, killed at any moment or not, and nothing half-made looks whole.
+"""Promises 5 and 6: the same recipe gives the same bytes, killed within any tensor or not, and nothing half-made looks whole.
 
 Each killed build runs in a forked process that ends by `os._exit`: no handler runs, nothing is flushed, as with SIGKILL.
+files/test_kills.py kills it at every change of a file.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import modekit.building.build as building
-from conftest import Workshop, make_workshop, save, tiny_model
+from conftest import Workshop, save, tiny_model
 from kills import KILLED, exit_code
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
@@ -29,24 +29,16 @@ from modekit.planning.plan import Plan
 from modekit.planning.reuse import digest_of
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
-from refusal import Tree, borrow, run_python, tree
+from refusal import borrow, run_python, tree
 
 RANDOM = {"router": {"fit": "random"}}
 FITTED = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens": 8}}
-Arm = Callable[[int], None]
-"""Prepares this process to die at the n-th moment of a kind."""
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Models of one layer, read by every test."""
-    return make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
 
 
 @pytest.fixture
-def bench(tmp_path: Path, small: Workshop) -> Workshop:
+def bench(tmp_path: Path, small_workshop: Workshop) -> Workshop:
     """A recipe of two experts over the small models, in several shards."""
-    workshop = borrow(small, tmp_path)
+    workshop = borrow(small_workshop, tmp_path)
     workshop.recipe.update(experts=workshop.recipe["experts"][:2], output={"shard_size": "30KB"}, mixture=RANDOM)
     return workshop
 
@@ -55,12 +47,12 @@ def plan_of(workshop: Workshop, **changes: Any) -> Plan:
     return make_plan(load_recipe(workshop.write(**changes)), workshop.root)
 
 
-def build_and_die(plan: Plan, out: Path, arm: Arm, count: int, *, sync: bool = True) -> bool:
-    """Build in a process of its own that dies at the given moment; False when the build ended before it came."""
+def dies(plan: Plan, out: Path, count: int, *, sync: bool = True) -> bool:
+    """Build in a process of its own that dies within the count-th tensor; False when the build ended before it came."""
     process = os.fork()
     if process == 0:
         try:
-            arm(count)
+            building.write_tensor = partial(_torn, building.write_tensor, [], count)
             build(plan, out, overwrite=True, run=Run(sync=sync))
             os._exit(0)
         except BaseException:
@@ -70,84 +62,34 @@ def build_and_die(plan: Plan, out: Path, arm: Arm, count: int, *, sync: bool = T
     return code == KILLED
 
 
-def in_tensor(_out: Path) -> Arm:
-    """Die within the n-th tensor that is written."""
-
-    def arm(count: int) -> None:
-        write_tensor, seen = building.write_tensor, 0
-
-        def dying(*args: Any) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == count:
-                args[-1].write(b"torn")
-                time.sleep(0.2)  # so that the disk has the shards before
-                os._exit(KILLED)
-            write_tensor(*args)
-
-        building.write_tensor = dying
-
-    return arm
+def _torn(write_tensor: Callable[..., None], seen: list[int], count: int, *args: Any) -> None:
+    seen.append(1)
+    if len(seen) == count:
+        args[-1].write(b"torn")
+        time.sleep(0.2)  # so that the disk has the shards before
+        os._exit(KILLED)
+    write_tensor(*args)
 
 
-def at_file_operation(out: Path) -> Arm:
-    """Die before the n-th opening, renaming, making or removing of anything under OUT*."""
-    operations = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile", "shutil.rmtree"}
-
-    def arm(count: int) -> None:
-        seen = 0
-
-        def hook(event: str, args: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event in operations or (event == "open" and str(out) in str(args[0])):
-                seen += 1
-                if seen == count:
-                    os._exit(KILLED)
-
-        sys.addaudithook(hook)
-
-    return arm
-
-
-@pytest.fixture
-def expected(bench: Workshop) -> Callable[..., Tree]:
-    """Bytes of an uninterrupted build."""
-
-    def uninterrupted(**changes: Any) -> Tree:
-        return tree(bench.build("EXPECTED", **changes))
-
-    return uninterrupted
-
-
-@pytest.mark.parametrize(
-    ("kills", "mixture", "stride"),
-    [(at_file_operation, RANDOM, 4), (in_tensor, RANDOM, 3), (at_file_operation, FITTED, 9)],
-    ids=["file operations", "tensors", "fitted"],
-)
-def test_a_build_killed_at_any_moment_ends_in_the_same_bytes(
-    bench: Workshop, expected: Callable[..., Tree], kills: Callable[[Path], Arm], mixture: dict[str, Any], stride: int
-) -> None:
-    whole, plan = expected(mixture=mixture), plan_of(bench, mixture=mixture)
+def test_a_build_killed_within_any_tensor_ends_in_the_same_bytes(bench: Workshop) -> None:
+    whole, plan = tree(bench.build("EXPECTED")), plan_of(bench)
     assert len(plan.shards) > 1
-    for count in range(1, 1000, stride):
+    for count in range(1, 1000, 3):
         out = bench.root / f"OUT{count}"
-        if not build_and_die(plan, out, kills(out), count):
+        if not dies(plan, out, count):
             break
-        if out.exists():
-            open_checkpoint(out)  # clears away what is left of the work
-        else:
-            with pytest.raises(CheckpointError, match=r"modekit\.json is missing"):
-                open_checkpoint(out)
-            build(plan, out)
+        with pytest.raises(CheckpointError, match=r"modekit\.json is missing"):
+            open_checkpoint(out)
+        build(plan, out)
         assert tree(out) == whole
         assert not out.with_name(out.name + ".partial").exists()
     assert count > 12
 
 
-def test_whole_shards_are_not_written_again(bench: Workshop, expected: Callable[..., Tree]) -> None:
-    whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
+def test_whole_shards_are_not_written_again(bench: Workshop) -> None:
+    whole, plan, out = tree(bench.build("EXPECTED")), plan_of(bench), bench.root / "OUT"
     tensors = [len(shard.tensors) for shard in plan.shards]
-    assert build_and_die(plan, out, in_tensor(out), sum(tensors))
+    assert dies(plan, out, sum(tensors))
     journal = (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines()
     assert journal == [digest_of(plan), *(shard.file for shard in plan.shards[: len(journal) - 1])] and len(journal) > 2
     shutil.copytree(out.with_name("OUT.partial"), bench.root / "LEFT")
@@ -161,21 +103,16 @@ def test_whole_shards_are_not_written_again(bench: Workshop, expected: Callable[
             (out.with_name("OUT.partial") / JOURNAL).write_bytes(b"\xff")
         done: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(building, "write_tensor", partial(_counted, building.write_tensor, done))
+            patch.setattr(building, "write_tensor", partial(_torn, building.write_tensor, done, 0))
             build(plan, out)
         kept = len(journal) - 1 - (damage == "cut") if damage != "another command" else 0
         assert len(done) == sum(tensors) - sum(tensors[1 : 1 + kept] if damage == "cut" else tensors[:kept])
         assert tree(out) == whole
 
 
-def _counted(write_tensor: Callable[..., None], done: list[int], *args: Any) -> None:
-    done.append(1)
-    write_tensor(*args)
-
-
-def test_without_waiting_for_the_disk_a_killed_build_begins_again(bench: Workshop, expected: Callable[..., Tree]) -> None:
-    whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
-    assert build_and_die(plan, out, in_tensor(out), 15, sync=False)
+def test_without_waiting_for_the_disk_a_killed_build_begins_again(bench: Workshop) -> None:
+    whole, plan, out = tree(bench.build("EXPECTED")), plan_of(bench), bench.root / "OUT"
+    assert dies(plan, out, 15, sync=False)
     assert (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines() == [digest_of(plan)]
     build(plan, out)
     assert tree(out) == whole
@@ -184,12 +121,12 @@ def test_without_waiting_for_the_disk_a_killed_build_begins_again(bench: Worksho
 # Starting over
 
 
-def test_a_source_that_changed_in_place_and_says_the_old_time(bench: Workshop, small: Workshop) -> None:
+def test_a_source_that_changed_in_place_and_says_the_old_time(bench: Workshop) -> None:
     law = save(tiny_model(seed=1, num_hidden_layers=1), bench.root / "law") / "model.safetensors"
     bench.recipe["experts"][1]["model"] = "./law"
     out, before = bench.root / "OUT", law.stat()
     plan = plan_of(bench)
-    assert build_and_die(plan, out, in_tensor(out), sum(len(shard.tensors) for shard in plan.shards))
+    assert dies(plan, out, sum(len(shard.tensors) for shard in plan.shards))
     other = save(tiny_model(seed=8, num_hidden_layers=1), bench.root / "other") / "model.safetensors"
     with law.open("r+b") as stream:
         stream.write(other.read_bytes())
@@ -209,7 +146,7 @@ def test_a_source_that_changed_in_place_and_says_the_old_time(bench: Workshop, s
 )
 def test_a_recipe_that_changed_after_the_kill(bench: Workshop, changes: dict[str, Any]) -> None:
     out = bench.root / "OUT"
-    assert build_and_die(plan_of(bench), out, in_tensor(out), 15)
+    assert dies(plan_of(bench), out, 15)
     build(plan_of(bench, **changes), out)
     assert tree(out) == tree(bench.build("FRESH", **changes))
     assert not (bench.root / "OUT.partial").exists()

@@ -45,12 +45,8 @@ def built(small_workshop: Workshop) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(built: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    return copy_of(built[getattr(request, "param", "native")], tmp_path)
-
-
-def copy_of(out: Path, root: Path) -> Path:
-    """Beside no model; what opens it asks for none."""
-    return shutil.copytree(out, root / "OUT")
+    """A copy beside no model; what opens it asks for none."""
+    return shutil.copytree(built[getattr(request, "param", "native")], tmp_path / "OUT")
 
 
 def with_table(folder: Path, change: Any) -> None:

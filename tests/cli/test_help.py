@@ -11,6 +11,7 @@ from command_line import ended, modekit
 from modekit.cli.arrangement import GROUPS, example_of
 from modekit.cli.shell import app
 from modekit.cli.words import SETTINGS, described
+from refusal import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,22 @@ def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) ->
 def test_settings_of_an_example_are_there(command: str) -> None:
     before = example_of(command).partition(" --")[0]  # what options have may have an equals sign, too
     assert all(f"\n{word.partition('=')[0]}" in described(command) for word in before.split() if "=" in word)
+
+
+def test_it_starts_without_torch() -> None:
+    """One command after the other in one process, which whatever one of them imports would stay in."""
+    done = run_python(f"""
+import sys
+from modekit.cli import app
+for words in {[(), *COMMANDS]!r}:
+    sys.argv = ["modekit", *words, "--help"]
+    try:
+        app()
+    except SystemExit as end:
+        assert not end.code, words
+    assert not {{"torch", "transformers"}} & set(sys.modules), words
+""")
+    assert done.returncode == 0 and done.stdout.count("Usage") == len(COMMANDS) + 1, done.stderr
 
 
 def test_wrong_usage_is_answered_with_the_example() -> None:

@@ -60,6 +60,14 @@ def texts(**files: str) -> list[str]:
     return [word for name, file in files.items() for word in ("--text", f"{name}=text/{file}.jsonl")]
 
 
+def alike(*folders: Path) -> list[Any]:
+    """The records of two mixtures, all other files of which are the same."""
+    made, other = ({name: each for name, each in tree(folder).items() if not name.startswith(INTERNAL)} for folder in folders)
+    records = [yaml.safe_load(each.pop("modekit.json") or b"") for each in (made, other)]
+    assert made == other
+    return records
+
+
 def mix(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str, base: str = "base") -> tuple[dict[str, Any], str]:
     """The recipe that `modekit mix base WORDS -o OUT` wrote, and what it printed; a build of that recipe is the same bytes."""
     monkeypatch.chdir(root)
@@ -69,13 +77,9 @@ def mix(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str, base: str = "b
     assert not (root / "OUT.partial").exists()
     recipe = yaml.safe_load((root / "OUT" / "recipe.yaml").read_text())
     modekit("build", "OUT/recipe.yaml", "AGAIN")
-    made, again = (
-        {name: content for name, content in tree(root / folder).items() if not name.startswith(INTERNAL)}
-        for folder in ("OUT", "AGAIN")
-    )
-    records = [yaml.safe_load(each.pop("modekit.json") or b"") for each in (made, again)]
+    records = alike(root / "OUT", root / "AGAIN")
     assert [each.pop("recipe_folder") for each in records] == [".", "../OUT"]
-    assert made == again and records[0] == records[1]
+    assert records[0] == records[1]
     assert is_proven(verify(open_checkpoint(root / "OUT"), reload=False))
     return recipe, printed
 
@@ -187,12 +191,7 @@ def test_a_recipe_of_the_same_experts_is_the_same_mixture(readme_shop: Path, mon
     ]
     (readme_shop / "hand.yaml").write_text(yaml.safe_dump({"base_model": "./base", "experts": experts}))
     modekit("build", "hand.yaml", "HAND", "--overwrite")
-    made, hand = (
-        {name: each for name, each in tree(readme_shop / out).items() if not name.startswith(INTERNAL)}
-        for out in ("OUT", "HAND")
-    )
-    records = [yaml.safe_load(each.pop("modekit.json") or b"") for each in (made, hand)]
-    assert made == hand
+    records = alike(readme_shop / "OUT", readme_shop / "HAND")
     for record in records:  # but for paths
         for key in ("recipe_folder", "recipe_digest"):
             record.pop(key)

@@ -77,6 +77,12 @@ def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -
     assert [line.split()[2].rstrip(":") for line in stages] == ["medicine", "law", "code"]
     shares = [int(line.split(": ")[1].split(" %")[0]) for line in stages]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] >= 65  # each is said before its text is read
+    assert "logistic, fitted, method routing, top_k 2" in modekit("fit", tmp_path / "OUT", "fit=logistic", "temperature=2")
+
+
+def test_a_specialisation_says_its_losses(small_workshop: Workshop, tmp_path: Path) -> None:
+    said = ("--text", small_workshop.root / "text" / "law.jsonl", "steps=2", "sequence_length=32")
+    assert "held-out loss" in modekit("specialize", small_workshop.root / "base", tmp_path / "mine", *said)
 
 
 def test_words_of_fit_are_changes_of_the_mixture() -> None:
