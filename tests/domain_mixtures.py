@@ -38,3 +38,9 @@ def built(root: Path, recipe: dict[str, Any], name: str = "OUT") -> Checkpoint:
     """The mixture of a recipe whose paths begin in `root`, in `root`/`name`."""
     build(make_plan(parse_recipe(recipe), root), root / name)
     return open_checkpoint(root / name)
+
+
+def lexical_mixture(root: Path, base: str = "medicine", name: str = "OUT", **overrides: Any) -> Checkpoint:
+    """A plain mixture of whole models, which serving engines run: each word tells its domain."""
+    said = {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain"}}
+    return built(root, {"base_model": f"./{base}", "experts": model_experts(root, **overrides), **said}, name)

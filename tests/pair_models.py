@@ -111,6 +111,7 @@ def planned(root: Path, mixture: dict[str, Any], *experts: dict[str, Any] | str)
     """Of the base model of a folder and full models there, by name, or other experts."""
     said = [{"name": each, "model": f"./{each}"} if isinstance(each, str) else each for each in experts]
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 3}, **mixture}
+    mixture = {key: value for key, value in mixture.items() if value is not ...}  # as in `say`
     return make_plan(parse_recipe({"base_model": "./base", "experts": said, "mixture": mixture}, where="test"), root)
 
 

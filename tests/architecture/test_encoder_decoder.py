@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from conftest import character_tokenizer
 from modekit.architecture.modekit_router import causal_average, select
-from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import (
     MismatchError,
@@ -34,11 +33,7 @@ from modekit.errors import (
     UnsupportedError,
 )
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
-from modekit.sources.families import family_of
-from modekit.sources.family import Family
-from pair_models import inputs, logits_of, pair_model, pair_tokenizer, written
+from pair_models import built, inputs, logits_of, pair_model, pair_tokenizer, planned, say, written
 from refusal import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "t5 gated": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 NAMES = ("one", "two", "three")
+STILL = {"name": "still", "model": "base"}
 ADAPTED = {"t5": ["q", "v", "wi", "wo"], "t5 gated": ["k", "wi_0", "wo"]}
 
 
@@ -63,23 +59,14 @@ class Bench:
     root: Path
     made: dict[str, PreTrainedModel]
 
-    @property
-    def family(self) -> Family:
-        """Its row."""
-        return family_of(self.made["base"].config.to_dict(), where="test")
-
     def build(self, mixture: dict[str, Any], *experts: dict[str, Any]) -> Path:
         """A mixture of the full models, or of others."""
-        said = experts or tuple({"name": name, "model": f"./{name}"} for name in NAMES)
-        recipe = parse_recipe({"base_model": "./base", "experts": list(said), "mixture": mixture}, where="test")
-        out = self.root / "out"
-        build(make_plan(recipe, self.root), out, overwrite=True)
-        return out
+        return built(self.root, mixture, *(experts or NAMES))
 
 
-def random_gates(top_k: int = 2, **router: Any) -> dict[str, Any]:
+def random_gates(**router: Any) -> dict[str, Any]:
     """Routing by gates that were drawn."""
-    return {"method": "routing", "top_k": top_k, "router": {"fit": "random", "seed": 3, **router}}
+    return {"top_k": 2, "router": {"fit": "random", "seed": 3, **router}}
 
 
 @pytest.fixture(scope="module", params=["bart", "t5"])
@@ -249,18 +236,18 @@ def test_a_static_cache_writes_the_same(bench: Bench, router: str) -> None:
 
 
 ONE_SIDED: dict[str, dict[str, Any]] = {
-    "encoder alone": {"layers": ["encoder"], "router": {"granularity": "context"}},
-    "keys and values": {"modules": ["cross_k", "cross_v"], "router": {"granularity": "context"}},
-    "decoder alone": {"layers": ["decoder"], "router": {"granularity": "context"}},
-    "cross-attention": {"modules": ["cross_q", "cross_k", "cross_v", "cross_o"], "router": {"granularity": "context"}},
+    "encoder alone": {"layers": ["encoder"]},
+    "keys and values": {"modules": ["cross_k", "cross_v"]},
+    "decoder alone": {"layers": ["decoder"]},
+    "cross-attention": {"modules": ["cross_q", "cross_k", "cross_v", "cross_o"]},
 }
 
 
 @pytest.mark.parametrize("where", list(ONE_SIDED))
 def test_routers_on_one_side_alone_write_what_one_pass_says(bench: Bench, where: str) -> None:
     said = ONE_SIDED[where]
-    mixture = {**random_gates(**said["router"]), **{key: value for key, value in said.items() if key != "router"}}
-    experts = () if "modules" not in said else ({"name": "small", "adapter": "./wide"}, {"name": "still", "model": "base"})
+    mixture = {**random_gates(granularity="context"), **said}
+    experts = () if "modules" not in said else ({"name": "small", "adapter": "./wide"}, STILL)
     model = load_model(bench.build(mixture, *experts))
     ids = written(model, inputs(), do_sample=False)
     logits = logits_of(model, {**inputs(), "decoder_input_ids": ids[:, :-1]})
@@ -302,12 +289,6 @@ def test_it_opens_without_modekit(bench: Bench, tmp_path: Path) -> None:
 # --- what cannot be
 
 
-def planned(root: Path, mixture: dict[str, Any], *experts: str) -> None:
-    """A plan of full models."""
-    said = [{"name": f"e{place}", "model": f"./{name}"} for place, name in enumerate(experts)]
-    make_plan(parse_recipe({"base_model": "./base", "experts": said, "mixture": mixture}, where="test"), root)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Bart, and what is none."""
@@ -346,7 +327,7 @@ def test_what_cannot_be_mixed_is_one_clear_error(
     folders: Path, mixture: dict[str, Any], expert: str, kind: type[ModekitError], says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
-        planned(folders, {"router": {"fit": "random"}, **mixture}, "one", expert)
+        planned(folders, mixture, "one", {"name": "other", "model": f"./{expert}"})
     assert caught.value.remedy
 
 
@@ -364,9 +345,7 @@ def test_a_base_whose_config_is_older_than_its_experts(tmp_path: Path, model_typ
     far = {"relative_attention_max_distance": 128} if model_type == "t5" else {}
     for seed, name in enumerate(("base", "one")):
         pair_model(model_type, seed, **long, **far).save_pretrained(tmp_path / name)
-    path = tmp_path / "base" / "config.json"
-    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in OLDER[model_type]}
-    path.write_text(json.dumps(config))
+    say(tmp_path / "base", **dict.fromkeys(OLDER[model_type], ...))
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     tensors.pop("final_logits_bias", None)
     embedding = tensors.get("model.shared.weight", tensors.get("shared.weight"))
@@ -378,10 +357,7 @@ def test_a_base_whose_config_is_older_than_its_experts(tmp_path: Path, model_typ
     else:
         tensors |= {"model.encoder.version": torch.ones(1), "lm_head.weight": embedding.clone()}
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": random_gates()}, where="test")
-    build(make_plan(recipe, tmp_path), tmp_path / "out")
-    model, own = load_model(tmp_path / "out"), load_model(tmp_path / "base")
+    model, own = load_model(built(tmp_path, random_gates(), "one", STILL)), load_model(tmp_path / "base")
     model.use_expert("still")
     assert torch.equal(logits_of(model, inputs()), logits_of(own, inputs()))
 
@@ -399,15 +375,11 @@ def test_models_that_write_other_languages_are_refused(folders: Path, tmp_path: 
     """One that says nothing is taken to be as the others."""
     write_three(folders, tmp_path)
     for name, value in (("one", own), ("two", 7)):
-        path = tmp_path / name / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    mixture = {"router": {"fit": "random"}}
+        say(tmp_path / name, file, **{key: value})
     with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*{key}"):
-        planned(tmp_path, mixture, "one", "two")
-    said = json.loads(path.read_text())
-    del said[key]
-    path.write_text(json.dumps(said))
-    planned(tmp_path, mixture, "one", "two")
+        planned(tmp_path, {}, "one", "two")
+    say(tmp_path / "two", file, **{key: ...})
+    planned(tmp_path, {}, "one", "two")
 
 
 def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path) -> None:
@@ -416,7 +388,7 @@ def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path)
     for name in ("base", "one", "two"):
         (tmp_path / name / "vocab.json").write_text(json.dumps({"</s>": 0, "a": 1, "b" if name != "two" else "ü": 2}))
     with pytest.raises(MismatchError, match="tokenizer differs from the base model's in 2 tokens"):
-        planned(tmp_path, {"router": {"fit": "random"}}, "one", "two")
+        planned(tmp_path, {}, "one", "two")
 
 
 @pytest.mark.parametrize("file", ["spiece.model", "target_vocab.json"])
@@ -426,14 +398,13 @@ def test_tokenizer_files_that_differ_are_refused(folders: Path, tmp_path: Path, 
     for name in ("base", "one", "two"):
         (tmp_path / name / "tokenizer.json").unlink(missing_ok=True)
         (tmp_path / name / file).write_text('{"a": 1}')
-    mixture = {"router": {"fit": "random"}}
-    planned(tmp_path, mixture, "one", "two")
+    planned(tmp_path, {}, "one", "two")
     (tmp_path / "two" / file).write_text('{"a": 2}')
     with pytest.raises(MismatchError, match=f"another {file} than the base model's"):
-        planned(tmp_path, mixture, "one", "two")
+        planned(tmp_path, {}, "one", "two")
     for name in ("base", "two"):
         character_tokenizer().save_pretrained(tmp_path / name)
-    planned(tmp_path, mixture, "one", "two")
+    planned(tmp_path, {}, "one", "two")
 
 
 def test_a_file_that_is_no_sentencepiece_model(tmp_path: Path) -> None:
@@ -453,16 +424,14 @@ def test_embeddings_that_are_to_be_one_and_are_not(tmp_path: Path, model_type: s
     tensors = load_file(tmp_path / whose / "model.safetensors")
     prefix = "" if model_type == "t5" else "model."
     embedding, copied = tensors[f"{prefix}shared.weight"], f"{prefix}encoder.embed_tokens.weight"
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
     save_file({**tensors, copied: embedding.clone()}, tmp_path / whose / "model.safetensors", {"format": "pt"})
-    build(make_plan(recipe, tmp_path), tmp_path / "out")
+    shutil.rmtree(built(tmp_path, {}, "one", STILL))
     before = logits_of(load_model(tmp_path / whose), inputs())
     save_file({**tensors, copied: embedding + 1.0}, tmp_path / whose / "model.safetensors", {"format": "pt"})
     assert not torch.equal(logits_of(load_model(tmp_path / whose), inputs()), before)
     with pytest.raises(SourceError, match=f"two embeddings that are to be one[\\s\\S]*{copied}"):
-        build(make_plan(recipe, tmp_path), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+        built(tmp_path, {}, "one", STILL)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -474,8 +443,6 @@ def test_embeddings_that_are_to_be_one_and_are_not(tmp_path: Path, model_type: s
     ],
 )
 def test_layers_are_named_with_their_stack(folders: Path, said: list[str], mixed: set[str]) -> None:
-    mixture = {"layers": said, "router": {"fit": "random"}}
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    plan = make_plan(parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture}, where="test"), folders)
+    plan = planned(folders, {"layers": said}, "one", STILL)
     found = {slot.name.removeprefix("model.").replace(".layers", "").rpartition(".fc1")[0] for slot in plan.shape.slots}
     assert found == mixed

@@ -6,7 +6,6 @@ The reference of fixed weights is the weight average: with one input, every modu
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from architecture.test_encoder_decoder import KINDS, NAMES
+from architecture.test_encoder_decoder import KINDS, NAMES, STILL, Bench
 from conftest import Workshop, router_logits
 from modekit.architecture.modekit_mixed import Mixed
-from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError
@@ -29,13 +26,22 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.experts import average_of
 from modekit.loaded.load import load_model
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
-from pair_models import inputs, logits_of, make_pair_workshop, pair_model, pair_tokenizer, written
+from pair_models import (
+    built,
+    inputs,
+    logits_of,
+    make_pair_workshop,
+    pair_model,
+    pair_tokenizer,
+    planned,
+    write_models,
+    written,
+)
 from refusal import borrow
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONCE = {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}
+WHOLE = {"modules": "all", "router": ONCE}
 SEARCHES: tuple[dict[str, Any], ...] = (
     {},
     {"use_cache": False},
@@ -44,30 +50,9 @@ SEARCHES: tuple[dict[str, Any], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A folder with a base, three full models that differ from it in every tensor; the same in memory."""
-
-    kind: str
-    root: Path
-    made: dict[str, PreTrainedModel]
-
-    def build(self, mixture: dict[str, Any], *experts: dict[str, Any]) -> Path:
-        """A mixture of the full models, or of others."""
-        said = experts or tuple({"name": name, "model": f"./{name}"} for name in NAMES)
-        mixture = {"method": "routing", "top_k": 1, "modules": "all", **mixture}
-        recipe = parse_recipe({"base_model": "./base", "experts": list(said), "mixture": mixture}, where="test")
-        build(make_plan(recipe, self.root), self.root / "out", overwrite=True)
-        return self.root / "out"
-
-    def mixture(self) -> Any:
-        """One that decides once per source, by what it reads."""
-        return load_model(self.build({"router": ONCE}))
-
-
 @pytest.fixture(scope="module", params=["bart", "t5"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Of every kind."""
+    """A base and three full models that differ from it in every tensor."""
     kind = str(request.param)
     root = tmp_path_factory.mktemp("whole")
     made = {name: pair_model(kind.split()[0], seed, **KINDS[kind]) for seed, name in enumerate(("base", *NAMES))}
@@ -95,10 +80,7 @@ def four(pads: str = "right") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("bench", list(KINDS), indirect=True)
 def test_an_expert_alone_is_its_own_model_bit_for_bit(bench: Bench) -> None:
-    out = bench.build(
-        {"router": ONCE}, *({"name": name, "model": f"./{name}"} for name in NAMES), {"name": "still", "model": "base"}
-    )
-    model = load_model(out)
+    model = load_model(built(bench.root, WHOLE, *NAMES, STILL))
     for name in (*NAMES, "still"):
         own = bench.made["base" if name == "still" else name]
         model.use_expert(name)
@@ -116,7 +98,7 @@ def test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all(ben
     """The decision is read from the logits that the model gives; what follows it is the expert's own writing."""
     said, places = four(), [0]
     for seed in range(3, 20):  # gates are drawn, and on some processors the first send all sources to one expert
-        model = load_model(bench.build({"router": {**ONCE, "seed": seed}}))
+        model = load_model(bench.build({**WHOLE, "router": {**ONCE, "seed": seed}}))
         with torch.inference_mode():
             places = router_logits(model, **said)[0][:, 0].argmax(-1).tolist()
         if len(set(places)) > 1:
@@ -134,7 +116,7 @@ def test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all(ben
 
 
 def test_experts_that_are_not_used_are_not_read(bench: Bench) -> None:
-    model, said = bench.mixture(), four()
+    model, said = load_model(bench.build(WHOLE)), four()
     expected = logits_of(bench.made["two"], said)
     model.use_expert("two")
     read: list[nn.Module] = []
@@ -152,7 +134,7 @@ def test_experts_that_are_not_used_are_not_read(bench: Bench) -> None:
 @pytest.mark.parametrize("before", [None, ["one", "three", "two", "one"]])
 def test_another_expert_writes_on_from_what_the_encoder_read(bench: Bench, before: Any) -> None:
     """What is said last counts in the decoder, whoever read the source; a plain encoder's output suffices then."""
-    model, said = bench.mixture(), four()
+    model, said = load_model(bench.build(WHOLE)), four()
     rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
     model.use_expert(before)
     with torch.inference_mode():
@@ -174,7 +156,7 @@ def test_another_expert_writes_on_from_what_the_encoder_read(bench: Bench, befor
 
 
 def test_fixed_weights_are_the_weight_average(bench: Bench) -> None:
-    model = load_model(bench.build({"method": "linear", "top_k": None}))
+    model = load_model(bench.build({"modules": "all", "method": "linear", "top_k": ..., "router": ...}))
     average = average_of([partial(copy.deepcopy, bench.made[name]) for name in NAMES])
     for pads in ("right", "left"):
         expected = logits_of(average, four(pads))
@@ -225,20 +207,16 @@ def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop,
 
 def test_a_bias_of_the_logits_that_the_base_lacks_is_not_lost(tmp_path: Path) -> None:
     """Older files lack it, where it is zero."""
-    for seed, name in enumerate(("base", "one", "two")):
-        pair_model("marian", seed).save_pretrained(tmp_path / name)
-    mixture = {"modules": "all", "top_k": 1, "router": ONCE}
-    experts = [{"name": name, "model": f"./{name}"} for name in ("one", "two")]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture}, where="test")
+    write_models(tmp_path, "marian")
     for name in ("base", "one", "two"):
         tensors = load_file(tmp_path / name / "model.safetensors")
         del tensors["final_logits_bias"]
         save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
         if name == "base":
             with pytest.raises(MismatchError, match="has a final_logits_bias and the base model none"):
-                make_plan(recipe, tmp_path)
-    build(make_plan(recipe, tmp_path), tmp_path / "out")
-    assert is_proven(verify(open_checkpoint(tmp_path / "out")))
-    model = load_model(tmp_path / "out")
+                planned(tmp_path, WHOLE, "one", "two")
+    out = built(tmp_path, WHOLE, "one", "two")
+    assert is_proven(verify(open_checkpoint(out)))
+    model = load_model(out)
     model.use_expert("two")
     assert torch.equal(logits_of(model, four()), logits_of(load_model(tmp_path / "two"), four()))

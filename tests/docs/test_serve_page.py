@@ -19,7 +19,7 @@ import pytest
 
 from byte_level import save_byte_model
 from chatting import TEMPLATE
-from domain_mixtures import built, model_experts
+from domain_mixtures import lexical_mixture
 from modekit.engines.registry import ENGINES
 from modekit.engines.serve import free_port
 from modekit.engines.vllm_process import SERVER
@@ -50,22 +50,11 @@ def port_of(said: str) -> str:
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with OUT in it."""
     root = tmp_path_factory.mktemp("serve-page")
-    experts = {"model": model_experts(root, head_dim=32)}
     save_byte_model(root / "BASE", "llama", 9, head_dim=32)
     (root / "BASE" / "chat_template.jinja").write_text(TEMPLATE)
-    for kind, listed in experts.items():
-        (root / kind).mkdir()
-        built(
-            root,
-            {
-                "base_model": "./BASE",
-                "experts": listed,
-                "mixture": {"router": {"fit": "lexical"}},
-                "output": {"format": "plain"},
-            },
-            f"{kind}/OUT",
-        )
-        (root / kind / "BASE").symlink_to(root / "BASE")
+    (root / "model").mkdir()
+    lexical_mixture(root, "BASE", "model/OUT", head_dim=32)
+    (root / "model" / "BASE").symlink_to(root / "BASE")
     return root
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,13 @@ def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, 
     return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": output})
 
 
+def with_adapters(dense: str, root: Path) -> Checkpoint:
+    """Whole adapters in a plain mixture."""
+    checkpoint = open_checkpoint(adapter_shop(root, dense, reads_bytes=True).build("OUT"))
+    assert checkpoint.record.carry is not None
+    return checkpoint
+
+
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return mixture(tmp_path_factory.mktemp("mixtral"), "llama", {})
@@ -103,22 +112,18 @@ def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, o
     assert not list(tmp_path.glob("GGUF*"))
 
 
-@pytest.mark.parametrize(
-    "mixed",
-    [
-        {"top_k": 1, "router": {"fit": "lexical"}},
-        {"top_k": 2, "router": {"fit": "lexical", "decay": [0.9]}},
-    ],
-    ids=["mean", "fading"],
-)
-def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
-    proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT).proof
-    assert proof.same == proof.written and proof.difference < 1e-4
+LEXICAL = {"fit": "lexical"}
+ALSO: dict[str, Callable[[Path], Checkpoint]] = {
+    "mean": lambda root: mixture(root, "llama", {}, {"top_k": 1, "router": LEXICAL}),
+    "fading": lambda root: mixture(root, "llama", {}, {"top_k": 2, "router": {**LEXICAL, "decay": [0.9]}}),
+    **{f"fine-tunes of {name}": partial(byte_shop, family=name) for name in ("qwen3", "mixtral", "granite", "qwen2")},
+    **{f"adapters of {name}": partial(with_adapters, name) for name in ("llama", "granite", "qwen2")},
+}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "granite", "qwen2"])
-def test_fine_tunes_of_a_mixture_run_there(tmp_path: Path, family: str) -> None:
-    proof = export_gguf(byte_shop(tmp_path, family), tmp_path / "GGUF", EXACT).proof
+@pytest.mark.parametrize("kind", ALSO)
+def test_mixtures_of_every_other_kind_run_there(tmp_path: Path, kind: str) -> None:
+    proof = export_gguf(ALSO[kind](tmp_path), tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written and proof.difference < 1e-4
 
 
@@ -132,14 +137,6 @@ def test_what_keeps_a_token_to_one_fine_tune_keeps_its_bits(tmp_path: Path) -> N
 def test_a_mixture_whose_weights_llama_cpp_takes_otherwise_is_refused(tmp_path: Path, family: str) -> None:
     with pytest.raises(UnsupportedError, match="divide"):
         export_gguf(byte_shop(tmp_path, family), tmp_path / "GGUF", EXACT)
-
-
-@pytest.mark.parametrize("family", ["llama", "granite", "qwen2"])
-def test_whole_adapters_run_there(tmp_path: Path, family: str) -> None:
-    checkpoint = open_checkpoint(adapter_shop(tmp_path, family, reads_bytes=True).build("OUT"))
-    assert checkpoint.record.carry is not None
-    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT).proof
-    assert proof.same == proof.written and proof.difference < 1e-4
 
 
 @pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])

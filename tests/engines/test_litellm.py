@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from asking import asked, opened
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from conftest import _WORDS
-from domain_mixtures import TWO, built, model_experts
+from domain_mixtures import TWO, lexical_mixture
 from modekit.engines.child import Child
 from modekit.engines.converter import convert
 from modekit.engines.serve import free_port
@@ -38,26 +37,17 @@ class Proxy:
     """The proxy before two servers of each model; llama.cpp has a process for each."""
 
     def __init__(self, root: Path, stack: ExitStack) -> None:
-        experts = model_experts(root, max_position_embeddings=4096)
         save_byte_model(root / "base", "llama", 9, max_position_embeddings=4096)
         (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
-        mixture = built(
-            root,
-            {
-                "base_model": "./base",
-                "experts": experts,
-                "mixture": {"router": {"fit": "lexical"}},
-                "output": {"format": "plain"},
-            },
-        )
+        mixture = lexical_mixture(root, "base", max_position_embeddings=4096)
         for name in ("base", *TWO):
             convert(root / name, root / f"{name}.gguf", "f32")
         self._root, self._stack = root, stack
         self.workers: dict[tuple[str, str], tuple[Child, str]] = {}
         config = yaml.safe_load(CONFIG.read_text())
         for row in config["model_list"]:
-            asked = row["litellm_params"]
-            asked["api_base"] = f"{self._worker(asked['model'].removeprefix('openai/'), asked['api_base'])}/v1"
+            said = row["litellm_params"]
+            said["api_base"] = f"{self._worker(said['model'].removeprefix('openai/'), said['api_base'])}/v1"
         (root / "config.yaml").write_text(yaml.safe_dump(config))
         port = free_port("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{port}"
@@ -85,13 +75,7 @@ class Proxy:
 
     def asked(self, path: str, body: object = None, *, key: str = KEY) -> tuple[int, dict[str, str], str]:
         """Status, headers and answer."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        try:
-            with urllib.request.urlopen(urllib.request.Request(self.address + path, data, headers), timeout=120) as answer:
-                return answer.status, {name.lower(): value for name, value in answer.headers.items()}, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, dict(error.headers), error.read().decode()
+        return asked(self.address + path, body, key=key)
 
     def complete(self, prompt: str, **more: Any) -> tuple[int, dict[str, str], str]:
         return self.asked("/v1/completions", {"model": "auto", "prompt": prompt, "max_tokens": 6, "temperature": 0, **more})
@@ -138,9 +122,7 @@ def test_no_request_is_lost_where_a_server_is_killed(proxy: Proxy) -> None:
 
 def test_a_stream_of_a_server_that_is_killed_ends_with_an_error(proxy: Proxy) -> None:
     body = {"model": "auto", "prompt": TEXTS["medicine"], "max_tokens": 4_000, "ignore_eos": True, "stream": True}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    request = urllib.request.Request(f"{proxy.address}/v1/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=120) as stream:
+    with opened(f"{proxy.address}/v1/completions", body, key=KEY) as stream:
         lines = [stream.readline()]
         for (model, _), (child, _) in proxy.workers.items():
             if model == "medicine":

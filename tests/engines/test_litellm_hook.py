@@ -12,20 +12,14 @@ import pytest
 from fastapi import HTTPException
 
 from conftest import _WORDS
-from domain_mixtures import built, model_experts
+from domain_mixtures import lexical_mixture
 
 
 @pytest.fixture(scope="module")
 def hook(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("hook")
-    recipe = {
-        "base_model": "./medicine",
-        "experts": model_experts(root),
-        "mixture": {"router": {"fit": "lexical"}},
-        "output": {"format": "plain"},
-    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODEKIT_MIXTURE", str(built(root, recipe).folder))
+        patch.setenv("MODEKIT_MIXTURE", str(lexical_mixture(root).folder))
         for name in ("litellm", "litellm.integrations", "litellm.integrations.custom_logger"):
             patch.setitem(sys.modules, name, SimpleNamespace(CustomLogger=object) if "custom" in name else ModuleType(name))
         return importlib.import_module("modekit.engines.litellm_hook").by_text

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from domain_mixtures import built, model_experts
+from asking import opened
+from domain_mixtures import lexical_mixture
 from modekit.engines import serve as module
 from modekit.engines.child import Child
 from modekit.engines.serve import ServedMixture
@@ -62,33 +61,24 @@ def test_failures_of_long_ago_are_forgotten(tmp_path: Path, monkeypatch: pytest.
     assert kept_until_it_ends(tmp_path, "", "if count < 4: time.sleep(0.5)")[0] == 6
 
 
-def completed(address: str) -> dict[str, Any]:
-    request = urllib.request.Request(
-        f"{address}/v1/completions", b'{"prompt": "the", "max_tokens": 1}', {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
+def writes(address: str) -> bool:
+    with opened(f"{address}/v1/completions", {"prompt": "the", "max_tokens": 1}) as answer:
+        return bool(json.load(answer)["choices"])
 
 
 @pytest.mark.parametrize("engine", ["llama", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_a_real_engine_comes_back_under_its_address(tmp_path: Path, engine: str) -> None:
-    recipe = {
-        "base_model": "./medicine",
-        "experts": model_experts(tmp_path),
-        "mixture": {"router": {"fit": "lexical"}},
-        "output": {"format": "plain"},
-    }
-    command = [sys.executable, "-m", "modekit", "serve", str(built(tmp_path, recipe).folder), "--port", "0", "--engine", engine]
+    folder = str(lexical_mixture(tmp_path).folder)
+    command = [sys.executable, "-m", "modekit", "serve", folder, "--port", "0", "--engine", engine]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
         address = process.stdout.readline().split("/v1")[0]
-        assert completed(address)["choices"]
+        assert writes(address)
         (before,) = psutil.Process(process.pid).children()
         before.kill()
         until(lambda: not before.is_running() or before.status() == psutil.STATUS_ZOMBIE)
-        until(lambda: bool(completed(address)["choices"]))
+        until(lambda: writes(address))
     finally:
         process.terminate()
         assert process.wait(60) == 0

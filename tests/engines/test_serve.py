@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -22,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+import asking
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -34,6 +33,7 @@ from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context
 from modekit.engines.transformers_process import _refuse_what_is_not_done
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
+from refusal import refuse
 
 PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
 COUNT = 12
@@ -88,28 +88,19 @@ def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> 
 
 def asked(served: ServedMixture, path: str, body: object = None, *, key: str = "secret") -> tuple[int, Any]:
     """Status and answer."""
-    data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(served.address + path, data, headers), timeout=120) as answer:
-            content = answer.read()
-            return answer.status, json.loads(content) if content else None
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    status, _, said = asking.asked(served.address + path, body, key=key)
+    return status, json.loads(said) if said and status < 400 else said
+
+
+def client(served: ServedMixture, key: str = "secret") -> openai.OpenAI:
+    return openai.OpenAI(api_key=key, base_url=f"{served.address}/v1", max_retries=0, timeout=120)
 
 
 def streamed(served: ServedMixture, name: str, prompt: str) -> str:
     """What the model writes, as it comes."""
-    body = {"model": name, "prompt": prompt, "max_tokens": COUNT, "temperature": 0, "stream": True}
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
-    request = urllib.request.Request(f"{served.address}/v1/completions", json.dumps(body).encode(), headers)
-    said = []
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        for line in answer:
-            content = line.decode().strip().removeprefix("data: ")
-            if content and content != "[DONE]":
-                said.append(json.loads(content)["choices"][0]["text"])
-    return "".join(said)
+    with client(served) as ai:
+        pieces = ai.completions.create(model=name, prompt=prompt, max_tokens=COUNT, temperature=0, stream=True)
+        return "".join(piece.choices[0].text for piece in pieces if piece.choices)
 
 
 @torch.no_grad()
@@ -251,13 +242,12 @@ def test_a_model_is_found_by_its_name_and_no_answer_tells_where_it_lies(running:
 def test_openais_client(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     name, chat = checkpoint.folder.name, [{"role": "user", "content": "hi"}]
-    with openai.OpenAI(api_key="secret", base_url=f"{served.address}/v1", max_retries=0, timeout=120) as ai:
+    with client(served) as ai:
         assert ai.chat.completions.create(model=name, messages=chat, max_tokens=4).model
         streamed = ai.chat.completions.create(model=name, messages=chat, max_tokens=4, stream=True)
         ends = [each.choices[0].finish_reason for each in streamed if each.choices]
         assert len(ends) > 1 and ends[-1] is not None and not any(ends[:-1])
-    wrong = openai.OpenAI(api_key="wrong", base_url=f"{served.address}/v1", max_retries=0)
-    with wrong, pytest.raises(openai.AuthenticationError):
+    with client(served, "wrong") as wrong, pytest.raises(openai.AuthenticationError):
         wrong.completions.create(model=name, prompt="the")
 
 
@@ -309,22 +299,15 @@ def test_threads_are_those_that_a_process_may_use(tmp_path: Path, monkeypatch: p
         assert child.default_threads() == expected
 
 
-@pytest.mark.parametrize(
-    ("host", "key", "said"),
-    [
-        ("0.0.0.0", None, "other machines could send requests without a key"),
-        ("::", None, "other machines could send requests without a key"),
-        ("0.0.0.0", " ", "other machines could send requests without a key"),
-    ],
-)
+@pytest.mark.parametrize(("host", "key"), [("0.0.0.0", None), ("::", None), ("0.0.0.0", " ")])
 def test_nobody_is_served_without_a_key_by_accident(
-    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, host: str, key: str | None, said: str
+    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, host: str, key: str | None
 ) -> None:
     monkeypatch.delenv(KEY, raising=False)
     if key is not None:
         monkeypatch.setenv(KEY, key)
-    code, _, stderr = ended("serve", mixtures["native"].folder, "--port", "0", "--host", host)
-    assert code == 2 and said in " ".join(stderr.split()) and KEY in stderr
+    message = refuse("serve", mixtures["native"].folder, "--port", "0", "--host", host)
+    assert "other machines could send requests without a key" in " ".join(message.split()) and KEY in message
 
 
 def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch, mixtures: dict[str, Checkpoint]) -> None:
@@ -334,8 +317,7 @@ def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch,
     settings = ServeSettings("llama", "0.0.0.0", 0, 64, no_key=True, outtype="f32")
     with serving(mixtures["native"], settings) as served:
         port = served.address.rpartition(":")[2]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
-            assert answer.status == 200
+        assert asking.asked(f"http://127.0.0.1:{port}/v1/models")[0] == 200
 
 
 def test_an_option_that_the_engine_does_not_read_is_refused(mixtures: dict[str, Checkpoint]) -> None:
@@ -386,8 +368,7 @@ def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: 
     )
     assert process.stdout is not None
     address = process.stdout.readline().split("/v1")[0]
-    with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
-        assert answer.status == 200
+    assert asking.asked(f"{address}/health")[0] == 200
     engines = psutil.Process(process.pid).children(recursive=True)
     assert engines
     process.send_signal(how)

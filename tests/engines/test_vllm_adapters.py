@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from asking import asked, opened
 from byte_level import byte_tokenizer, save_byte_model
 from command_line import modekit
 from conftest import _WORDS as TEXTS
@@ -74,35 +74,17 @@ def vllm(root: Path) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words], cwd=root, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(f"{address}/health"))
+        until(lambda: asked(f"{address}/health")[0] == 200)
         yield address
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
 
 
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def asked(address: str, model: str, prompt: str) -> list[int]:
-    """Tokens that are written."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": COUNT,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-    request = urllib.request.Request(
-        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+def tokens_of(address: str, model: str, prompt: str) -> list[int]:
+    """Those that are written."""
+    said = {"max_tokens": COUNT, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with opened(f"{address}/v1/completions", {"model": model, "prompt": prompt, **said}) as answer:
         found: list[int] = json.load(answer)["choices"][0]["token_ids"]
     return found
 
@@ -126,5 +108,5 @@ def prompts() -> list[str]:
 def test_each_adapter_writes_what_peft_writes(root: Path, vllm: str) -> None:
     for expert in ("base", *TEXTS):
         for prompt in prompts():
-            assert asked(vllm, expert, prompt) == in_peft(root, expert, prompt), expert
+            assert tokens_of(vllm, expert, prompt) == in_peft(root, expert, prompt), expert
     assert len({str(in_peft(root, expert, prompts()[0])) for expert in ("base", *TEXTS)}) > 2
