@@ -60,7 +60,7 @@ SAMPLED = {
     "members/test_whole_plain.py::test_who_comes_and_goes_leaves_no_trace": r"-2$",
     "planning/test_chosen_router.py::test_the_recipe_of_a_build_builds_the_same_bytes": r"^(models|adapters.*)$",
     "report/test_card.py::test_the_snippet_asks_a_model_that_knows_conversations": nothing,
-    "report/test_card.py::test_the_snippet_runs": r"0$",
+    "report/test_card.py::test_the_snippet_runs": r"^token$",
     "report/test_report.py::test_a_large_mixture_fits_into_a_page": nothing,
     "routing/test_adapter_routers.py::test_a_router_without_data_scores_what_the_adapters_make_of_x": r"^layer-self_attn",
     "routing/test_chat_routing.py::test_a_lexical_router_knows_chats": r"^modekit$",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import Workshop
+from damage import NO_FILES, in_time, no_file
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
@@ -36,19 +37,20 @@ def test_what_is_written_is_read(tmp_path: Path, checkpoint: Checkpoint) -> None
     assert Results.read(checkpoint) == results
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "{}", "[" * 100_000, *WRONG])
+@pytest.mark.parametrize("damage", ["gone", "cut", "pipe", "round", "{}", "[" * 100_000, *WRONG])
 def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) -> None:
     path = checkpoint.folder / "results" / "eval.json"
     content = path.read_text()
     assert Results.find(checkpoint) is not None
     path.write_text(content[: len(content) // 2] if damage == "cut" else damage)
-    if damage == "absent":
-        path.unlink()
+    if damage in NO_FILES:
+        no_file(path, damage)
     problems: list[str] = []
-    with pytest.raises(UNREADABLE):
+    with in_time(), pytest.raises(UNREADABLE):
         Results.read(checkpoint)
     assert Results.find(checkpoint, problems) is None and len(problems) == 1
     assert "modekit eval" in make_card(checkpoint).notes[0]
+    path.unlink(missing_ok=True)
     path.write_text(content)
 
 

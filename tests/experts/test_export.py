@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from adapter_folders import export_adapter, train_adapter
 from command_line import modekit
 from conftest import Workshop, logits_of, make_workshop
-from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.experts.export import exportable
@@ -36,11 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "some layers": {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
 }
-
-
-def exported(checkpoint: Checkpoint) -> list[str]:
-    """Experts that can be exported."""
-    return [checkpoint.names[expert] for expert in exportable(checkpoint)]
 
 
 @pytest.fixture
@@ -84,7 +78,7 @@ def with_peft(base: Path, folder: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_low_rank_parts_are_cut_out_bit_for_bit(bench: Workshop, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(bench.build())
     names = [name.replace(" ", "-") for name in SETTINGS]
-    assert exported(checkpoint) == names
+    assert [checkpoint.names[expert] for expert in exportable(checkpoint)] == names
     for text in ("trained-on.txt", "README.md"):
         (bench.root / "plain" / text).write_text("of this adapter\n")
     for name in names:
@@ -131,9 +125,8 @@ def test_a_low_rank_part_of_a_full_model_is_an_adapter_too(bench: Workshop, ids:
     export_adapter(open_checkpoint(out), "law", bench.root / "exported")
     model = AutoModelForCausalLM.from_pretrained(out)
     model.use_expert("law")
-    base = AutoModelForCausalLM.from_pretrained(bench.root / "base")
-    exported = peft.PeftModel.from_pretrained(base, bench.root / "exported")
-    torch.testing.assert_close(logits_of(exported, ids), logits_of(model, ids), rtol=1e-5, atol=1e-5)
+    exported = with_peft(bench.root / "base", bench.root / "exported", ids)
+    torch.testing.assert_close(exported, logits_of(model, ids), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_no_adapter_is_refused_with_the_names_of_those_that_are(bench: Workshop, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from conftest import Workshop
-from damage import in_time, no_file
+from damage import in_time
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError
@@ -101,17 +101,6 @@ def test_sample_texts_that_lack_a_router_are_damaged(checkpoint: Checkpoint) -> 
     data["texts"][0]["weights"].pop()
     file.write_text(json.dumps(data))
     assert any("inspect.json is damaged" in line for line in make_content(checkpoint).missing)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "round"])
-@pytest.mark.parametrize("name", ["eval.json", "tasks.json"])
-def test_results_that_are_no_files_are_left_out(checkpoint: Checkpoint, name: str, kind: str) -> None:
-    (checkpoint.folder / "results").mkdir()
-    (checkpoint.folder / "results" / name).touch()
-    no_file(checkpoint.folder / "results" / name, kind)
-    with in_time():
-        content = make_content(checkpoint)
-    assert any(name in line for line in content.missing)
 
 
 def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint) -> None:

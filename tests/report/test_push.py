@@ -59,8 +59,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made(shared: Workshop, root: Path) -> Path:
-    workshop = borrow(shared, root)
-    return workshop.build(mixture=FITTED)
+    return borrow(shared, root).build(mixture=FITTED)
 
 
 def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:
