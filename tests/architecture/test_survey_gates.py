@@ -19,9 +19,7 @@ from modekit.errors import RecipeError, UnsupportedError
 from modekit.loaded.load import load_model
 from modekit.members.change import write_change
 from modekit.members.edits import remove_expert
-from modekit.planning.make import make_plan
 from modekit.recipes.mixture import Router
-from modekit.recipes.read import load_recipe
 from modekit.routing.inputs import DomainStatistics, SlotStatistics
 from modekit.routing.linear import fit_gates
 
@@ -184,7 +182,7 @@ def test_whoever_reaches_its_threshold_is_chosen_or_the_best_where_none_does() -
 
 def refused(shop: Workshop, output: dict[str, Any] | None = None, **mixture: Any) -> str:
     with pytest.raises((RecipeError, UnsupportedError)) as caught:
-        make_plan(load_recipe(shop.write(mixture=mixture, output=output or {})), shop.root)
+        shop.plan(mixture=mixture, output=output or {})
     return str(caught.value)
 
 

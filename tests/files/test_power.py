@@ -17,9 +17,7 @@ from conftest import Workshop
 from kills import Sizes, dies
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
-from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
 from modekit.run import Run
 from refusal import borrow, tree
@@ -57,7 +55,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, small_workshop: Workshop) -> 
 
 
 def new_plan(shop: Workshop) -> Plan:
-    return make_plan(load_recipe(shop.write(mixture=FITTED)), shop.root)
+    return shop.plan(mixture=FITTED)
 
 
 def lose_power(

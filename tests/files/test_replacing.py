@@ -17,8 +17,6 @@ from modekit.files.change import refuse_existing
 from modekit.files.marker import foreign_files, read_marker
 from modekit.files.output import work_of
 from modekit.files.staging import staging
-from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe
 from refusal import borrow, refuse, tree
 
 
@@ -37,7 +35,7 @@ def test_a_folder_that_appears_during_a_build_is_not_replaced(
     bench: Workshop, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     out, real = bench.root / "OUT", building.write_index
-    plan = make_plan(load_recipe(bench.write()), bench.root)
+    plan = bench.plan()
 
     def write_index(*args: object) -> None:
         put_a_letter(out)

@@ -19,10 +19,9 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
-from modekit.planning.make import make_plan
 from modekit.planning.room import statistics_bytes
 from modekit.recipes.fits import FITS, Fit
-from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.recipes.schema import schema_text
 from modekit.routing.fit import SETTERS, FittedRouter, Fitting
 from modekit.routing.linear import RULES
@@ -48,8 +47,7 @@ def new_row(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", ["plain", "modekit"])
 def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
     router = {"fit": "favour", "temperature": 0.5}
-    path = workshop.write(mixture={"method": "routing", "router": router}, output={"format": form})
-    plan = make_plan(load_recipe(path), workshop.root)
+    plan = workshop.plan(mixture={"method": "routing", "router": router}, output={"format": form})
     assert memory_of(plan)["fit"] == 0 and statistics_bytes(plan) == 0
     checkpoint = build(plan, workshop.root / "OUT")
     assert is_proven(verify(checkpoint))
