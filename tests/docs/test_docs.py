@@ -35,6 +35,7 @@ def run_line(line: str) -> None:
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 def test_the_tutorial_and_the_python_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for kind, text in [*blocks("docs/tutorial.md"), *blocks("docs/python.md")]:
