@@ -54,7 +54,7 @@ def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run
         experts = {name: (folder, name, texts[name], kind.trains, training) for name, training in missing.items()}
         workers.each("train experts", _train_expert, experts)
         workers.each("build", _build, {name: (folder, name, recipe) for name, recipe in recipes.items()})
-        known = {first: _score(run.about(first), folder, first, kind, None)}  # of many models, by all threads
+        known = {first: _score(run.about(first), folder, first, kind, None)}  # its many models have all threads
         others = {name: (folder, name, kind, known[first]) for name in recipes if name != first}
         return {**known, **workers.each("score", _score, others)}
 

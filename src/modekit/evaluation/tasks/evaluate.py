@@ -221,7 +221,7 @@ def _explained(tasks: Sequence[str] | Mapping[str, object]) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """While open the harness logs, warns and draws nothing."""
-    from tqdm import std  # type: ignore[import-untyped]
+    from tqdm import std
 
     logger, begin = logging.getLogger("lm_eval"), std.tqdm.__init__
     with ExitStack() as stack:
@@ -230,5 +230,5 @@ def _quiet() -> Iterator[None]:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL)
         stack.callback(setattr, std.tqdm, "__init__", begin)
-        setattr(std.tqdm, "__init__", lambda bar, *of, **settings: begin(bar, *of, **{**settings, "disable": True}))  # noqa: B010
+        std.tqdm.__init__ = lambda bar, *of, **settings: begin(bar, *of, **{**settings, "disable": True})
         yield
