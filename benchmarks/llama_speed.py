@@ -20,7 +20,7 @@ import torch
 from modekit.checkpoint.open import open_checkpoint
 from modekit.engines.converter import convert
 from modekit.engines.gguf import finer_of
-from modekit.engines.llama import Llama
+from modekit.engines.proof import Llama
 
 WRITTEN, READ = 128, 512
 TEXT = "The heart moves blood through the body, and the court hears the parties. "

@@ -30,7 +30,7 @@ from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.experts.distill.teaching import Teaching
+from modekit.experts.distill import Teaching
 from modekit.experts.moving import What
 from modekit.experts.settings import DistillSettings, Mix
 from modekit.experts.specialize import specialize
@@ -46,7 +46,7 @@ from modekit.run import Run
 from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train as train_mixture
 
 TEXTS = (*LANGUAGES, "code")
@@ -161,7 +161,7 @@ class Languages:
         start = self.mixture(f"{name}-start", "student", dict.fromkeys(TEXTS, "student"), mixture)
         if is_there(self.folder / name):
             return open_checkpoint(self.folder / name)
-        settings = train_settings(
+        settings = checked_settings(
             {
                 "regime": "joint",
                 "losses": {"lm": 0.5, "forward_kl": 0.5},
@@ -177,6 +177,7 @@ class Languages:
                 "patience": 99,
                 "seed": self.seed,
             },
+            TrainSettings,
             where=name,
         )
         train_mixture(start, settings, out=self.folder / name, evaluate_tokens=None, run=self.run.about(name))

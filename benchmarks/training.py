@@ -33,7 +33,7 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 
 TOKENS = 16_384
@@ -157,7 +157,7 @@ def result(folder: Path, name: str, variant: Variant) -> dict[str, Any]:
     if training is not None:
         values = {key: value for key, value in training.items() if value is not None}
         started = time.perf_counter()
-        done = train(checkpoint, train_settings(values, where=name), root=folder, evaluate_tokens=None)
+        done = train(checkpoint, checked_settings(values, TrainSettings, where=name), root=folder, evaluate_tokens=None)
         seconds = time.perf_counter() - started
         checkpoint, notes, steps = done.checkpoint, list(done.record.notes), done.record.steps
     domains = held_out_domains(checkpoint, tokens_per_domain=TOKENS, sequence_length=512)

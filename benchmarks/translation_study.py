@@ -15,8 +15,8 @@ import translation_text
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.translation.decoding import Decoding, translated
-from modekit.evaluation.translation.evaluate import Scorer
+from modekit.evaluation.translation.evaluate import Scorer, translated
+from modekit.evaluation.translation.results import Decoding
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training

@@ -28,7 +28,7 @@ from modekit.files.change import is_there
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train as train_mixture
 from peers.pool import texts_of_kind
 from strangers import ATTENTION, BASE_TEXT, EXPERTS, train_strangers
@@ -130,7 +130,7 @@ def trained(folder: Path, kind: str, seed: int) -> None:
         **{"steps": STEPS, "batch_tokens": 8_192, "select_tokens": 2_048},
     }
     start = time.process_time()
-    done = train_mixture(checkpoint, train_settings(asked, where=name), evaluate_tokens=None)
+    done = train_mixture(checkpoint, checked_settings(asked, TrainSettings, where=name), evaluate_tokens=None)
     took = time.process_time() - start
     said = evaluate(done.checkpoint, tokens_per_domain=EVAL_TOKENS[kind], sequence_length=SEQUENCE_LENGTH)
     mixed, forced = (said.row(row).mean_gap(DOMAINS) for row in ("mixture", "oracle"))

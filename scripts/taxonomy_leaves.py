@@ -19,7 +19,7 @@ from typer.main import get_command
 from modekit.cli.shell import app
 from modekit.errors import TrainingError
 from modekit.recipes.read import parse_recipe
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 
 EXPERTS = ("law", "code", "science")
 
@@ -60,7 +60,7 @@ class Training:
     def check(self) -> None:
         """Parse them."""
         settings: dict[str, Any] = yaml.safe_load(f"{{{self.said}}}")
-        train_settings(settings, where=self.said)
+        checked_settings(settings, TrainSettings, where=self.said)
 
 
 @dataclass(frozen=True)

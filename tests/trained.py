@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from modekit.run import Run
-from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 
 
 def short_settings(**said: Any) -> TrainSettings:
     """A few steps over little text, looked at after each, unless said otherwise."""
     few = {"steps": 3, "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 1}
-    return train_settings({**few, **said}, where="test")
+    return checked_settings({**few, **said}, TrainSettings, where="test")
 
 
 class StoppedError(Exception):

@@ -18,7 +18,7 @@ from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.loaded.load import load_model
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.strict import RecipeData
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 from peers.ours import built
 from peers.peer import Made, Pool
@@ -55,7 +55,7 @@ class Gate:
                 {"base_model": "./base", "experts": experts, "mixture": self.mixture, "output": FORMAT},
                 where=self.name,
             )
-            train_settings(self.training or {}, where=self.name)
+            checked_settings(self.training or {}, TrainSettings, where=self.name)
         except ModekitError as error:
             return str(error)
         return ""
@@ -69,7 +69,9 @@ class Gate:
         checkpoint, note = open_checkpoint(out / "mixture"), ""
         if self.training is not None:
             done = train(
-                checkpoint, train_settings({**_as_others(pool), **self.training}, where=self.name), evaluate_tokens=None
+                checkpoint,
+                checked_settings({**_as_others(pool), **self.training}, TrainSettings, where=self.name),
+                evaluate_tokens=None,
             )
             checkpoint, note = done.checkpoint, STEPS.said
         return Made(made.model, note, load=load_of(checkpoint, pool))

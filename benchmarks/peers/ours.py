@@ -10,7 +10,7 @@ from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train as train_mixture
 from peers.peer import Formula, Made, Peer, Pool
 from peers.pool import is_adapter, read_text, write_text
@@ -52,7 +52,7 @@ def _trained(pool: Pool, out: Path) -> Made:
         **{"what": ["all"], "losses": {"forward_kl": 1.0}, "backbone_learning_rate": STEPS.rate, "steps": STEPS.count},
         **{"sequence_length": STEPS.length, "batch_tokens": STEPS.length * len(pool.text), "select_tokens": 1_024},
     }
-    done = train_mixture(checkpoint, train_settings(asked, where="scoreboard"), evaluate_tokens=None)
+    done = train_mixture(checkpoint, checked_settings(asked, TrainSettings, where="scoreboard"), evaluate_tokens=None)
     return Made(done.checkpoint.folder, f"distilled, {STEPS.said}")
 
 

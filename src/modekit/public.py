@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from modekit.planning.plan import Plan
     from modekit.recipes.recipe import Recipe
     from modekit.routing.text_router import TextRouter
-    from modekit.training.finish import TrainedMixture
+    from modekit.training.train import TrainedMixture
 
     Folder = str | Path | Checkpoint
     """A checkpoint's folder, or the checkpoint itself."""
@@ -138,10 +138,10 @@ def train(
     `settings` are those of docs/training.md (`what=["routers"]`, `steps=100`); `texts` is text per domain instead of the
     recipe's. Raises TextError or TrainingError.
     """
-    from modekit.training.settings import train_settings
+    from modekit.training.settings import TrainSettings, checked_settings
     from modekit.training.train import train as move
 
-    asked = train_settings(settings, where="modekit.train")
+    asked = checked_settings(settings, TrainSettings, where="modekit.train")
     return move(_opened(checkpoint), asked, texts=texts, out=None if out is None else _real(out), run=run)
 
 

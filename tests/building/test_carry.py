@@ -33,7 +33,7 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 from modekit.weights.bases import Stream, fit_pass_through
 from sources.test_families import QWEN3_5, WINDOWED
@@ -400,7 +400,7 @@ def test_training_moves_what_the_base_has_and_no_channel(tmp_path: Path, family:
     shop = adapter_shop(tmp_path, family, modules=["q_proj", "o_proj"])
     checkpoint = open_checkpoint(shop.build("OUT"))
     before = {name: array for file in checkpoint.folder.glob("model*.safetensors") for name, array in load_file(file).items()}
-    settings = train_settings({**STEPS, "what": ["all"], "backbone_learning_rate": 0.002}, where="test")
+    settings = checked_settings({**STEPS, "what": ["all"], "backbone_learning_rate": 0.002}, TrainSettings, where="test")
     assert train(checkpoint, settings, evaluate_tokens=None).improved
     checkpoint = open_checkpoint(checkpoint.folder)
     assert is_proven(verify(checkpoint))
@@ -430,4 +430,8 @@ def test_what_would_move_the_channels_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(adapter_shop(tmp_path, modules=["q_proj"]).build("OUT"))
     for asked in ({"what": ["routers"]}, {"weight_decay": 0.1}, {"losses": {"label": 0.1}}):
         with pytest.raises(TrainingError, match="channels that must stay"):
-            train(checkpoint, train_settings({**STEPS, "what": ["attention"], **asked}, where="test"), evaluate_tokens=None)
+            train(
+                checkpoint,
+                checked_settings({**STEPS, "what": ["attention"], **asked}, TrainSettings, where="test"),
+                evaluate_tokens=None,
+            )

@@ -21,7 +21,7 @@ from modekit.errors import CheckpointError
 from modekit.files.write import json_bytes
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.tensors import EMBEDDING_FILE
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 from refusal import refuse
 
@@ -129,7 +129,7 @@ def test_a_training_that_moves_the_embedding_leaves_a_mixture_that_opens(small_w
         "select_tokens": 128,
         "backbone_learning_rate": 0.01,
     }
-    done = train(open_checkpoint(out), train_settings(asked, where="test"), out=moved, evaluate_tokens=None)
+    done = train(open_checkpoint(out), checked_settings(asked, TrainSettings, where="test"), out=moved, evaluate_tokens=None)
     assert done.improved
     trained = open_checkpoint(moved)
     name = trained.carrier[1].name

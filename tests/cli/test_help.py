@@ -8,8 +8,7 @@ import pytest
 import typer
 
 from command_line import ended, modekit
-from modekit.cli.arrangement import GROUPS, example_of
-from modekit.cli.shell import app
+from modekit.cli.shell import GROUPS, app, example_of
 from modekit.cli.words import SETTINGS, described
 from refusal import run_python
 

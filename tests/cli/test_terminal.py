@@ -20,7 +20,8 @@ from conftest import _WORDS
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.cli.printing import console_for
-from modekit.engines.chat import AnswerToken, Chat, ChatAnswer, ChatSettings
+from modekit.engines.chat import AnswerToken, Chat, ChatAnswer
+from modekit.engines.registry import ChatSettings
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.passes import traced_losses
 from modekit.loaded.load import load_model, load_tokenizer
@@ -163,7 +164,7 @@ def test_without_a_template_a_text_is_continued(tmp_path: Path) -> None:
 
 
 def test_what_a_model_writes_is_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import modekit.cli.chat as command
+    import modekit.cli.serving as command
 
     stream = io.StringIO()
     monkeypatch.setattr(command, "out", console_for(file=stream, force_terminal=True, width=80, color_system="truecolor"))

@@ -17,7 +17,7 @@ from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import RecipeError
 from modekit.evaluation.domains import scored_on
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 
 FAMILIES = ("llama", "qwen3", "granite")
@@ -62,7 +62,7 @@ def test_it_is_trained_and_inspected(tmp_path: Path) -> None:
     opened = open_checkpoint(tmp_path / "OUT")
     texts = {"copy-1": [str(text["law"])], "copy-2": [str(text["code"])]}
     asked = {"what": ["experts"], "steps": 2, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
-    done = train(opened, train_settings(asked, where="test"), texts=texts, evaluate_tokens=None)
+    done = train(opened, checked_settings(asked, TrainSettings, where="test"), texts=texts, evaluate_tokens=None)
     assert done.record.steps == 2
     found = inspect(scored_on(open_checkpoint(tmp_path / "OUT"), texts, tmp_path))
     assert found.similarity is not None and found.experts == ["copy-1", "copy-2"]

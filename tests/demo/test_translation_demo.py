@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import modekit.demo.seed as seed_module
+import modekit.demo.demo as seed_module
 import modekit.demo.translation as translation_module
 from command_line import ended
 from modekit.demo.demo import run_demo

@@ -24,8 +24,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.engines import proof
 from modekit.engines.converter import convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
-from modekit.engines.llama import Llama
-from modekit.engines.proof import MOST_TOKENS, Proof, compare, documents_of
+from modekit.engines.proof import MOST_TOKENS, Llama, Proof, compare, documents_of
 from modekit.engines.registry import Outtype
 from modekit.errors import EngineError, ModekitError, UnsupportedError
 from modekit.files.marker import foreign_files

@@ -314,7 +314,7 @@ def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv(KEY, raising=False)
     for host in ("127.0.0.1", "localhost", "127.1.2.3"):
         assert key_of_clients(host, no_key=False) is None
-    settings = ServeSettings("llama", "0.0.0.0", 0, 64, no_key=True, outtype="f32")
+    settings = ServeSettings("llama", "0.0.0.0", 0, no_key=True, context=64, outtype="f32")
     with serving(mixtures["native"], settings) as served:
         port = served.address.rpartition(":")[2]
         assert asking.asked(f"http://127.0.0.1:{port}/v1/models")[0] == 200

@@ -21,8 +21,8 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TrainingError
 from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect_text
 from modekit.evaluation.inspection.likeness import similarity
-from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.results import Results
 from modekit.members.admission import measure_admission
 from modekit.members.change import before_change, write_change

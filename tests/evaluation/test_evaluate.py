@@ -21,8 +21,7 @@ from modekit.errors import CheckpointError
 from modekit.evaluation.domains import held_out_domains, scored_on
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.results import Results
-from modekit.evaluation.uncertainty import gap_error, mean_error
+from modekit.evaluation.results import Results, gap_error, mean_error
 from modekit.experts.moving import trainable_parameters
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training

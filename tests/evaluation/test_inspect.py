@@ -27,10 +27,9 @@ from modekit.checkpoint.open import open_checkpoint, open_with_any_router
 from modekit.cli.printing import print_result
 from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.inspect import UserMessage, inspect, inspect_text
 from modekit.evaluation.inspection.likeness import similarity
 from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss
-from modekit.evaluation.inspection.text import UserMessage, inspect_text
 from modekit.evaluation.inspection.tokens import token_texts, words_of
 from modekit.files.typed import as_kind
 from modekit.loaded.load import load_model

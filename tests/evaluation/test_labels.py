@@ -19,7 +19,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.inspection.text import inspect_text
+from modekit.evaluation.inspection.inspect import inspect_text
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Score
 from modekit.evaluation.rows import label_places, label_tags, with_tag

@@ -20,9 +20,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.rows import Labels
-from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.results import TranslationResults, TranslationScore
+from modekit.evaluation.translation.results import Decoding, TranslationResults, TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.tags import tag_of
 

@@ -15,9 +15,8 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TextError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.inspect import inspect, inspect_text
 from modekit.evaluation.inspection.passes import Decided, token_losses, traced_losses
-from modekit.evaluation.inspection.text import inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import expert_view, mixture_of

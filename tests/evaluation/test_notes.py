@@ -12,7 +12,7 @@ from modekit.cli import printing
 from modekit.cli.printing import console_for, print_result
 from modekit.demo.demo import DemoResults
 from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, with_gaps
-from modekit.report.drawing import gap_chart
+from modekit.report.sections import gap_chart
 
 
 def row(name: str, loss: float, jitter: float = 0.0, gap: float | None = None) -> Row:

@@ -21,9 +21,8 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.mixtures import show_build
 from modekit.errors import CheckpointError, MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import held_out_texts
-from modekit.evaluation.translation.decoding import Decoding, first_token, translated
-from modekit.evaluation.translation.evaluate import Scorer, evaluate_translation
-from modekit.evaluation.translation.results import TranslationResults, TranslationScore
+from modekit.evaluation.translation.evaluate import Scorer, evaluate_translation, first_token, translated
+from modekit.evaluation.translation.results import Decoding, TranslationResults, TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.sequences import encode
 from pair_models import pair_model, pair_tokenizer, pairs

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.cli.experts import print_specialist
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
-from modekit.experts.distill.student import Lesson, kl_to_teacher
-from modekit.experts.distill.teaching import Teaching
+from modekit.experts.distill import CROSS_ENTROPY, DISTILLATION, Lesson, Student, Teaching, adaptive_share, kl_to_teacher
 from modekit.experts.settings import DistillSettings
 from modekit.experts.specialist import SpecialistRecord
 from modekit.experts.specialize import specialize
@@ -22,7 +22,10 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.text.held_out import read_text
-from modekit.text.sequences import encode
+from modekit.text.sequences import TokenSequence, encode
+from modekit.training.batches import Batches, DomainSequences, plan_parts, predicted_in
+from modekit.training.losses import distillation
+from modekit.training.settings import TrainSettings, checked_settings
 from pair_models import make_pair_workshop
 from refusal import refuse, tree
 from trained import StoppedError, stopped_at
@@ -182,3 +185,137 @@ def test_encoders_and_pairs_are_refused(shop: Workshop, tmp_path: Path) -> None:
         distill(pairs, tmp_path / "new")
     with pytest.raises(TextError, match="a model without an encoder reads plain text"):
         distill(asked(shop, texts=["./pairs/law.jsonl"]), tmp_path / "new")
+
+
+FALLING = [3.0 - 0.01 * step for step in range(20)]
+
+
+def test_while_both_losses_fall_the_share_is_exactly_one_half() -> None:
+    assert adaptive_share(FALLING, [0.1 * value**2 for value in FALLING]) == 0.5
+
+
+def test_a_text_loss_that_rises_by_half_its_mean_counts_a_third() -> None:
+    rising = [0.75, 1.0, 1.25]  # by 0.5, of a mean of 1
+    assert adaptive_share(rising, FALLING) == pytest.approx(1 / 3)
+    assert adaptive_share(FALLING, rising) == pytest.approx(2 / 3)
+
+
+def test_only_the_last_steps_are_remembered() -> None:
+    model, losses = tiny_model(num_hidden_layers=1), {"lm": torch.tensor(1.0), "distill": torch.tensor(1.0)}
+    lesson = Lesson(tiny_model(seed=4, num_hidden_layers=1), 96, DistillSettings(adaptive=True))
+    student = Student(model, lesson, checked_settings({"what": ["all"]}, TrainSettings, where="test"), 100)
+    assert student.weights(losses) == {"lm": 0.5, "distill": 0.5}
+    rising = [9.0, *(1.0 + 0.01 * step for step in range(20))]  # the first was long ago: the next 20 rise
+    student.go_on([{CROSS_ENTROPY: value, DISTILLATION: 1.0} for value in rising])
+    assert student.weights(losses)["lm"] == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"losses": {"forward_kl": 0.0}},
+        {"adaptive": True, "weights": 0.5},
+        {"temperature": float("nan")},
+    ],
+)
+def test_wrong_and_dead_settings_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(TrainingError, match="the settings of this training are wrong"):
+        checked_settings(dict(values), DistillSettings, where="test")
+
+
+def test_losses_are_said_by_name_or_with_a_weight() -> None:
+    for said in (["forward_kl", "total_variation=0.5"], "forward_kl,total_variation=0.5"):
+        found = checked_settings({"losses": said}, DistillSettings, where="test")
+        assert found.losses == {"forward_kl": 1.0, "total_variation": 0.5}
+    for wrong in (["kl"], ["forward_kl=x"], ["forward_kl=nan"], ["forward_kl", "forward_kl=2"], [""]):
+        with pytest.raises(TrainingError, match="unknown loss or weight"):
+            checked_settings({"losses": wrong}, DistillSettings, where="test")
+
+
+NAMES = ["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
+
+
+def logits(seed: int, scale: float = 1.0, tokens: int = 6, vocabulary: int = 11) -> torch.Tensor:
+    return scale * torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def test_losses_are_their_formulas_at_a_temperature() -> None:
+    student, teacher = logits(1), logits(2)
+    q, p = (student / 2).softmax(-1), (teacher / 2).softmax(-1)
+    wanted = {
+        "forward_kl": 4 * (p * (p / q).log()).sum(),
+        "reverse_kl": 4 * (q * (q / p).log()).sum(),
+        "teacher_ce": -4 * (p * q.log()).sum(),
+        "total_variation": (p - q).abs().sum() / 2,
+    }
+    for name, value in wanted.items():
+        assert distillation(name, student, teacher, 2.0) == pytest.approx(float(value), rel=1e-4), name
+
+
+# Tokens that count.
+
+
+def student_of(**changes: Any) -> Student:
+    model, teacher = tiny_model(num_hidden_layers=1), tiny_model(seed=4, num_hidden_layers=1)
+    lesson = Lesson(teacher, 96, DistillSettings(**changes))
+    return Student(model, lesson, checked_settings({"what": ["all"]}, TrainSettings, where="test"), 10)
+
+
+def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    corpus = DomainSequences("text", 0, sequences)
+    asked = checked_settings(
+        {"what": ["all"], "batch_tokens": sum(len(each.ids) for each in sequences)}, TrainSettings, where="test"
+    )
+    return Batches([corpus], plan_parts([corpus], asked, steps=1, experts=1, parts=1, pack=False), pad_id)[0]
+
+
+LONG, SHORT = TokenSequence(tuple(range(4, 36))), TokenSequence(tuple(range(40, 57)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pads_change_no_loss(name: str) -> None:
+    student = student_of(losses={name: 1.0})
+    together = student(**batch_of([LONG, SHORT]))
+    other_pads = student(**batch_of([LONG, SHORT], pad_id=77))
+    assert float(together.detach()) == pytest.approx(float(other_pads.detach()), rel=1e-6)
+    alone = [float(student(**batch_of([each])).detach()) for each in (LONG, SHORT)]
+    assert float(together.detach()) == pytest.approx((31 * alone[0] + 16 * alone[1]) / 47, rel=1e-5)
+
+
+def test_tags_and_what_stands_first_behind_them_are_no_targets() -> None:
+    """As where a text is scored: what counts is what counts without tags, in training and in the distance to the teacher."""
+    student = student_of(weights=0.25, temperature=1.0)
+    texts = [LONG.with_tag(90, 0), SHORT, SHORT.with_tag(91, 0)]
+    item = batch_of(texts)
+    assert int(predicted_in(item).sum()) == int(item["targets"]) == sum(each.scored for each in texts) == 31 + 16 + 16
+    teacher = student._lesson.teacher
+    cross_entropy = distance = 0.0
+    for text in texts:
+        ids, first = torch.tensor([text.ids]), 1 if text.tag is None else 2
+        with torch.no_grad():
+            ours, theirs = (model(ids).logits[0, first - 1 : -1].log_softmax(-1) for model in (student.model, teacher))
+        cross_entropy -= float(ours.gather(-1, ids[0, first:, None]).sum())
+        distance += float((theirs.exp() * (theirs - ours)).sum())
+    student(**item)
+    figures = student.drain()
+    assert figures[CROSS_ENTROPY] == pytest.approx(cross_entropy / 63, rel=1e-5)
+    assert figures[DISTILLATION] == pytest.approx(distance / 63, rel=1e-4)
+    assert kl_to_teacher(student.model, student._lesson, texts) == pytest.approx(distance / 63, rel=1e-4)
+
+
+def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path: Path) -> None:
+    student = student_of()
+    assert {name.partition(".")[0] for name, _ in student.named_parameters()} == {"model"}
+    student(**batch_of([LONG])).backward()
+    teacher = student._lesson.teacher
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_alternating_steps_move_by_one_loss_each_beginning_with_the_text() -> None:
+    student = student_of(alternate=True, weights=0.25)
+    said: list[tuple[float, dict[str, float]]] = []
+    for _ in range(2):
+        loss = float(student(**batch_of([LONG])).detach())
+        said.append((loss, student.drain()))
+    assert said[0][0] == pytest.approx(2 * 0.25 * said[0][1][CROSS_ENTROPY], rel=1e-6)
+    assert said[1][0] == pytest.approx(2 * 0.75 * said[1][1][DISTILLATION], rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +16,8 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.passes import token_losses
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.passes import inputs_of, losses_of
-from modekit.loaded.text_training import Training, train_on_text
-from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.loaded.text_training import TextBatches, Training, train_on_text
+from modekit.text.sequences import Batch, TokenSequence, encode, make_batches
 from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer, pairs
 
 
@@ -89,3 +90,36 @@ def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSe
             train_on_text(model, text, Training(steps=1))
         with pytest.raises(TextError, match=what):
             next(iter(inputs_of(model, batch) for batch in make_batches(text)))
+
+
+LENGTHS = [4 + 7 * place % 60 for place in range(96)]
+SEQUENCES = [TokenSequence((place, *[1] * (length - 1))) for place, length in enumerate(LENGTHS)]
+TRAINING = Training(batch_tokens=256, sequence_length=64, seed=3)
+
+
+def first_pass(training: Training) -> list[Batch]:
+    batches = TextBatches(SEQUENCES, training)
+    return [batches[step]["batch"] for step in range(len(batches))]
+
+
+def test_every_sequence_comes_once_per_pass_in_a_drawn_order() -> None:
+    for by_length in (False, True):
+        taken = [int(row[0]) for batch in first_pass(TRAINING.with_(by_length=by_length)) for row in batch.input_ids]
+        assert Counter(taken) == Counter(range(96))
+        other = first_pass(TRAINING.with_(by_length=by_length, seed=4))
+        assert taken != [int(row[0]) for batch in other for row in batch.input_ids]
+
+
+def test_by_length_leaves_little_padding_and_no_order_of_lengths_between_steps() -> None:
+    batches = first_pass(TRAINING.with_(by_length=True))
+    padded, real = sum(batch.mask.numel() for batch in batches), sum(batch.tokens for batch in batches)
+    drawn = sum(batch.mask.numel() for batch in first_pass(TRAINING))
+    assert real / padded > 0.85 > real / drawn
+    widths = [batch.mask.shape[1] for batch in batches]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+
+
+def test_a_pass_over_a_short_text_leaves_no_sequence_out() -> None:
+    sequences = [TokenSequence((place, *[1] * 63)) for place in range(15)]
+    batches = TextBatches(sequences, Training(batch_tokens=512, sequence_length=64))
+    assert {int(row[0]) for step in range(len(batches)) for row in batches[step]["batch"].input_ids} == set(range(15))

@@ -146,7 +146,7 @@ def test_neither_model_nor_adapter(two: Workshop) -> None:
 
 
 def test_what_would_undo_a_training(bench: Workshop) -> None:
-    from modekit.training.settings import train_settings
+    from modekit.training.settings import TrainSettings, checked_settings
     from modekit.training.train import train
 
     out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
@@ -158,7 +158,7 @@ def test_what_would_undo_a_training(bench: Workshop) -> None:
         "select_tokens": 200,
         "backbone_learning_rate": 0.1,
     }
-    assert train(open_checkpoint(out), train_settings(asked, where="test"), evaluate_tokens=None).improved
+    assert train(open_checkpoint(out), checked_settings(asked, TrainSettings, where="test"), evaluate_tokens=None).improved
     assert "this change would undo that" in refuse_change(bench, "remove", out, "law")
 
 

@@ -16,7 +16,7 @@ from modekit.errors import RecipeError
 from modekit.members.change import before_change, write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.routing.inputs import load_statistics
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 64, "sequence_length": 32}
@@ -27,7 +27,7 @@ def trained(bench: Workshop, router: dict[str, Any], names: int, output: str = "
     """A mixture of the first experts, trained until it is better."""
     experts = bench.recipe["experts"][:names]
     out = bench.build(experts=experts, mixture={"top_k": 2, "router": router}, output={"format": output})
-    asked = train_settings({**STEPS, **settings}, where="test")
+    asked = checked_settings({**STEPS, **settings}, TrainSettings, where="test")
     assert train(open_checkpoint(out), asked, evaluate_tokens=None).improved
     return open_checkpoint(out)
 

@@ -12,9 +12,8 @@ import modekit
 from conftest import Workshop
 from modekit.checkpoint.open import open_checkpoint
 from modekit.loaded.load import load_model
-from modekit.loaded.modekit import ModekitMixture
 from modekit.loaded.native import NativeMixture
-from modekit.loaded.shapes import mixture_of
+from modekit.loaded.shapes import ModekitMixture, mixture_of
 from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape

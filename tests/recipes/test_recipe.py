@@ -12,6 +12,7 @@ import yaml
 
 from modekit.errors import RecipeError
 from modekit.recipes.backbone import BackboneMerge
+from modekit.recipes.edit import as_written
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.schema import SCHEMA_FILE, schema_text
 
@@ -90,3 +91,39 @@ def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
 def test_a_value_of_another_type_is_not_bent_into_shape(mixture: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="mixture"):
         parse_recipe({**RECIPE, "mixture": mixture})
+
+
+def recipe(law: list[str] | None = None, code: list[str] | None = None) -> dict[str, Any]:
+    experts: list[dict[str, Any]] = [
+        {"name": "law", "model": "./law", "text": "./law.txt", "labels": law},
+        {"name": "code", "adapter": "./code", "labels": code},
+    ]
+    said = [{key: value for key, value in expert.items() if value is not None} for expert in experts]
+    return {"base_model": "./base", "experts": said, "mixture": {"router": {"fit": "random"}}}
+
+
+def test_a_label_leads_to_its_expert() -> None:
+    read = parse_recipe(recipe(["court", "contracts"], ["python"]))
+    assert read.other_labels == {"court": 0, "contracts": 0, "python": 1}
+    assert parse_recipe(as_written(read)) == read
+
+
+def test_recipes_without_labels_do_not_speak_of_them() -> None:
+    assert "labels" not in str(parse_recipe(recipe()).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("law", "code", "said"),
+    [
+        (["court"], ["court"], "the label 'court' is known already"),
+        (["code"], None, "the label 'code' is known already"),
+        (["court", "court"], None, "the label 'court' is known already"),
+        (["law"], None, "the label 'law' is known already"),
+        (None, ["base"], "the label 'base' is known already"),
+        ([], None, "at least 1 item"),
+    ],
+)
+def test_a_label_that_leads_nowhere_is_one_clear_error(law: list[str] | None, code: list[str] | None, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(recipe(law, code))
+    assert said in str(caught.value) and str(caught.value).count("\n  - ") == 1

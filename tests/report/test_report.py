@@ -25,9 +25,8 @@ from modekit.evaluation.inspection.result import Inspection
 from modekit.evaluation.results import Results, Row, Score, with_gaps
 from modekit.evaluation.tables import cells_of
 from modekit.evaluation.tasks.results import TaskResults
-from modekit.report.drawing import gap_chart
 from modekit.report.page import write_report
-from modekit.report.sections import SAMPLE_BYTES
+from modekit.report.sections import SAMPLE_BYTES, gap_chart
 from modekit.routing.refit import refit
 from modekit.training.train import train
 from pair_models import make_pair_workshop

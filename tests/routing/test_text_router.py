@@ -6,17 +6,21 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from command_line import ended, modekit
 from conftest import _WORDS
 from domain_mixtures import TWO, built, model_experts
+from modekit.architecture.modekit_flow import Flow
+from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
-from modekit.routing.text_router import TextRouter
+from modekit.routing.text_router import LastToken, TextRouter
 
 TEXTS = {name: _WORDS[name] for name in TWO}
 
@@ -113,3 +117,34 @@ def test_many_turns_take_no_longer(mixtures: dict[str, Checkpoint]) -> None:
     assert found.expert == "medicine" and found.tokens < 10_000
     assert router.decide("fever artery " * 500_000).tokens < 20_000
     assert router.decide("\ud800 fever").tokens > 0
+
+
+EXPERTS, VOCAB, BUCKETS = 3, 40, 64
+NGRAM = {"score": "lexical", "ngram": {"order": 3, "buckets": BUCKETS}}
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "the token itself": {"score": "lexical", "averages": [{"decay": 0.0}]},
+    "mean": {"score": "lexical", "averages": [{"decay": 1.0}]},
+    "fading": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": 0.5}]},
+    "orders": {**NGRAM, "averages": [{"decay": 1.0}, {"decay": 0.9}], "orders": [1, 3]},
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("length", [1, 300])
+@torch.no_grad()
+def test_it_is_the_last_of_all_answers(name: str, length: int) -> None:
+    routing = {"method": "gating", **ROUTINGS[name]}
+    columns = BUCKETS if "ngram" in routing else VOCAB
+    flow, parts = Flow(), len(routing["averages"])
+    drawn = np.random.default_rng(length)
+    gate_EG = drawn.normal(size=(EXPERTS, parts * columns)).astype(np.float32)
+    ids = drawn.integers(0, VOCAB, length).tolist()
+    whole = Router("text", {"width": columns, "rows": [1] * EXPERTS}, flow, EXPERTS, routing).eval()
+    whole.gate = torch.nn.Parameter(torch.from_numpy(gate_EG))
+    flow.ids_BS = torch.tensor([ids])
+    expected_SE = whole.logits(torch.zeros(1, length, 1))[0].numpy()
+    decays = [average["decay"] for average in routing["averages"]]
+    found_E = LastToken(np.split(gate_EG.T, parts), decays, routing.get("orders", ())).by_token(ids).sum(0)
+    assert found_E.dtype == np.float32 and found_E.shape == (EXPERTS,)
+    np.testing.assert_allclose(found_E, expected_SE[-1], rtol=1e-4, atol=1e-5)
+    assert length < 2 or not np.allclose(found_E, expected_SE[0], atol=1e-3)

@@ -11,7 +11,7 @@ import pytest
 from conftest import Workshop, make_workshop
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import TextError
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop, pairs
 from refusal import refuse, refuse_build
@@ -59,7 +59,7 @@ def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path,
     out = shop.build(mixture=mixture, eval={"music": "./wrong.jsonl"})
     message = refuse("eval", out)
     assert says in message and "where:    eval.music" in message
-    settings = train_settings({"what": ["mlp"], "generic": [str(tmp_path / "wrong.jsonl")]}, where="test")
+    settings = checked_settings({"what": ["mlp"], "generic": [str(tmp_path / "wrong.jsonl")]}, TrainSettings, where="test")
     with pytest.raises(TextError, match=rf"{says}[\s\S]*generic"):
         train(open_checkpoint(out), settings)
     for expert in shop.recipe["experts"]:

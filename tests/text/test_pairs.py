@@ -33,7 +33,7 @@ def test_a_pair_is_both_sides() -> None:
     pair = Pair("good day", "bonjour")
     assert pair.text == "good day\nbonjour" and (pair.source, pair.target) == SAID[0]
     one, other = Pair("good\nday", "bonjour"), Pair("good", "day\nbonjour")
-    assert digest_of(other) == digest_of(one) == digest_of(one.text) and other.as_json != one.as_json
+    assert digest_of(other) == digest_of(one) == digest_of(one.text)
     assert len({text_record([each], 1)["sha256"] for each in (one, other, one.text)}) == 3
     assert data_of(pair) == {"source": "good day", "target": "bonjour"}
 

@@ -14,7 +14,7 @@ from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.document import Pair
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.texts import read_texts
 from pair_models import make_pair_workshop, pair_tokenizer
 from refusal import refuse_build
@@ -57,7 +57,7 @@ def test_whatever_trains_says_so(shop: Workshop) -> None:
         read_material(["./long.jsonl"], None, Reading(pair_tokenizer(), shop.root, training))
     assert "60 documents" in str(caught.value.found) and "128" in str(caught.value.expected)
     checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": FITS["bigrams"]}))
-    settings = train_settings({"what": ["mlp"], "sequence_length": 128}, where="test")
+    settings = checked_settings({"what": ["mlp"], "sequence_length": 128}, TrainSettings, where="test")
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text law"):
         read_texts(checkpoint, settings, {"law": ["./long.jsonl"]}, shop.root, run=QUIET)
 

@@ -12,8 +12,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import ModekitError
 from modekit.loaded.load import load_model
-from modekit.loaded.modekit import flow_of
-from modekit.loaded.shapes import mixture_of
+from modekit.loaded.shapes import flow_of, mixture_of
 from modekit.run import QUIET
 from modekit.training.batches import Batches, plan_parts
 from modekit.training.end_to_end import packs

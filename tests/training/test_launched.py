@@ -94,11 +94,11 @@ from modekit.text.sequences import TokenSequence
 from modekit.loaded.load import load_model
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.objective import Objective
-from modekit.training.settings import train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 
 torch.distributed.init_process_group("gloo")
 checkpoint = open_checkpoint(Path(sys.argv[1]))
-settings = train_settings({"losses": {"lm": 1.0, "label": 0.2, "z": 0.01}, "what": ["all"]}, where="test")
+settings = checked_settings({"losses": {"lm": 1.0, "label": 0.2, "z": 0.01}, "what": ["all"]}, TrainSettings, where="test")
 draw = torch.Generator().manual_seed(3)
 corpora = [
     DomainSequences(name, place, [TokenSequence(tuple(torch.randint(3, 96, (31,), generator=draw).tolist()), 31)] * 2)

@@ -29,16 +29,16 @@ def test_ctrl_c_while_it_is_cleared_says_that_all_is_done(
     folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """Whether a state was removed by then or not."""
-    clear = TrainingFolder.remove
+    clear = WorkFolder.clear
 
-    def interrupted(cleared: TrainingFolder) -> None:
-        monkeypatch.setattr(TrainingFolder, "remove", clear)
+    def interrupted(cleared: WorkFolder) -> None:
+        monkeypatch.setattr(WorkFolder, "clear", clear)
         if again:
             clear(cleared)
         raise KeyboardInterrupt
 
     with pytest.raises(InterruptError, match="interrupted; OUT was finished by then"), folder.held("x", "y"):
-        monkeypatch.setattr(TrainingFolder, "remove", interrupted)
+        monkeypatch.setattr(WorkFolder, "clear", interrupted)
     assert not folder.path.exists()
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import modekit.training.finish as finish_module
 import modekit.training.objective as objective_module
+import modekit.training.train as train_module
 from adapter_folders import export_adapter, train_adapter
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
@@ -36,7 +36,6 @@ from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.end_to_end import packs
 from modekit.training.engine import JudgedModule
-from modekit.training.finish import TrainedMixture
 from modekit.training.losses import (
     GENERIC,
     domain_label,
@@ -46,8 +45,8 @@ from modekit.training.losses import (
 )
 from modekit.training.moving import moving_of
 from modekit.training.objective import Objective, make_teachers
-from modekit.training.settings import TrainSettings, train_settings
-from modekit.training.train import train
+from modekit.training.settings import TrainSettings, checked_settings
+from modekit.training.train import TrainedMixture, train
 from sources.test_families import QWEN3_5
 from trained import StoppedError, moved, short_settings, stopped, stopped_at, tensors_of
 
@@ -394,7 +393,7 @@ def test_a_state_of_other_parameters_is_refused(workshop: Workshop, monkeypatch:
     checkpoint = built(workshop)
     changes = {"what": ["attention"], "steps": 6, "evaluate_every": 2}
     with monkeypatch.context() as patched, pytest.raises(StoppedError):
-        patched.setattr(finish_module, "write_trained", stopped)
+        patched.setattr(train_module, "write_trained", stopped)
         train(checkpoint, settings_of(**changes), evaluate_tokens=None)
     for state in (workshop.root / "OUT.training").glob("checkpoint-*/model.safetensors"):
         save_file({name.replace("model.", "mixture.", 1): each for name, each in load_file(state).items()}, state)
@@ -512,7 +511,7 @@ def test_an_edited_trained_tensor_is_found(workshop: Workshop) -> None:
 )
 def test_settings_that_are_wrong_or_dead_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(TrainingError, match=words):
-        train_settings(values, where="test")
+        checked_settings(values, TrainSettings, where="test")
 
 
 def test_a_domain_without_text_is_named(workshop: Workshop) -> None:
@@ -611,9 +610,9 @@ def test_a_kill_after_the_last_step_is_gone_on_from_too(
     whole, cut = built(workshop, "WHOLE"), built(workshop, "CUT")
     settings = settings_of(what=["head"])
     train(whole, settings, evaluate_tokens=400)
-    calls = iter([getattr(finish_module, what)] * (call - 1) + [stopped])
+    calls = iter([getattr(train_module, what)] * (call - 1) + [stopped])
     with monkeypatch.context() as patched, pytest.raises(StoppedError):
-        patched.setattr(finish_module, what, lambda *args, **more: next(calls)(*args, **more))
+        patched.setattr(train_module, what, lambda *args, **more: next(calls)(*args, **more))
         train(cut, settings, evaluate_tokens=400)
     done = train(cut, settings, evaluate_tokens=400)
     assert done.improved and len(done.checkpoint.record.training) == 1

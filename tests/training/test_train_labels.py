@@ -25,7 +25,7 @@ from modekit.training.batches import Batches, DomainSequences, plan_parts, share
 from modekit.training.end_to_end import packs
 from modekit.training.losses import GENERIC
 from modekit.training.objective import Objective, make_teachers
-from modekit.training.settings import TrainSettings, given_settings, train_settings
+from modekit.training.settings import TrainSettings, checked_settings, given_settings
 from modekit.training.texts import read_texts
 from modekit.training.train import train
 from trained import short_settings
@@ -106,7 +106,7 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
 )
 def test_settings_that_are_wrong_or_dead_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(TrainingError, match=words):
-        train_settings(values, where="test")
+        checked_settings(values, TrainSettings, where="test")
 
 
 # Tags.

@@ -1,6 +1,6 @@
 """The command line: parses, calls one public function, prints. Heavy modules are imported inside the commands.
 
-A file per group of commands; arrangement.py says how `--help` lists them.
+A file per group of commands; shell.py has what they share.
 """
 
 # ruff: noqa: I001
@@ -13,10 +13,9 @@ from modekit.cli import demo as demo
 from modekit.cli import inspection as inspection
 from modekit.cli import experts as experts
 from modekit.cli import conversion as conversion
-from modekit.cli import chat as chat
 from modekit.cli import export as export
 from modekit.cli import serving as serving
-from modekit.cli.arrangement import arrange as _arrange
+from modekit.cli.shell import arrange as _arrange
 from modekit.cli.shell import app as app
 from modekit.cli.shell import main as main
 

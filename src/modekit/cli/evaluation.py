@@ -118,8 +118,8 @@ def eval_tasks(
 def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: LabelOption = None) -> None:
     """Translate held-out sources with base, experts and mixture, and score them with sacrebleu."""
     with running() as run:
-        from modekit.evaluation.translation.decoding import Decoding
         from modekit.evaluation.translation.evaluate import evaluate_translation
+        from modekit.evaluation.translation.results import Decoding
 
         results = evaluate_translation(
             checkpoint_in(checkpoint),

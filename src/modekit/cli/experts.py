@@ -20,7 +20,7 @@ from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of, or_dash
 
 if TYPE_CHECKING:
-    from modekit.experts.distill.teaching import Teaching
+    from modekit.experts.distill import Teaching
     from modekit.experts.settings import SpecialistSettings
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.run import Run
@@ -108,7 +108,7 @@ def specialize(
 def _teaching(teacher: str | None, settings: SpecialistSettings, run: Run) -> Teaching | None:
     if teacher is None:
         return None
-    from modekit.experts.distill.teaching import Teaching
+    from modekit.experts.distill import Teaching
     from modekit.sources.folders import model_folder
 
     folder, _ = model_folder(teacher, root=Path.cwd(), label="--teacher", run=run)

@@ -24,8 +24,8 @@ from modekit.files.figures import or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
+    from modekit.evaluation.inspection.inspect import UserMessage
     from modekit.evaluation.inspection.result import Inspection, TextTrace
-    from modekit.evaluation.inspection.text import UserMessage
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TextOptions:
         text = decode(sys.stdin.buffer.read(), where="standard input") if self.text == "-" else self.text
         if not self.chat:
             return text
-        from modekit.evaluation.inspection.text import UserMessage
+        from modekit.evaluation.inspection.inspect import UserMessage
 
         return UserMessage(self.system, text)
 
@@ -66,9 +66,8 @@ def inspect(
     found: Inspection | TextTrace
     with running() as run:
         text = shown.read()
-        from modekit.evaluation.inspection.inspect import inspect
+        from modekit.evaluation.inspection.inspect import inspect, inspect_text
         from modekit.evaluation.inspection.result import Inspection
-        from modekit.evaluation.inspection.text import inspect_text
 
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)

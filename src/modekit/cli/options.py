@@ -8,7 +8,8 @@
     @grouped
     def score(checkpoint: OutFolder, options: Scored) -> None: ...
 
-gives `score CHECKPOINT --tokens 8192`. Typer reads a function's signature, so that is what is made here.
+gives `score CHECKPOINT --tokens 8192`. In a room's own class, which knows no Typer, pydantic's Field says the same.
+Typer reads a function's signature, so that is what is made here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from pydantic.fields import FieldInfo
 
 from modekit.errors import ModekitError
 
@@ -52,6 +56,11 @@ def _fields(kind: Any) -> list[inspect.Parameter]:
 
 
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    field = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, FieldInfo)), None)
+    if field is not None:
+        pairs = [(end, each, key) for end, key in (("min", "ge"), ("max", "le")) for each in field.metadata]
+        bounds = {end: getattr(each, key) for end, each, key in pairs if hasattr(each, key)}
+        hint = Annotated[hint.__origin__, typer.Option(f"--{name.replace('_', '-')}", help=field.description, **bounds)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 

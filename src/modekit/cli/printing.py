@@ -40,11 +40,9 @@ def visible(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in _PLAIN or category(c) == "Zs" else _written_out(c) for c in text)
-
-
-def _written_out(sign: str) -> str:
-    return sign.encode("unicode_escape").decode()
+    return "".join(
+        c if c.isprintable() or c in _PLAIN or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class VerbatimConsole(Console):

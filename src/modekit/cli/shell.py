@@ -1,4 +1,4 @@
-"""What every command shares: the app, options, and how an error ends."""
+"""What every command shares: the app, what `--help` shows of each, options, and how an error ends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.text import Text
 from typer.exceptions import TyperException
+from typer.models import CommandInfo
 
-from modekit.cli.arrangement import example_of
 from modekit.cli.printing import err
 from modekit.cli.words import list_settings
 from modekit.errors import InterruptError, ModekitError, some_of
@@ -27,6 +28,12 @@ from modekit.run import Progress, Run, silent
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
+
+GROUPS: dict[str, dict[str, str]] = {}
+"""Group -> command -> example, in the order of `--help`; examples.txt has a line for each."""
+for _line in files("modekit.cli").joinpath("examples.txt").read_text(encoding="utf-8").splitlines():
+    _group, _called, _example = (*_line.split("\t"), "")[:3]  # a group of commands has none
+    GROUPS.setdefault(_group, {})[_called] = _example
 
 app = typer.Typer(
     name="modekit",
@@ -216,3 +223,28 @@ def _wrong_usage(said: str) -> ModekitError:
     example = example_of(_command().rpartition(" ")[2])
     usage = f"type for example `{example}`; modekit {_command()} --help shows all options" if example else "modekit --help"
     return ModekitError(said, remedy=usage)
+
+
+def example_of(command: str) -> str:
+    """The example of a command as it is typed; empty where there is no such command."""
+    example = next((commands[command] for commands in GROUPS.values() if command in commands), "")
+    return f"modekit {example}" if example else ""
+
+
+def arrange(app: typer.Typer) -> None:
+    """List the commands of an app in their groups, and begin the help of each with its example."""
+    places = {name: (place, group) for group, commands in GROUPS.items() for place, name in enumerate(commands)}
+    order = list(GROUPS)
+    app.registered_commands.sort(key=lambda info: (order.index(places[_name(info)][1]), places[_name(info)][0]))
+    for info in app.registered_commands:
+        said = info.callback.__doc__ or ""
+        info.rich_help_panel = places[_name(info)][1]
+        info.short_help = said.partition("\n\n")[0]
+        info.help = f"Example: {example_of(_name(info))}\n\n{said}"
+    for within in (group.typer_instance for group in app.registered_groups if group.typer_instance is not None):
+        within.info.rich_help_panel = places[str(within.info.name)][1]
+        arrange(within)
+
+
+def _name(info: CommandInfo) -> str:
+    return info.name or (info.callback.__name__.replace("_", "-") if info.callback is not None else "")

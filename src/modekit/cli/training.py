@@ -18,7 +18,7 @@ from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.recipes.strict import RecipeData
-    from modekit.training.finish import TrainedMixture
+    from modekit.training.train import TrainedMixture
 
 
 @app.command()

@@ -14,7 +14,6 @@ Merges read the experts' own folders, which must be as the mixture was built fro
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, scored_on
 from modekit.evaluation.results import Kind, Row, gapless_notes, with_gaps
-from modekit.experts.distill.student import Lesson, Student
+from modekit.experts.distill import Lesson, Student
 from modekit.experts.moving import Save, make_trainable
 from modekit.experts.settings import DistillSettings
 from modekit.experts.specialist import SpecialistFolder, held_out_scores
@@ -41,7 +40,7 @@ from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
 from modekit.files.place import replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
+from modekit.files.write import digest_of_data, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -57,7 +56,7 @@ from modekit.training.end_to_end import loop_of
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome, state_of
 from modekit.training.request import memory_errors
-from modekit.training.settings import TrainSettings, checked_settings, train_settings
+from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.texts import TrainingText, check_given, read_texts
 
 DENSE_FILE = "densify.json"
@@ -109,7 +108,7 @@ def course_of(**said: object) -> Course:
     where, names = "modekit densify", {"learning_rate": "backbone_learning_rate"}
     lesson = {name: said.pop(name, default) for name, default in (("weights", 0.5), ("temperature", 1.0))}
     loop = {names.get(name, name): value for name, value in said.items()}
-    settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
+    settings = checked_settings({"what": ["all"], "steps": STEPS, **loop}, TrainSettings, where=where)
     return Course(settings, checked_settings(lesson, DistillSettings, where=where))
 
 
@@ -262,7 +261,7 @@ class _Work:
             if trained:
                 write_file(stage.folder / TRAINED_FILE, "".join(f"{mark}\n" for mark in trained).encode())
             if folder.is_held:
-                folder.announce_digest(hashlib.sha256(json_bytes(data)).hexdigest())
+                folder.announce(data)
             write_json(stage.folder / DENSE_FILE, data)
 
     def _report(self) -> list[Domain]:

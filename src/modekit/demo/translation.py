@@ -19,9 +19,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.models import save_model
 from modekit.demo.text import GENERAL, PAIRED
-from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.results import TranslationResults
+from modekit.evaluation.translation.results import Decoding, TranslationResults
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.staging import staging
 from modekit.loaded.text_training import Training, train_on_text, training_sequences

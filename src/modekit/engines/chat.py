@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
+from modekit.engines.registry import ChatSettings
 from modekit.engines.serve import context_of
 from modekit.errors import TextError
 from modekit.evaluation.inspection.passes import router_weights
@@ -27,19 +28,9 @@ from modekit.loaded.shapes import mixture_of
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
+from modekit.text.plain import whole
 
 _GREEDY = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """How a mixture is talked to: the options of `modekit chat`. None leaves it to the model."""
-
-    system: str | None = None
-    temperature: float | None = None
-    seed: int | None = None
-    max_tokens: int = 512
-    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class Chat:
         Raises TextError where the question leaves no room for an answer, or the template does not take it; after an error the
         question was not asked.
         """
-        messages = [*self._said, message_of("user", said.encode("utf-8", "replace").decode())]
+        messages = [*self._said, message_of("user", whole(said))]
         ids, left_out = self._prompt(messages)
         room = min(self._settings.max_tokens, self.context - len(ids))
         tokens: list[AnswerToken] = []

@@ -1,4 +1,4 @@
-"""Run as a process of its own: llama.cpp's HTTP server on one GGUF file. See llama.py and serve.py.
+"""Run as a process of its own: llama.cpp's HTTP server on one GGUF file. See proof.py and serve.py.
 
 llama.cpp ends the whole process where it meets a file that it cannot use, and its threads end only with the process.
 """

@@ -1,4 +1,5 @@
-"""The engines that serve a mixture, and what each can do and be asked: here, and nowhere else by name.
+"""The engines that serve a mixture, and what each can do and be asked: here, and nowhere else by name; and how one is
+served, or talked to.
 
 Imports nothing heavy: the command line reads its choices here.
 """
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from modekit.engines.child import ProcessSettings
 from modekit.run import Run
@@ -24,20 +27,6 @@ if TYPE_CHECKING:
 EngineName = Literal["auto", "llama", "vllm", "transformers"]
 Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 INSTALL = "pip install 'modekit[serve]'"
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """How a mixture is served: the options of `modekit serve`. None leaves it to the model, or the machine."""
-
-    engine: EngineName = "auto"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    context: int | None = None
-    parallel: int | None = None
-    threads: int | None = None
-    no_key: bool = False
-    outtype: Outtype | None = None
 
 
 class Engine:
@@ -120,3 +109,49 @@ class _Transformers(Engine):
 
 ENGINES: Mapping[str, Engine] = {"llama": _Llama(), "vllm": _Vllm(), "transformers": _Transformers()}
 """By name, the best first."""
+
+
+def _read_by(option: str) -> str:
+    """The engines that read an option."""
+    return ", ".join(name for name, engine in ENGINES.items() if option in engine.options)
+
+
+_CONTEXT = "Longest conversation in tokens (default: the model's maximum, at most 8192)."
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a mixture is served: the options of `modekit serve`. None leaves it to the model, or the machine."""
+
+    engine: Annotated[EngineName, Field(description="Engine; auto takes the first that can serve the mixture.")] = "auto"
+    host: Annotated[str, Field(description="Address to listen on (default: this machine only).")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")] = 8000
+    no_key: Annotated[
+        bool, Field(description="Serve other machines without a key (--host), if MODEKIT_API_KEY is not set.")
+    ] = False
+    context: Annotated[int | None, Field(ge=64, description=_CONTEXT)] = None
+    parallel: Annotated[
+        int | None,
+        Field(ge=1, le=256, description=f"Conversations answered at once ({_read_by('parallel')}; default: 4)."),
+    ] = None
+    threads: Annotated[
+        int | None,
+        Field(ge=1, le=1_024, description=f"CPU threads ({_read_by('threads')}; default: OMP_NUM_THREADS, or all cores)."),
+    ] = None
+    outtype: Annotated[
+        Outtype | None, Field(description=f"Type of the weights ({_read_by('outtype')}; default: as in the checkpoint).")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How a mixture is talked to: the options of `modekit chat`. None leaves it to the model."""
+
+    system: Annotated[str | None, Field(description="System prompt (default: the chat template's own).")] = None
+    temperature: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="Softmax temperature; 0 takes the likeliest token (default: the model's own, else 0)."),
+    ] = None
+    seed: Annotated[int | None, Field(ge=0, le=2**31, description="Random seed (default: a new one each time).")] = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**20, description="Longest answer in tokens.")] = 512
+    context: Annotated[int | None, Field(ge=16, description=_CONTEXT)] = None

@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.results import Score
-from modekit.evaluation.uncertainty import in_blocks
+from modekit.evaluation.results import Score, in_blocks
 from modekit.loaded.passes import check_text, losses_of, tokens_per_batch
 from modekit.text.sequences import make_batches
 

@@ -1,13 +1,16 @@
-"""The table of `modekit eval`: scores, rows, the gap that each row closes, and how they are shown.
+"""The table of `modekit eval`: scores, rows, the gap that each row closes, how sure they are, and how they are shown.
 
 gap closed = (loss of base - loss of row) / (loss of base - loss of the domain's own expert)
+
+Standard errors are over parts of the text (delete-a-group jackknife).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -16,7 +19,6 @@ from pydantic import Field
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.results_folder import Result, results_path
 from modekit.evaluation.tables import Cell, ResultTable
-from modekit.evaluation.uncertainty import gap_error, mean_error
 from modekit.files.figures import count_of, or_dash
 from modekit.files.json import parse_json
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
@@ -26,6 +28,7 @@ from modekit.recipes.strict import BASE
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
 """Of a row; `label`: the mixture, or the base, that read a label with every text."""
+_BLOCKS = 20
 SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 
@@ -57,10 +60,6 @@ class Row:
     active_parameters: Count
     scores: Annotated[Mapping[Label, Score], Field(alias="domains")]
     identity: str
-
-    def renamed(self, name: str) -> Row:
-        """The same row under another name."""
-        return replace(self, name=name)
 
     def mean_loss(self, domains: Sequence[str]) -> float | None:
         """Mean loss over domains; None unless all were scored, and there are some."""
@@ -224,3 +223,43 @@ def label_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
         error = f" ± {math.hypot(*errors) / len(gains):.3f}" if len(errors) == len(gains) else ""
         gain = sum(gain for gain, _ in gains) / len(gains)
         yield f"{row.name}: a gain of {gain:+.3f}{error} nats per token over none, mean over the domains"
+
+
+def in_blocks(values: Sequence[float]) -> tuple[float, ...]:
+    """Sums over at most 20 consecutive parts: the pieces of a document stand side by side, and depend on each other."""
+    count = min(_BLOCKS, len(values))
+    return tuple(sum(values[len(values) * i // count : len(values) * (i + 1) // count]) for i in range(count))
+
+
+def mean_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
+    """Standard error of sum(sums) / sum(counts), from both by block."""
+    return jackknife_error(operator.truediv, sums, counts)
+
+
+def gap_error(base: Sequence[float], own: Sequence[float], row: Sequence[float]) -> float | None:
+    """Standard error of (base - row) / (base - own), from sums of loss by block.
+
+    All three read the same text, so that most of its spread cancels. None when blocks are missing, or when one part of the
+    text decides whether there is a gap at all.
+    """
+    if not len(base) == len(own) == len(row) > 1:
+        return None
+
+    def share(base: float, own: float, row: float) -> float:
+        return (base - row) / (base - own) if base > own else math.nan
+
+    return jackknife_error(share, base, own, row)
+
+
+def jackknife_error(figure: Callable[..., float], *blocks: Collection[float]) -> float | None:
+    """Standard error of a figure of several sums, each given by block: from its values with one block left out each; None when
+    one of them is not finite.
+
+    Tukey's jackknife; Efron and Stein, Annals of Statistics 1981.
+    """
+    totals = [sum(each) for each in blocks]
+    without = [figure(*map(operator.sub, totals, parts)) for parts in zip(*blocks, strict=True)]
+    count = len(without)
+    mean = sum(without) / count
+    error = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))
+    return error if math.isfinite(error) else None

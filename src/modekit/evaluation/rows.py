@@ -26,7 +26,7 @@ from modekit.errors import MismatchError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import Advance
 from modekit.evaluation.results import Kind
-from modekit.loaded.experts import average_of, load_recorded
+from modekit.loaded.experts import average_of, load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.mixture import CHOICES
@@ -96,20 +96,21 @@ def _source_jobs(checkpoint: Checkpoint, there: Collection[str], run: Run) -> It
     record = checkpoint.record
     rows = [] if record.tokens is None else [checkpoint.identity["sources"]]  # of tokens that models lack, made of all models
     hashes = [" ".join([*source.digests, *rows]) for source in record.sources]
-    load = partial(load_recorded, checkpoint, run=run)
+    load = partial(load_expert_source, checkpoint, run=run)
     if BASE in there:
-        yield RowJob(BASE, "base", hashes[0], partial(load, 0), dense=True)
-    experts = [(name, place) for name, place in zip(checkpoint.names, record.expert_sources, strict=True) if place != 0]
-    for name, place in experts:
+        yield RowJob(BASE, "base", hashes[0], partial(load, None), dense=True)
+    experts = [(name, at) for at, name in enumerate(checkpoint.names) if record.expert_sources[at] != 0]
+    for name, at in experts:
         if name in there:
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
+            place = record.expert_sources[at]
             of_base = is_adapter(checkpoint.source_folder(record.sources[place]))
             identity = f"{hashes[0]} {hashes[place]}" if of_base else hashes[place]
-            yield RowJob(name, "expert", identity, partial(load, place), dense=True)
+            yield RowJob(name, "expert", identity, partial(load, at), dense=True)
     if {BASE, *(name for name, _ in experts)} <= set(there):
-        members = list(dict.fromkeys(record.expert_sources))
+        members = {place: at for at, place in enumerate(record.expert_sources)}
         identity = "average " + " ".join(hashes[place] for place in members)
-        loads = [partial(load, place) for place in members]
+        loads = [partial(load, at) for at in members.values()]
         yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)
 
 

@@ -10,13 +10,13 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from modekit.training.settings import Divergence, RandomiseTo, weighed
 
 Mix = Literal["equal", "turns"]
-"""How several texts share the steps (distill/teaching.py)."""
+"""How several texts share the steps (distill.py)."""
 _WEIGHED = BeforeValidator(partial(weighed, dict.fromkeys(get_args(Divergence), 1.0)))
 
 
 class DistillSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Settings of a distillation, whose loss is the weighted sum of `losses`. Where `weights` is 1 the teacher is only compared
-    with; `adaptive` is the rule of student.py. The temperature is that of arXiv:2407.19610.
+    with; `adaptive` is the rule of distill.py. The temperature is that of arXiv:2407.19610.
     """
 
     losses: Annotated[dict[Divergence, Annotated[float, Field(gt=0)]], _WEIGHED] = Field(

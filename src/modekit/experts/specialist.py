@@ -21,11 +21,11 @@ from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Score
 from modekit.experts.moving import What
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
-from modekit.files.write import digest_of_data
+from modekit.files.write import digest_of_data, json_bytes
 from modekit.run import ProgressCount, Run
 from modekit.sources.digests import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.training.states_folder import StatesFolder
+from modekit.training.states_folder import WRITING, StatesFolder
 
 
 class BeforeAfter(BaseModel, frozen=True):
@@ -77,6 +77,10 @@ class SpecialistFolder(StatesFolder):
     """OUT.training of a model or adapter that is made alone."""
 
     record_file: ClassVar[str] = SPECIALIST_FILE
+
+    def announce(self, data: dict[str, object]) -> None:
+        """Say, before it is written, what OUT will say of how it was made."""
+        self.keep(WRITING, hashlib.sha256(json_bytes(data)).hexdigest())
 
     def digest_in_out(self) -> str | None:
         """Of what OUT says of how it was made, which nobody else writes."""

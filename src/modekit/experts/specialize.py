@@ -9,7 +9,6 @@ full    everything moves, as in most models one finds; what moved outside the FF
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import SourceError, UnsupportedError
-from modekit.experts.distill.student import Lesson, kl_to_teacher
-from modekit.experts.distill.teaching import Teaching, losses_said
+from modekit.experts.distill import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Teaching, kl_to_teacher
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
 from modekit.experts.moving import Save, What, make_trainable
-from modekit.experts.specialist import SpecialistFolder, SpecialistRecord, digest_of_source, held_out_scores
+from modekit.experts.specialist import BeforeAfter, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_scores
 from modekit.files.change import refuse_existing
 from modekit.files.copies import library_writes
 from modekit.files.marker import Kind
 from modekit.files.place import Replace, replaced_by
 from modekit.files.staging import staging
 from modekit.files.typed import as_kind
-from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
+from modekit.files.write import digest_of_data, write_file, write_json
 from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
@@ -65,7 +63,7 @@ def specialize(
 
     `rank` is that of the adapter, and so is its alpha: scale 1. `texts` with labels are read with their tags (labelled.py): the
     tokenizer gets those that it does not have, and the model rows for them, which move whatever else does. With a teacher
-    (distill/teaching.py), which knows no tags, `training.by_length` and `autocast` have no effect.
+    (distill.py), which knows no tags, `training.by_length` and `autocast` have no effect.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Of those `training.held_out_tokens` per
     domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist.py).
@@ -104,10 +102,7 @@ def specialize(
             save = make_trainable(model, source, train, rank, new)
         before = folder.recall("before", lambda data: as_kind(data, Measured)) or work.measured(model, lesson, "before")
         folder.keep("before", before.model_dump(mode="json"))
-        if teaching is None or lesson is None:
-            said, log = work.alone(model, read), None
-        else:
-            said, log = work.taught(model, teaching, lesson, digests[-1])
+        said, log = work.learned(model, read, teaching, lesson, digests[-1])
         after = work.measured(model, lesson, "after")
         about = {"specialist": train, "base_model": base.name, **({"rank": rank} if train == "lora" else {})}
         record = SpecialistRecord.model_validate({**about, **said, **material.record, **before.until(after)})
@@ -126,20 +121,23 @@ class _Work:
     material: Material
     run: Run
 
-    def alone(self, model: PreTrainedModel, read: ReadInPass | None) -> dict[str, Any]:
-        """Train on the text; what the record says of it."""
-        sequences, training = self.material.sequences, self.reading.training
-        losses = train_on_text(model, sequences, training, read=read, folder=self.folder.path, run=self.run)
-        said = {**dataclasses.asdict(training), "steps": len(losses)}
-        return {"training": said, "training_loss": {"before": losses[0], "after": losses[-1]}}
-
-    def taught(self, model: PreTrainedModel, teaching: Teaching, lesson: Lesson, digest: str) -> tuple[dict[str, Any], bytes]:
-        """Train with a teacher; what the record says of it, and the log of its steps."""
-        training = self.reading.training
-        steps, tokens = teaching.teach(model, lesson, self.material, training, self.folder.path, self.run)
-        said = {**dataclasses.asdict(training), "steps": len(steps), "tokens_read": tokens}
-        teacher = {"name": teaching.teacher.name, "digest": digest, **teaching.as_data()}
-        return {"training": said, "teacher": teacher, **losses_said(steps)}, log_of(steps)
+    def learned(
+        self, model: PreTrainedModel, read: ReadInPass | None, teaching: Teaching | None, lesson: Lesson | None, digest: str
+    ) -> tuple[dict[str, object], bytes | None]:
+        """Train on the text, or with a teacher: what the record says of it, and with a teacher the log of its steps."""
+        training, folder, asked = self.reading.training, self.folder.path, dataclasses.asdict(self.reading.training)
+        if teaching is None or lesson is None:
+            losses = train_on_text(model, self.material.sequences, training, read=read, folder=folder, run=self.run)
+            return {"training": {**asked, "steps": len(losses)}, "training_loss": _ends(losses)}, None
+        steps, tokens = teaching.teach(model, lesson, self.material, training, folder, self.run)
+        said = {
+            "teacher": {"name": teaching.teacher.name, "digest": digest, **teaching.as_data()},
+            "training": {**asked, "steps": len(steps), "tokens_read": tokens},
+            "training_loss": _ends([each[CROSS_ENTROPY] for each in steps]),
+            "distillation_loss": _ends([each[DISTILLATION] for each in steps]),
+            "cross_entropy_weight": sum(each[SHARE] for each in steps) / len(steps),
+        }
+        return said, log_of(steps)
 
     def measured(self, model: PreTrainedModel, lesson: Lesson | None, when: str) -> Measured:
         """What held-out text says of the model."""
@@ -165,7 +163,7 @@ class _Work:
                     self.reading.tokenizer.save_pretrained(written)
             if log is not None:
                 write_file(stage.folder / "distill.csv", log)
-            self.folder.announce_digest(hashlib.sha256(json_bytes(data)).hexdigest())
+            self.folder.announce(data)
             older = {digest for source in self.sources for digest in digests_in(source / TRAINED_FILE)}
             marks = dict.fromkeys([*map(mark_of, self.material.fit), *sorted(older)])
             write_file(stage.folder / TRAINED_FILE, "".join(f"{mark}\n" for mark in marks).encode())
@@ -180,13 +178,17 @@ class Measured(BaseModel, frozen=True):
 
     def until(self, after: Measured) -> dict[str, object]:
         """What the record says of both: the mean over the domains, and each where there are several."""
-        one, two = (sum(each.losses.values()) / len(each.losses) if each.losses else None for each in (self, after))
-        each = {name: {"before": loss, "after": after.losses[name]} for name, loss in self.losses.items()}
+        means = [sum(each.losses.values()) / len(each.losses) if each.losses else None for each in (self, after)]
+        each = {name: _ends((loss, after.losses[name])) for name, loss in self.losses.items()}
         return {
-            "held_out_loss": {"before": one, "after": two},
+            "held_out_loss": _ends(means),
             **({"held_out_loss_by_label": each} if len(each) > 1 else {}),
-            **({"held_out_kl": {"before": self.kl, "after": after.kl}} if self.kl is not None else {}),
+            **({"held_out_kl": _ends((self.kl, after.kl))} if self.kl is not None else {}),
         }
+
+
+def _ends(values: Sequence[float | None]) -> BeforeAfter:
+    return BeforeAfter(before=values[0], after=values[-1])
 
 
 def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.functional_serializers import PlainSerializer
 
 from modekit.files.read import read_json
@@ -40,12 +40,6 @@ RelativePath = Annotated[str, StringConstraints(max_length=4_096, pattern=r"^([^
 """A path relative to the folder that the file lies in."""
 Spec = Annotated[str, StringConstraints(max_length=4_096, pattern=r"^[^\x00]*$")]
 """A path or hub id, as somebody wrote it."""
-
-
-class Data(BaseModel):
-    """A part of a results file: frozen; keys of later versions are passed over."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 def read_as(path: Path, kind: type[_Kind]) -> _Kind:

@@ -41,16 +41,13 @@ def _opened(base: Path, folder: Path, run: Run) -> AdapterSource:
 
 
 def load_expert_source(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> PreTrainedModel:
-    """The model that the expert at a place was made from, with all that it learned; None: the base.
+    """The model that the expert at a place was made from, with all that it learned; None: the base. It reads all tokens of the
+    mixture, with the rows that this has.
 
     Only for one that is what it was (checkpoint/sources.py).
     """
-    return load_recorded(checkpoint, 0 if expert is None else checkpoint.record.expert_sources[expert], run=run)
-
-
-def load_recorded(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> PreTrainedModel:
-    """The model at a place of the record's sources; it reads all tokens of the mixture, with the rows that this has."""
     record = checkpoint.record
+    place = 0 if expert is None else record.expert_sources[expert]
     base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
     model = load_expert(base, folder, run=run)
     if record.tokens is not None:
@@ -89,9 +86,9 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
     place = record.expert_sources[expert]
     base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
     if not is_adapter(folder):
-        return load_recorded(checkpoint, place, run=run), "full model" if place else "base"
+        return load_expert_source(checkpoint, expert, run=run), "full model" if place else "base"
     if record.tokens is not None:  # PEFT's model may lack tokens of the mixture
-        return load_recorded(checkpoint, place, run=run), "folded"
+        return load_expert_source(checkpoint, expert, run=run), "folded"
     _opened(base, folder, run)
     adapted = _in_peft(load_model(base, run=run), folder)
     return (load_expert(base, folder, run=run), "folded") if adapted is None else (adapted, "PEFT")

@@ -1,6 +1,6 @@
 """A loaded mixture, whatever its shape: its gates, and routers that are overruled or traced for a while.
 
-native.py and modekit.py answer for the two shapes, shapes.py has the table of them.
+native.py and shapes.py answer for the shapes; the latter has the table of them.
 
 Shape legend: B batch, S sequence, T target of a pair, D width, E experts.
 """

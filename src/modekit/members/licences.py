@@ -102,19 +102,13 @@ def licence_of(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Check
 
 def front_matter(readme: Path) -> dict[str, object]:
     """The YAML at the head of a README; empty when there is none that can be read."""
-    matched = _FRONT_MATTER.match(_text_of(readme)[:_LONGEST_MATTER])
     try:
+        text = read_text(readme, _LARGEST).removeprefix("\ufeff").replace("\r\n", "\n")
+        matched = _FRONT_MATTER.match(text[:_LONGEST_MATTER])
         data = yaml.load(matched[1], StrictLoader) if matched else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, *UNREADABLE, RecursionError):
         data = None
     return data if isinstance(data, dict) else {}
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return read_text(path, _LARGEST).removeprefix("\ufeff").replace("\r\n", "\n")
-    except UNREADABLE:
-        return ""
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -53,13 +53,8 @@ def from_folder(recipe: RecipePart, root: Path, folder: Path) -> RecipeData:
     return with_specs(recipe, moved)
 
 
-def with_names(recipe: RecipePart, root: Path) -> RecipeData:
-    """The recipe with every path, relative to `root`, cut to its last name: ./medicine. Hub ids stay as they are."""
-    return with_specs(recipe, lambda spec: name_of(spec, root))
-
-
 def name_of(spec: str, root: Path) -> str:
-    """What a recipe names, without where it lies on this machine; a hub id stays as it is."""
+    """What a recipe names, without where it lies on this machine: ./medicine; a hub id stays as it is."""
     folder = locate(spec, root)
     if folder is None and not spec.startswith((".", "/", "~")) and spec.count("/") <= 1:
         return spec

@@ -23,8 +23,7 @@ from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.evaluation.tables import MIXTURE, ResultTable, cells_of
 from modekit.files.figures import count_of
 from modekit.report.card import facts_of
-from modekit.report.drawing import shade, tint
-from modekit.report.sections import Content, make_content
+from modekit.report.sections import Content, make_content, shade, tint
 
 PAGE_FILE = "report.html"
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}

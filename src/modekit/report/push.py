@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from modekit.errors import OutputError
 from modekit.files.marker import INTERNAL
 from modekit.files.write import json_bytes
 from modekit.recipes.edit import RECIPE_FILE
-from modekit.recipes.paths import name_of, with_names
+from modekit.recipes.paths import name_of, with_specs
 from modekit.recipes.recipe import Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, make_card
 from modekit.sources.tokenizer import COPIED_FILES, is_own_file
@@ -127,14 +128,15 @@ def _explained(repo: str) -> Iterator[None]:
 def _shown(checkpoint: Checkpoint) -> MixtureRecord:
     """The record with names where it has paths of this machine."""
     record, root = checkpoint.record, checkpoint.recipe_root
-    recipe = Recipe.model_validate(with_names(record.model_dump(mode="json")["recipe"], root))
+    named = partial(name_of, root=root)
+    recipe = Recipe.model_validate(with_specs(record.model_dump(mode="json")["recipe"], named))
     sources = []
     for source in record.sources:
-        spec = name_of(source.spec, root)
+        spec = named(source.spec)
         sources.append(source.model_copy(update={"spec": spec, "folder": spec.removeprefix("./")}))
     training = [each.model_copy(update={"settings": _named(each.settings, root)}) for each in record.training]
     history = [
-        each.model_copy(update={key: spec and name_of(spec, root) for key, spec in each if key in ("source", "was")})
+        each.model_copy(update={key: spec and named(spec) for key, spec in each if key in ("source", "was")})
         for each in record.history
     ]
     return record.model_copy(

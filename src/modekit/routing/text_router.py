@@ -25,6 +25,7 @@ from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message
+from modekit.text.plain import whole
 
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""
@@ -78,7 +79,7 @@ class TextRouter:
         the answer would be no number.
         """
         if isinstance(said, str):
-            return self._decide(self._tokenizer(_clean(said[-_CHARACTERS:]), verbose=False)["input_ids"], None)
+            return self._decide(self._tokenizer(whole(said[-_CHARACTERS:]), verbose=False)["input_ids"], None)
         turns = _newest([message for message in said if message["role"] != "system"])
         asked = [end for end, message in enumerate(turns, 1) if message["role"] == "user"]
         found = self._decide([], None)
@@ -111,11 +112,6 @@ class TextRouter:
         return Decision(best, probabilities, len(ids))
 
 
-def _clean(text: str) -> str:
-    """Half of a surrogate pair is no character."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _newest(turns: Sequence[Message]) -> list[Message]:
     """The last turns that decide; of a long one its end."""
     kept: list[Message] = []
@@ -123,7 +119,7 @@ def _newest(turns: Sequence[Message]) -> list[Message]:
     for message in reversed(turns[-_MESSAGES:]):
         if left <= 0:
             break
-        kept.append({**message, "content": _clean(message["content"][-left:])})
+        kept.append({**message, "content": whole(message["content"][-left:])})
         left -= len(message["content"])
     return kept[::-1]
 

@@ -201,7 +201,8 @@ class Structure:
         derived = Derived(
             layers=layers,
             parts=self._parts(),
-            ffn=self._ffn(),
+            # A child of every layer that is called as FFNs are.
+            ffn=next((name for name in _FFN if all(name in dict(layer.named_children()) for layer in self._list)), ""),
             embedding=embedding,
             head=self._name_of(self.model.get_output_embeddings()),
             tied=self.tied,
@@ -288,10 +289,6 @@ class Structure:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _ffn(self) -> str:
-        """A child of every layer that is called as FFNs are."""
-        return next((name for name in _FFN if all(name in dict(layer.named_children()) for layer in self._list)), "")
 
     def _blocks(self) -> list[str]:
         """Modules with tensors that are no weight and bias of a plain map: their nearest parent that is a module of a layer."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from modekit.sources.config import whole
 from modekit.sources.family import Family
-from modekit.sources.grown import Grown, TokenRows
+from modekit.sources.rows import Grown, TokenRows
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import SharedTokens, check_ids_fit, share_tokens
 from modekit.sources.tokenizer_choice import TokenizerChoice, choose_tokenizer

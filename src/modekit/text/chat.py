@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.document import Message, message_of
+from modekit.text.plain import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ class ChatTemplate:
                 found=f"{str(error)[:300]} (in {str(messages)[:100]})",
                 remedy="correct the messages, or the template",
             ) from None
-        return str(written).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+        return whole(str(written))
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that the template wrote."""

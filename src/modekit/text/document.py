@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,11 +25,6 @@ class Pair:
         """Both sides as one text, which decides the split and what the pair is compared by."""
         return f"{self.source}\n{self.target}"
 
-    @property
-    def as_json(self) -> str:
-        """Both sides, kept apart, as one text."""
-        return json.dumps({"source": self.source, "target": self.target}, ensure_ascii=False)
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -46,11 +40,6 @@ class Conversation:
     def text(self) -> str:
         """The contents as one text, which decides the split and what the conversation is compared by."""
         return "\n\n".join(message["content"].strip() for message in self.messages).strip()
-
-    @property
-    def as_json(self) -> str:
-        """Messages with their roles as one text."""
-        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
 
 
 Document: TypeAlias = str | Pair | Conversation

@@ -24,6 +24,11 @@ WORD = re.compile(r"\S{1,24}\s*")
 """A word and the space behind it; scripts without spaces are cut."""
 
 
+def whole(text: str) -> str:
+    """The text without halves of surrogate pairs, which are no characters."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def decode(data: bytes, *, where: str, start: int = 0) -> str:
     """UTF-8 as text, without a byte order mark. Raises TextError for anything else; `start`: where in its file it stands."""
     try:

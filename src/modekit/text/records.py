@@ -14,7 +14,7 @@ from typing import TypeAlias
 from modekit.errors import TextError
 from modekit.files.read import open_regular
 from modekit.text.document import Conversation, Document, Pair, message_of, whole_pair
-from modekit.text.plain import LARGEST, lines_of, passages
+from modekit.text.plain import LARGEST, lines_of, passages, whole
 
 SEARCHED = (".txt", ".jsonl", ".parquet", ".md", ".py")
 """Suffixes of the files that a folder is searched for; many a .csv holds no text."""
@@ -87,7 +87,7 @@ def no_record(*, where: str, found: str) -> TextError:
 def _document_of(data: _Data, where: str) -> Document | None:
     text = data.get(TEXT)
     if isinstance(text, str) and text.strip():
-        return _whole(text)
+        return whole(text)
     turns = data.get(_TURNS)
     if isinstance(turns, list):
         turns = [_turn(turn) for turn in turns]
@@ -106,12 +106,7 @@ def _id_of(value: object) -> str | None:
     """Text or a whole number as text; anything else names nothing."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _whole(value) if isinstance(value, str) and value else None
-
-
-def _whole(text: str) -> str:
-    """The text without escaped halves of surrogate pairs, which are no characters."""
-    return text.encode("utf-8", "replace").decode()
+    return whole(value) if isinstance(value, str) and value else None
 
 
 def _pair_of(data: _Data, *, where: str) -> Pair | None:
@@ -122,7 +117,7 @@ def _pair_of(data: _Data, *, where: str) -> Pair | None:
         sides = list(translation.values())
         if len(sides) > 2:  # of several languages, the two that are there
             sides = [side for side in sides if side is not None]
-    texts = ["" if side is None else _whole(side) for side in sides if isinstance(side, str | None)]
+    texts = ["" if side is None else whole(side) for side in sides if isinstance(side, str | None)]
     return whole_pair(texts[0], texts[1], where=where) if len(texts) == len(sides) == 2 else None
 
 
@@ -133,7 +128,7 @@ def conversation_of(value: object) -> Conversation | None:
         role, content = (each.get("role"), _content_of(each.get("content"))) if isinstance(each, Mapping) else (None, None)
         if not isinstance(role, str) or not role or content is None:
             return None
-        messages.append(message_of(role, _whole(content)))
+        messages.append(message_of(role, whole(content)))
     return Conversation(messages) if messages else None
 
 
@@ -170,7 +165,7 @@ def _exchange_of(data: _Data) -> Document | None:
 
 def _first(data: _Data, keys: Sequence[str]) -> list[str]:
     """The text of the first of the keys that holds any; an empty one where none does."""
-    texts = [_whole(text) for text in map(data.get, keys) if isinstance(text, str)]
+    texts = [whole(text) for text in map(data.get, keys) if isinstance(text, str)]
     return [text for text in texts if text.strip()][:1] or texts[:1]
 
 

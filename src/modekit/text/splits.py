@@ -11,13 +11,14 @@ trained an expert is ever scored, whatever file it comes from and in whatever or
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
 from modekit.errors import TextError
 from modekit.files.read import LARGE, UNREADABLE, read_text
-from modekit.text.document import Document, text_of
+from modekit.text.document import Conversation, Document, text_of
 
 Split = Literal["fit", "select", "report"]
 HeldOutSplit = Literal["select", "report"]
@@ -75,6 +76,12 @@ def text_record(documents: Sequence[Document], tokens: int) -> TextDigest:
     """What a result remembers of a text: how much, and a digest of the documents it used (conversations with their roles, pairs
     with their sides).
     """
-    texts = (document if isinstance(document, str) else document.as_json for document in documents)
-    together = hashlib.sha256("".join(map(digest_of, texts)).encode()).hexdigest()
+
+    def whole(document: Document) -> str:
+        if isinstance(document, str):
+            return document
+        parts = document.messages if isinstance(document, Conversation) else vars(document)
+        return json.dumps(parts, ensure_ascii=False, sort_keys=True)
+
+    together = hashlib.sha256("".join(digest_of(whole(document)) for document in documents).encode()).hexdigest()
     return {"documents": len(documents), "tokens": tokens, "sha256": together}

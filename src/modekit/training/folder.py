@@ -18,7 +18,7 @@ from modekit.files.typed import Count, Number, as_kind
 from modekit.files.write import digest_of_data
 from modekit.loaded.states import STATE_FILE
 from modekit.training.settings import TrainSettings
-from modekit.training.states_folder import StatesFolder
+from modekit.training.states_folder import WRITING, StatesFolder
 from modekit.training.texts import TrainingText
 
 _OF_MEMORY = {"accumulate", "checkpointing"}  # what a training may go on with otherwise
@@ -37,7 +37,7 @@ class TrainingFolder(StatesFolder):
 
     def announce(self, trainings: Sequence[TrainingRecord]) -> None:
         """Say, before it is written, which trainings the record of the trained mixture will tell of."""
-        self.announce_digest(_digest_of(trainings))
+        self.keep(WRITING, _digest_of(trainings))
 
     def outcome(self) -> TrainingOutcome | None:
         """How the training ended, if it has. Raises TrainingError where what is kept of that is damaged."""

@@ -123,12 +123,14 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     @model_validator(mode="after")
     def _no_dead_settings(self) -> TrainSettings:
         said = self.model_fields_set
+        reads = {"label"} | (DISTILLS if self.teacher is None else set())  # one teacher teaches every label alike
+        reads_label = self.tags or self.is_joint or reads & set(self.losses)
         dead = {
             "temperature": not DISTILLS & set(self.losses),
             "teacher": not DISTILLS & set(self.losses),
             "mix_temperature": self.mix != "temperature",
             "generic_share": not self.generic,
-            "randomise": self.randomise > 0 and not self._reads_label,
+            "randomise": self.randomise > 0 and not reads_label,
             "randomise_to": self.randomise == 0,
             "learning_rate": not {"routers", "all"} & set(self.what) or self.is_joint,
             "train_top_k": self.is_joint,
@@ -148,23 +150,13 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         return self
 
     @property
-    def _reads_label(self) -> bool:
-        reads = {"label"} | (DISTILLS if self.teacher is None else set())  # one teacher teaches every label alike
-        return self.tags or self.is_joint or bool(reads & set(self.losses))
-
-    @property
     def is_joint(self) -> bool:
         """Whether text goes to the expert of its domain, one domain a step."""
         return self.regime == "joint"
 
 
-def train_settings(values: Mapping[str, Any], *, where: str) -> TrainSettings:
-    """Checked settings. Raises TrainingError with the first thing wrong."""
-    return checked_settings(values, TrainSettings, where=where)
-
-
 def checked_settings(values: Mapping[str, object], kind: type[_Kind], *, where: str) -> _Kind:
-    """The same of any kind."""
+    """Checked settings of a kind. Raises TrainingError with the first thing wrong."""
     try:
         return as_kind(values, kind)
     except ValueError as error:
@@ -191,4 +183,4 @@ def read_settings(path: Path) -> dict[str, Any]:
 def given_settings(said: Mapping[str, Any], file: Path | None) -> TrainSettings:
     """Settings of a file with what was said besides, which counts more. Raises TrainingError."""
     values = {**(read_settings(file) if file is not None else {}), **said}
-    return train_settings(values, where=str(file) if file is not None else "modekit train")
+    return checked_settings(values, TrainSettings, where=str(file) if file is not None else "modekit train")

@@ -53,11 +53,6 @@ class StatesFolder:
         return self._work.lock.is_held
 
     @property
-    def is_ours(self) -> bool:
-        """Whether a training of this output made it."""
-        return self._work.is_ours
-
-    @property
     def has_states(self) -> bool:
         """Whether there is something to go on from."""
         return next(self.path.glob("checkpoint-*"), None) is not None
@@ -69,12 +64,8 @@ class StatesFolder:
         return announced is not None and announced == self.digest_in_out()
 
     def digest_in_out(self) -> str | None:
-        """Of what says in OUT how it was trained; None where nothing does."""
+        """Of what says in OUT how it was trained, kept under WRITING before it is written; None where nothing does."""
         raise NotImplementedError
-
-    def announce_digest(self, digest: str) -> None:
-        """Say, before it is written, what `digest_in_out` will be once it is."""
-        self.keep(WRITING, digest)
 
     def recall(self, name: str, make: Callable[[Any], _Kept]) -> _Kept | None:
         """What `make` takes from what was kept under a name; None when nothing was.
@@ -98,16 +89,12 @@ class StatesFolder:
         """Keep plain data."""
         write_json(self.path / f"{name}.json", value)
 
-    def remove(self) -> None:
-        """All is done, or nothing has begun."""
-        self._work.clear()
-
     def tidy(self) -> None:
         """Remove what nothing can be gone on from: what a kill left of a training before its first state, after its end, or
         while it was taken away. Not where another command is at it.
         """
-        if self.is_ours and (self.is_written or not self.has_states) and self._work.lock.take():
-            self.remove()
+        if self._work.is_ours and (self.is_written or not self.has_states) and self._work.lock.take():
+            self._work.clear()
 
     @contextmanager
     def held(self, request: str, state: str) -> Iterator[None]:
@@ -121,13 +108,13 @@ class StatesFolder:
             yield
             done = True
             if self.is_held:
-                self.remove()
+                self._work.clear()
         except BaseException as error:
             steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
             ended = steps is None or not self.tables_follow
             done = done or (ended and self.is_held and self.is_written)
             if self.is_held and (done or steps is None):
-                self.remove()
+                self._work.clear()
             if isinstance(error, (KeyboardInterrupt, InterruptError)):
                 if done:
                     raise InterruptError(f"interrupted; {self.out.name} was finished by then", where=str(self.out)) from None

@@ -1,14 +1,20 @@
 """`modekit eval-translation OUT`: what base, experts, oracle and mixture write of held-out sources, scored by sacrebleu.
 
-Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it.
+Every row translates the same sources in the same way, greedily or by beams. An expert's row is the mixture with all weight on
+it. Sources of similar length share a batch. Pads are masked, so that who shares a batch with whom decides nothing but ties.
+
+Shape legend: B batch, S tokens of a source, W written tokens with what the decoder starts with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -17,9 +23,8 @@ from modekit.errors import MismatchError, check_packages
 from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
 from modekit.evaluation.loss import Advance, only_finite
 from modekit.evaluation.rows import Labels, RowJob, label_jobs, mixture_jobs, run_jobs
-from modekit.evaluation.translation.decoding import Decoding, first_token, translated
-from modekit.evaluation.translation.results import TranslationResults, TranslationRow, TranslationScore
-from modekit.loaded.experts import load_recorded
+from modekit.evaluation.translation.results import Decoding, TranslationResults, TranslationRow, TranslationScore
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
@@ -28,6 +33,17 @@ from modekit.text.held_out import HeldOutText
 from modekit.text.sequences import TokenSequence, encode
 
 _LONGEST = 512  # tokens of a side, as `modekit eval` reads them
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "num_return_sequences": 1,
+}
+"""In place of what generation_config.json says; which tokens a translation may have, and where, stays as it says."""
 
 
 class Scorer:
@@ -111,7 +127,7 @@ def _jobs(checkpoint: Checkpoint, notes: list[str], run: Run) -> Iterator[RowJob
     """The base, while it is there, and the mixture: forced on every expert, on each domain's own, and as it is."""
     reason = why_not(checkpoint, None, run=run)
     if reason is None:
-        yield RowJob(BASE, "base", "", partial(load_recorded, checkpoint, 0, run=run), dense=True)
+        yield RowJob(BASE, "base", "", partial(load_expert_source, checkpoint, None, run=run), dense=True)
     else:
         notes.append(f"base left out: {reason}")
     if checkpoint.record.recipe.mixture.weights is not None:
@@ -144,3 +160,41 @@ def _domain(
             "no held-out pair fits into the model", expected=f"sides of at most {longest} tokens", remedy="give shorter pairs"
         )
     return Domain(held.name, held.expert, encoded), targets
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[TokenSequence]) -> int | None:
+    """The special token with which the tokenizer begins every target, such as a language; None where there is none."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    begins = {pair.target[0] for pair in pairs}
+    return begins.pop() if len(begins) == 1 and begins <= special else None
+
+
+def translated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[TokenSequence],
+    decoding: Decoding,
+    *,
+    begins: int | None = None,
+    advance: Advance = lambda _count: None,
+) -> list[str]:
+    """Translate the sources of pairs. `begins` is the first token, where the model's own settings force none; `advance` gets
+    how many tokens the targets have of what is done.
+    """
+    texts = [""] * len(pairs)
+    own: Any = model.generation_config
+    settings = {**_NEUTRAL, "num_beams": decoding.beams, "max_new_tokens": decoding.max_new_tokens}
+    if own.forced_bos_token_id is None and begins is not None:
+        settings["forced_bos_token_id"] = begins
+    longest_first = sorted(range(len(pairs)), key=lambda row: (-len(pairs[row].ids), row))
+    for start in range(0, len(pairs), decoding.batch):
+        rows = longest_first[start : start + decoding.batch]
+        ids = [torch.tensor(pairs[row].ids) for row in rows]
+        ids_BS = pad_sequence(ids, batch_first=True, padding_value=own.pad_token_id or 0).to(model.device)
+        mask_BS = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True).to(model.device)
+        with torch.inference_mode():
+            out_BW: Any = model.generate(input_ids=ids_BS, attention_mask=mask_BS, **settings)
+        for row, text in zip(rows, tokenizer.batch_decode(out_BW[:, 1:], skip_special_tokens=True), strict=True):
+            texts[row] = text.strip()
+        advance(sum(pairs[row].scored for row in rows))
+    return texts

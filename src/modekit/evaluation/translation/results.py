@@ -11,9 +11,17 @@ from pydantic import Field
 from modekit.evaluation.results import Kind
 from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import Cell, ResultTable
-from modekit.evaluation.translation.decoding import Decoding
 from modekit.files.figures import count_of
 from modekit.files.typed import Count, Label, Number
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Of all models alike: beams (1: greedy), sources that are translated together, and tokens of a translation at most."""
+
+    beams: Count = 1
+    batch: Count = 16
+    max_new_tokens: Count = 256
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""Experts made from a teacher: `modekit specialize STUDENT OUT --teacher MODEL` (docs/training.md)."""
