@@ -41,6 +41,8 @@ _COMPUTED: dict[str, tuple[str, ...]] = {
     "native-lexical-adapters": ("model-", "carried"),
 }
 """Checkpoint -> how files begin that hold what was fitted to text or decomposed."""
+_ROUNDED = ("read.", "attended.", "last")
+"""How numbers in 16 bits begin: a last bit of what was computed is half a percent."""
 _DECOMPOSED = "low-rank"
 _DECOMPOSED_ENDS = ("lora_A", "lora_B")
 
@@ -79,7 +81,9 @@ def numbers_of(checkpoint: Path) -> Tensors:
     tensors: Tensors = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         named = load_file(path).items()
-        tensors |= {name: value.astype(np.float32) for name, value in named if not _is_exact(path, name)}
+        tensors |= {
+            name: value.astype(np.float32) for name, value in named if not (_is_exact(path, name) or name.startswith(_ROUNDED))
+        }
     return tensors
 
 

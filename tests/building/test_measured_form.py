@@ -27,12 +27,13 @@ from modekit.recipes.read import parse_recipe
 from refusal import tree
 
 
-def full_shop(root: Path, directions: int | None, dtype: torch.dtype = torch.float32) -> Workshop:
+def full_shop(root: Path, directions: int | None, dtype: torch.dtype = torch.float32, **more: int) -> Workshop:
     """A base and a full model per domain that differs from it in every weight in few directions, or, FFNs aside, in all."""
-    save(tiny_model(**SIZES).to(dtype), root / "base")
+    sizes = {**SIZES, **more}
+    save(tiny_model(**sizes).to(dtype), root / "base")
     write_text(root / "text", documents=200)
     for seed, name in enumerate(DOMAINS):
-        model, generator = tiny_model(**SIZES), torch.Generator().manual_seed(seed)
+        model, generator = tiny_model(**sizes), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if parameter.ndim == 1 or (directions is None and "mlp" in key):
@@ -60,12 +61,15 @@ def built(shop: Workshop, out: Path, **said: Any) -> tuple[Any, tuple[str, ...]]
 
 
 def check_measure(out: Path) -> None:
-    """What was measured before the build is what forced experts lose of held-out text."""
+    """What was measured before the build is what forced experts lose of held-out text: of one as near as a single token of a
+    thousand lets it be, which has a third of all that is lost.
+    """
     checkpoint = open_checkpoint(out)
+    said = dict(zip(checkpoint.names, lost_of(out), strict=True))
     forced = [row for row in force_experts(checkpoint).rows if row.lost is not None and row.text == row.expert]
-    assert forced and len(lost_of(out)) == len(checkpoint.names)
-    for row in forced:
-        assert abs(lost_of(out)[checkpoint.names.index(row.expert)] - row.lost) < 0.02, row
+    apart = [said[row.expert] - (row.lost or 0) for row in forced]
+    assert apart and len(lost_of(out)) == len(checkpoint.names)
+    assert abs(np.mean(apart)) < 0.02 and max(map(abs, apart)) < 0.03, (said, forced)
 
 
 def test_what_channels_hold_becomes_plain(tmp_path: Path) -> None:
@@ -96,10 +100,11 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     assert tree(again.folder) == tree(checkpoint.folder) and said == ()
 
 
-def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Path) -> None:
+def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modekit.building.build.MOST_LOST", 0.01)
     checkpoint, (note,) = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
     assert checkpoint.shape.plain and "this plain checkpoint loses" in note
-    assert max(lost_of(checkpoint.folder)) > 0.05 and is_proven(verify(checkpoint, reload=False))
+    assert max(lost_of(checkpoint.folder)) > 0.01 and is_proven(verify(checkpoint, reload=False))
     again, _ = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder)
     check_measure(checkpoint.folder)

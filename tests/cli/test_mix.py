@@ -164,7 +164,7 @@ def readme_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     full_shop(root, 2)
     template = "{% for each in messages %}{{ each['role'] }}: {{ each['content'] }} {% endfor %}"
     (root / "base" / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
-    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules="all-linear")
+    config = peft.LoraConfig(r=2, lora_alpha=1, target_modules="all-linear")
     train_adapter(root / "base", config, root / "law-lora")
     return root
 

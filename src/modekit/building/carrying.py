@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
+from modekit.sources.names import HEAD, weight_of
+from modekit.weights.nearest import own_reads
 from modekit.weights.numeric import Singles
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
@@ -60,16 +62,17 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 
 
 def _measured(plan: Plan, size: CarrySize, kept: Path, run: Run) -> Carried:
+    from modekit.building.lost import measure_lost, own_numbers
     from modekit.routing.stream import measure_stream
 
     with OpenFiles() as opened:
-        read = WeightReader(opened, plan.models)
-        carried = carry_bases(Differences(plan, read), size, measure_stream(plan, kept, run), run)
-        if size.is_exact:
-            return carried
-        from modekit.building.lost import measure_lost
-
-        return replace(carried, lost=measure_lost(plan, read, carried, kept, run))
+        read, rule = WeightReader(opened, plan.models), plan.recipe.mixture.merge
+        own = rule is not None and rule.method == "average" and not size.is_exact
+        differences = Differences(plan, read)
+        stream = measure_stream(plan, partial(own_numbers, plan, differences), kept, run, own=own)
+        reads = own_reads(stream) if own else None
+        carried = replace(carry_bases(Differences(plan, read, reads), size, stream, run), reads=reads)
+        return carried if size.is_exact else replace(carried, lost=measure_lost(plan, read, carried, kept, run))
 
 
 class _Expert(NamedTuple):
@@ -91,7 +94,7 @@ class Carrying:
         assert channels is not None and channels.carry is not None
         self._channels, self._size = channels, channels.carry
         self._carried = carried
-        self._differences = Differences(plan, read)
+        self._differences = Differences(plan, read, carried.reads)
         self._expert = lru_cache(maxsize=2)(self._read_expert)
         self._outputs_read = lru_cache(maxsize=None)(self._read_outputs)
 
@@ -100,11 +103,12 @@ class Carrying:
         layer = part.layer or 0
         match part.kind:
             case "q" | "k" | "v":
-                return Fill(beside=self._in_columns((self._channels.inputs, self._reading(part.kind, layer))))
+                beside = self._in_columns((self._channels.inputs, self._reading(part.kind, layer)))
+                return Fill(beside, more=self._more(self._differences.projections(layer - 1)["qkv".index(part.kind)]))
             case "o":
-                return Fill(below=self._writing(layer))
+                return Fill(below=self._writing(layer), more=self._more(self._differences.output_projection(layer - 1)))
             case "head":
-                return Fill(beside=self._head)
+                return Fill(beside=self._head, more=self._more(weight_of(HEAD)))
             case "embedding":
                 return Fill(beside=self._embedding)
             case "router":
@@ -113,6 +117,10 @@ class Carrying:
                 return self._ffn("up" if matrix % 2 else "gate", layer, matrix // 2)
             case "gate" | "up" | "down":
                 return self._ffn(part.kind, layer, matrix if part.expert is None else part.expert)
+
+    def _more(self, name: str) -> Callable[[slice], Singles] | None:
+        """What experts' own reads add to the average of a tensor of the base."""
+        return partial(self._differences.beyond_average, name) if self._carried.reads is not None else None
 
     def _in_columns(self, *parts: tuple[slice, Singles]) -> Callable[[slice], Singles]:
         def beside(rows: slice) -> Singles:

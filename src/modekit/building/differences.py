@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.carried import Carried
-from modekit.planning.carry import CarrySize
+from modekit.planning.carry import SAMPLE_TOKENS, CarrySize
 from modekit.planning.changes import low_rank, touched
 from modekit.planning.plan import Plan
 from modekit.planning.routed import own_part
@@ -25,8 +26,9 @@ from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
 from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
 from modekit.weights.flat import read_float32
-from modekit.weights.made import Copy, Made, as_in
-from modekit.weights.numeric import Singles, as_array, to_float32
+from modekit.weights.made import Copy, Made, Padded, as_in
+from modekit.weights.nearest import OwnReads, nearest_duals
+from modekit.weights.numeric import Singles, as_array, to_bytes, to_float32
 from modekit.weights.padding import FFNKind
 from modekit.weights.reading import WeightReader
 
@@ -65,17 +67,18 @@ class Difference:
 class Differences:
     """Of the experts of a plan."""
 
-    def __init__(self, plan: Plan, read: WeightReader) -> None:
-        self._plan, self._read = plan, read
+    def __init__(self, plan: Plan, read: WeightReader, reads: OwnReads | None = None) -> None:
+        self._plan, self._read, self._reads = plan, read, reads
         self._base = plan.sources[0]
         channels = plan.shape.channels
         assert channels is not None
         self._widening, self._inner, self._routed = channels.widening, channels.inner, plan.shape.routed
-        self.head = weight_of(EMBEDDING if plan.family.is_tied(self._base) else HEAD)
+        self._stored = {weight_of(HEAD): weight_of(EMBEDDING)} if plan.family.is_tied(self._base) else {}
         self._whole: dict[str, Singles] = {}
         self._finite: set[TensorRef] = set()
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
         self._made = {tensor.name: tensor for shard in shards for tensor in shard.tensors if tensor.role == "backbone"}
+        self._group, self._sample = lru_cache(maxsize=4)(self._beyond), lru_cache(maxsize=2)(self._read_sample)
         self.experts, self.layers = range(plan.shape.experts), len(plan.family.layers(plan.config)) - 1
 
     def attention(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
@@ -115,7 +118,7 @@ class Differences:
         """Rows of the head's difference over a stream of size 1, (rows, D)."""
         norm = weight_of(FINAL_NORM)
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
-        return self.own(self.head, expert, rows) * own_D - self._shared_rows(self.head, rows) * weights_D
+        return self.own(weight_of(HEAD), expert, rows) * own_D - self._shared_rows(weight_of(HEAD), rows) * weights_D
 
     def embedding_rows(self, expert: int, rows: slice) -> Singles:
         """Rows of the embedding's difference, (rows, D)."""
@@ -148,8 +151,11 @@ class Differences:
         return self.own(in_layer(layer, self._routed.gate), expert)
 
     def own(self, name: str, expert: int, rows: slice | None = None) -> Singles:
-        """A tensor of the base, or some of its rows, as an expert has it."""
-        return self._numbers(as_in(self._plan.sources[1 + expert], self._base.tensor(name)), rows)
+        """A tensor of the base, or some of its rows, as an expert has it. A tied head is its embedding."""
+        return self._numbers(as_in(self._plan.sources[1 + expert], self._of_base(name)), rows)
+
+    def _of_base(self, name: str) -> TensorRef:
+        return self._base.tensor(self._stored.get(name, name))
 
     def _numbers(self, made: Made, rows: slice | None) -> Singles:
         self._read.check_all_finite([ref for ref in made.refs if ref not in self._finite])
@@ -162,25 +168,84 @@ class Differences:
     def shared(self, name: str) -> Singles:
         """A tensor of the base as the backbone has it."""
         tensor = self._backbone(name)
+        if self._reads is not None and _is_brought_nearer(self._planned(name)):
+            rows = slice(0, tensor.shape[0])
+            nearest = self._average(name, rows) + self.beyond_average(name, rows)
+            return to_float32(as_array(to_bytes(nearest, tensor.dtype), tensor.dtype)).reshape(tensor.shape)
         parts = [to_float32(as_array(block, tensor.dtype)) for block in tensor.blocks(self._read)]
         return np.concatenate(parts).reshape(tensor.shape)
 
+    def _average(self, name: str, rows: slice) -> Singles:
+        made = self._backbone(name).made
+        width = made.shape[1]
+        return to_float32(made.numbers(self._read)[rows.start * width : rows.stop * width]).reshape(-1, width)
+
+    def beyond_average(self, name: str, rows: slice) -> Singles:
+        """What rows of a matrix that all share have besides the experts' average, (rows, I): what brings it nearest to each
+        expert's on what that one reads (weights/nearest.py). The same whatever rows are asked for.
+        """
+        first = rows.start // _ROWS
+        groups = [self._group(name, number) for number in range(first, -(-rows.stop // _ROWS))]
+        return np.concatenate(groups)[rows.start - first * _ROWS : rows.stop - first * _ROWS]
+
+    def _beyond(self, name: str, group: int) -> Singles:
+        assert self._reads is not None
+        rows = slice(group * _ROWS, min(self._of_base(name).shape[0], (group + 1) * _ROWS))
+        average = self._average(name, rows)
+        norm, inputs_TI, duals_TI, parts = self._sample(name)
+        found = np.zeros_like(average)
+        for expert, part in enumerate(parts):
+            reads_TI = inputs_TI[part]
+            shared, own = (1.0, 1.0) if norm is None else (self.shared(norm), self.own(norm, expert))
+            its = self.own(name, expert, rows) @ (reads_TI * own).T
+            found += (its - average @ (reads_TI * shared).T) @ duals_TI[part]
+        return found
+
+    def _read_sample(self, name: str) -> tuple[str | None, Singles, Singles, list[slice]]:
+        """Of a matrix: the norm before it; what is read there, without that norm's weights, (T, I); S (T, I); which rows are of
+        which expert. Raises ValueError where they are no sample of it.
+        """
+        assert self._reads is not None
+        layer, _ = split_layer(name)
+        norm: str | None = weight_of(FINAL_NORM)
+        inputs_TI = self._reads.last
+        if isinstance(layer, int):
+            is_output = name == self.output_projection(layer)
+            norm = None if is_output else self.attention_norm(layer)
+            inputs_TI = (self._reads.attended if is_output else self._reads.read)[layer]
+        rows, rest = divmod(len(inputs_TI), len(self.experts))
+        too_many = rows > max(1, SAMPLE_TOKENS // len(self.experts))
+        if rest or too_many or not rows or inputs_TI.shape[1:] != self._of_base(name).shape[1:]:
+            raise ValueError(f"rows of {inputs_TI.shape} are no sample of what {name} reads")
+        parts = [slice(expert * rows, (expert + 1) * rows) for expert in self.experts]
+        return norm, inputs_TI, nearest_duals(inputs_TI if norm is None else inputs_TI * self.shared(norm)), parts
+
     def _backbone(self, name: str) -> PlannedTensor:
         """Without channels and the scales that they need."""
+        made = self._planned(name)
+        return replace(made, made=made.inner, shape=self._of_base(name).shape)
+
+    def _planned(self, name: str) -> PlannedTensor:
+        """As the result has it."""
         layer, path = split_layer(name)
-        made = self._made[in_layer(layer + 1, path) if isinstance(layer, int) else name]
-        return replace(made, made=made.inner, shape=self._base.tensor(name).shape)
+        return self._made[in_layer(layer + 1, path) if isinstance(layer, int) else name]
 
     def _is_plain(self, name: str) -> bool:
         """Whether the backbone has the base's tensor itself."""
-        return self._backbone(name).made == Copy(self._base.tensor(name))
+        return self._backbone(name).made == Copy(self._of_base(name))
 
     def _shared_rows(self, name: str, rows: slice) -> Singles:
         if self._is_plain(name):
-            return self._numbers(Copy(self._base.tensor(name)), rows)
+            return self._numbers(Copy(self._of_base(name)), rows)
         if name not in self._whole:
             self._whole[name] = self.shared(name)
         return self._whole[name][rows]
+
+
+def _is_brought_nearer(tensor: PlannedTensor) -> bool:
+    """Whether experts' differences from a matrix that all share are carried; embeddings gain nothing by it."""
+    carried = tensor.made.pad.carried if isinstance(tensor.made, Padded) else None
+    return carried is not None and carried.kind != "embedding"
 
 
 def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:

@@ -29,7 +29,6 @@ from modekit.planning.plan import Plan
 from modekit.recipes.layers import Layer
 from modekit.routing.stream import base_by_layers, beginnings
 from modekit.run import Run
-from modekit.sources.names import HEAD, weight_of
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
@@ -46,21 +45,19 @@ def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, r
     differences, written, apart = Differences(plan, read), _WrittenNumbers(plan, read, carried), list[tuple[float, float]]()
     wide.use(written.weights)
     for written.expert, text in run.over("measure what is lost", list(enumerate(texts)), len(texts)):
-        narrow.use(_own(plan, differences, written.expert))
+        narrow.use(own_numbers(plan, differences, written.expert))
         own = _logits(narrow.model, text)
-        narrow.use(_own(plan, differences, -1))  # the base's, which lies before the experts
+        narrow.use(own_numbers(plan, differences, -1))
         apart.append((_divergence(own, _logits(wide.model, text)), _divergence(own, _logits(narrow.model, text))))
     changed = [total for _, total in apart if total > SAME]
     usual = sum(changed) / len(changed) if changed else 1.0
     return tuple(round(lost / (total if total > SAME else usual), 4) for lost, total in apart)
 
 
-def _own(plan: Plan, differences: Differences, expert: int) -> Weights:
-    """An expert's own numbers, by what the base's class calls them. A head that is the embedding becomes one of its own."""
-    stored = {**{name: name for name in plan.family.own_names(plan.sources[0])}, weight_of(HEAD): differences.head}
-
-    names = by_layer(stored)
-    return lambda layer: ((each, torch.from_numpy(differences.own(stored[each], expert))) for each in names.get(layer, []))
+def own_numbers(plan: Plan, differences: Differences, expert: int) -> Weights:
+    """An expert's own, or those of the base, which lies before the experts (-1), by what the base's class calls them."""
+    names = by_layer(plan.family.own_names(plan.sources[0]))
+    return lambda layer: ((each, torch.from_numpy(differences.own(each, expert))) for each in names.get(layer, []))
 
 
 class _WrittenNumbers:

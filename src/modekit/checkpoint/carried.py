@@ -22,13 +22,16 @@ from modekit.files.read import open_regular
 from modekit.files.write import safetensors_header, write_all
 from modekit.planning.choice import ANYWAY
 from modekit.sources.contents import CHUNK, OpenFiles, read_header
+from modekit.sources.header import ITEMSIZE
 from modekit.weights.bases import PassThrough
 from modekit.weights.flat import read_float32
-from modekit.weights.numeric import Singles
+from modekit.weights.nearest import OwnReads
+from modekit.weights.numeric import Singles, to_bytes
 
 CARRIED_FILE, LOST = "carried.safetensors", "lost"
 _LEAST_SAID = 0.001
 _OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs"), ("head", "embedding", "shares")
+_READ, _READ_ALONE = ("read", "attended"), "last"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Carried:
         head: Q (V, R_V), or nothing.
         embedding: Z (V, R_U), or nothing.
         shares: how often the text has each token, (V,), where there is an embedding.
+        reads: what each expert reads of its own text, where all share their average (weights/nearest.py), or nothing.
         lost: of each expert the part of what it changes that goes through no channel (building/differences.py); none where all
             does.
     """
@@ -60,6 +64,7 @@ class Carried:
     head: Singles | None = None
     embedding: Singles | None = None
     shares: Singles | None = None
+    reads: OwnReads | None = None
     lost: tuple[float, ...] = ()
 
     def write(self, stream: io.FileIO) -> None:
@@ -73,10 +78,14 @@ class Carried:
             **{name: getattr(self, name) for name in _ALONE if getattr(self, name) is not None},
             **({LOST: np.array(self.lost, np.float32)} if self.lost else {}),
         }
-        header = safetensors_header([(name, "F32", each.shape, each.nbytes) for name, each in arrays.items()])
-        write_all(stream, memoryview(header))
-        for each in arrays.values():
-            write_all(stream, np.ascontiguousarray(each, np.float32).ravel().view(np.uint8).data)
+        if self.reads is not None:
+            arrays |= {f"{name}.{layer}": each for name in _READ for layer, each in enumerate(getattr(self.reads, name))}
+            arrays[_READ_ALONE] = self.reads.last
+        codes = {name: "BF16" if name.split(".")[0] in (*_READ, _READ_ALONE) else "F32" for name in arrays}
+        entries = [(name, codes[name], each.shape, each.size * ITEMSIZE[codes[name]]) for name, each in arrays.items()]
+        write_all(stream, memoryview(safetensors_header(entries)))
+        for name, each in arrays.items():
+            write_all(stream, to_bytes(each, codes[name]))
 
 
 def read_carried(folder: Path) -> Carried:
@@ -93,6 +102,7 @@ def read_carried(folder: Path) -> Carried:
         input_shares=_numbered(arrays, "input_shares"),
         outputs=_numbered(arrays, "outputs"),
         **{name: arrays.get(name) for name in _ALONE},
+        reads=_reads(arrays) if _READ_ALONE in arrays else None,
         lost=tuple(map(float, arrays.get(LOST, ()))),
     )
 
@@ -135,6 +145,11 @@ def carried_digest(folder: Path) -> str:
 def _units(size: float, error: float, *both: float) -> PassThrough:
     terms = len(both) // 2
     return PassThrough(size, both[:terms], both[terms:], error)
+
+
+def _reads(arrays: Mapping[str, Singles]) -> OwnReads:
+    read, attended = (_numbered(arrays, name) for name in _READ)
+    return OwnReads(read, attended, arrays[_READ_ALONE])
 
 
 def _numbered(arrays: Mapping[str, Singles], name: str) -> tuple[Singles, ...]:

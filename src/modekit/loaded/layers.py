@@ -46,11 +46,10 @@ class LayerByLayer:
             layer.register_forward_hook(_let_go)
 
     def use(self, weights: Weights) -> None:
-        """Have these: outside of the layers from now on, in a layer when it runs. A head that they lack is the embedding."""
+        """Have these: outside of the layers from now on, in a layer when it runs. A tied head is their embedding."""
         self._weights = weights
         self._read(None)
-        if self.model.get_output_embeddings().weight.is_meta:
-            self.model.tie_weights()
+        self.model.tie_weights()
 
     def _read(self, layer: Layer | None, *_of_hook: object) -> None:
         for name, tensor in self._weights(layer):

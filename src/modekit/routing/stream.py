@@ -1,12 +1,14 @@
-"""A text's stream through the base model: sizes before every norm and a sample of what is read there (weights/bases.py).
+"""A text's stream through the base, or through each expert: sizes before every norm, and a sample of what is read there
+(weights/bases.py).
 
 Shape legend: B batch, S sequence, N tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,55 +17,58 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import SourceError, TextError
-from modekit.loaded.layers import LayerByLayer, by_layer
-from modekit.loaded.load import decoder_layers, load_tokenizer, not_loaded, read_tensor
+from modekit.loaded.layers import LayerByLayer, Weights
+from modekit.loaded.load import decoder_layers, load_tokenizer, not_loaded
 from modekit.loaded.passes import removed
 from modekit.planning.carry import SAMPLE_BYTES, SAMPLE_TOKENS, STREAM_TOKENS
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.config import whole
-from modekit.sources.contents import OpenFiles
 from modekit.sources.names import in_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
-from modekit.weights.bases import LayerStream, Stream
+from modekit.weights.bases import LayerStream, Stream, principal_rows
 
-_MEASURE, _LAST = "read the text with the base", "model.norm"
+_LAST = "model.norm"
 
 
-def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
-    """Run the base over the beginning of every domain's fit text; where that is gone, over the tokens that `kept` has of it.
+def measure_stream(plan: Plan, weights: Callable[[int], Weights], kept: Path, run: Run, *, own: bool) -> Stream:
+    """Run the base, whose numbers are `weights` of -1, over the beginning of every domain's fit text; where that is gone, over
+    the tokens that `kept` has of it. With `own` each expert reads its own text instead.
 
     Raises SourceError and TextError.
     """
-    channels, base = plan.shape.channels, plan.sources[0]
+    channels = plan.shape.channels
     assert channels is not None
     by_layers = base_by_layers(plan)
     model = by_layers.model
-    sequences = [each for own in beginnings(plan, kept, model.get_input_embeddings().weight.shape[0], run) for each in own]
+    texts = beginnings(plan, kept, model.get_input_embeddings().weight.shape[0], run)
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
         [in_layer(layer, str(part)) for layer in layers]
         for part in (widening.before_attention, widening.after_attention, plan.family.decoder.parts["o"])
     )
     width = 4 * len(layers) * (channels.hidden + channels.heads * channels.head_dim)
-    taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST])
-    with OpenFiles() as opened:
-        names = by_layer(plan.family.own_names(base))
-        by_layers.use(lambda layer: ((each, read_tensor(opened, base.tensors[each]).float()) for each in names.get(layer, [])))
-        taps.run(model, sequences, max(128, min(SAMPLE_TOKENS, SAMPLE_BYTES // width)), run)
+    most = max(128, min(SAMPLE_TOKENS, SAMPLE_BYTES // width))
+    taps = _Taps(channels.norm_eps, [*before, *after, _LAST], [*before, *output, _LAST], most)
+    stage, whole_text = f"read the text with {'the experts' if own else 'the base'}", [each for text in texts for each in text]
+    run.begin(stage, total := sum(each.size for each in whole_text))
+    for reader, read in enumerate(texts) if own else [(-1, whole_text)]:
+        by_layers.use(weights(reader))
+        for done in taps.run(model, read, plan.sources[1 + reader].where):
+            run.progress(stage, min(done, total), total)
+        if own:
+            taps.condense(max(1, most // len(texts)))
     sizes, samples = ({name: torch.cat(parts) for name, parts in each.items()} for each in (taps.sizes, taps.samples))
-    if not sizes[_LAST].isfinite().all():
-        remedy = "the model is damaged: save or download it again"
-        raise SourceError("the base model computes NaN or Inf", where=base.where, remedy=remedy)
+    tokens = [token for each in whole_text for token in each.ids]
     return Stream(
         tuple(
             LayerStream(sizes[first].numpy(), sizes[second].numpy(), samples[first].numpy(), samples[third].numpy())
             for first, second, third in zip(before, after, output, strict=True)
         ),
         samples[_LAST].numpy(),
-        np.bincount([token for each in sequences for token in each.ids], minlength=whole(plan.config, "vocab_size")),
+        np.bincount(tokens, minlength=whole(plan.config, "vocab_size")),
     )
 
 
@@ -79,42 +84,51 @@ def base_by_layers(plan: Plan) -> LayerByLayer:
 class _Taps:
     """What modules read: of some the size of every token, and of some a sample, at size 1 where it is known."""
 
-    def __init__(self, norm_eps: float, sized: Sequence[str], sampled: Sequence[str]) -> None:
-        self._norm_eps = norm_eps
+    def __init__(self, norm_eps: float, sized: Sequence[str], sampled: Sequence[str], most: int) -> None:
+        self._norm_eps, self._most = norm_eps, most
         self.sizes: dict[str, list[torch.Tensor]] = {name: [] for name in sized}
         self.samples: dict[str, list[torch.Tensor]] = {name: [] for name in sampled}
+        self._condensed = 0
 
-    def run(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], most: int, run: Run) -> None:
-        """Let a model read; the sample has about so many tokens at most."""
-        total, masks = sum(each.size for each in sequences), list[torch.Tensor]()
-        every = max(1, -(-total // most))
+    def run(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], where: str) -> Iterator[int]:
+        """Let a model read; about so many tokens at most are sampled. Yields how many were read in all. Raises SourceError."""
+        every, masks = max(1, -(-sum(each.size for each in sequences) // self._most)), list[torch.Tensor]()
 
         def tap(name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x_ND = args[0][masks[-1]].float()
             if name in self.sizes:
-                sizes_N = (x_ND.square().mean(-1) + self._norm_eps).sqrt()
-                self.sizes[name].append(sizes_N.cpu())
-                x_ND = x_ND / sizes_N[:, None]
+                size_N = (x_ND.square().mean(-1) + self._norm_eps).sqrt()
+                self.sizes[name].append(size_N.cpu())
+                x_ND = x_ND / size_N[:, None]
             if name in self.samples:
                 self.samples[name].append(x_ND[::every].clone().cpu())  # a view would keep all
 
-        run.begin(_MEASURE, total)
         names = {**self.sizes, **self.samples}
         with removed([model.get_submodule(name).register_forward_pre_hook(partial(tap, name)) for name in names]):
             for batch in make_batches(sequences, tokens=1_024):
                 masks.append(batch.mask.bool())
                 with torch.inference_mode():
                     model.model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.mask.long().to(model.device))
-                run.progress(_MEASURE, min(total, sum(map(len, self.sizes[_LAST]))), total)
+                if not self.sizes[_LAST][-1].isfinite().all():
+                    remedy = "the model is damaged: save or download it again"
+                    raise SourceError("the model computes NaN or Inf", where=where, remedy=remedy)
+                yield sum(map(len, self.sizes[_LAST]))
+
+    def condense(self, rows: int) -> None:
+        """Keep so many rows of what was sampled since the last time."""
+        for parts in self.samples.values():
+            sample = torch.cat(parts[self._condensed :]).numpy()
+            parts[self._condensed :] = [torch.from_numpy(principal_rows(sample, rows))]
+        self._condensed += 1
 
 
-def beginnings(plan: Plan, kept: Path, rows: int, run: Run, most: int = STREAM_TOKENS) -> list[list[TokenSequence]]:
-    """Of every domain's fit text at most so many tokens, all of which the base has: `rows`, perhaps fewer than the mixture's.
-    Raises TextError.
+def beginnings(plan: Plan, kept: Path, rows: int, run: Run, behind: int = 0) -> list[list[TokenSequence]]:
+    """Of every domain's fit text at most so many tokens that there are STREAM_TOKENS of all, all of which the base has: `rows`,
+    perhaps fewer than the mixture's. Or at most so many `behind` them, where there is more text. Raises TextError.
     """
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
-    share = min(most, max(64, STREAM_TOKENS // plan.shape.experts))
-    found: list[list[TokenSequence]] = []
+    share = max(64, STREAM_TOKENS // plan.shape.experts)
+    most, found = share + behind, list[list[TokenSequence]]()
     for number, expert in enumerate(plan.recipe.experts):
         try:
             documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
@@ -122,8 +136,18 @@ def beginnings(plan: Plan, kept: Path, rows: int, run: Run, most: int = STREAM_T
             text = load_token_text(kept / f"{expert.name}.safetensors", whole(plan.config, "vocab_size"))
             if text is None:
                 raise
-            own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(share))
-            found.append([TokenSequence(ids) for ids in own if ids])
-            continue
-        found.append(encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length)))
+            own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(most))
+            read = [TokenSequence(ids) for ids in own if ids]
+        else:
+            read = encode(tokenizer, documents, max_tokens=most, sequence_length=min(share, settings.sequence_length))
+        found.append(_behind(read, share, behind) if behind else read)
     return found
+
+
+def _behind(sequences: Sequence[TokenSequence], share: int, most: int) -> list[TokenSequence]:
+    """Those that begin behind `share` tokens, or, where these are fewer than `most`, the last ones; at most so many tokens."""
+    ends = list(accumulate(each.size for each in sequences))
+    first = max(0, min(share, ends[-1] - most))
+    found = [each for each, end in zip(sequences, ends, strict=True) if end - each.size >= first] or sequences[-1:]
+    starts = accumulate((each.size for each in found), initial=0)
+    return [TokenSequence(each.ids[: most - start]) for each, start in zip(found, starts, strict=False) if start < most]

@@ -54,13 +54,28 @@ class LayerStream(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Of a model: its layers; what the head reads, divided by its size, without the norm's weight, (T, D); how often each token
-    of the vocabulary is there, (V,).
+    """Of the base, or of every expert its own: layers; what the head reads, divided by its size, without the norm's weight,
+    (T, D); how often each token of the vocabulary is there, (V,). A sample has as many rows of each expert, one after another.
     """
 
     layers: tuple[LayerStream, ...]
     last: Singles
     counts: npt.NDArray[np.int64]
+
+
+def principal_rows(sample_TI: Singles, count: int) -> Singles:
+    """So many rows (count, I) whose mean second moments are nearest to those of a sample: its principal ones, turned at random,
+    so that some of them are as good a sample, and none shows a token.
+    """
+    x_TI = sample_TI.astype(np.float64)
+    if x_TI.shape[1] <= x_TI.shape[0]:
+        values_R, vectors_IR = _top(x_TI.T @ x_TI, count)
+        rows_RI = (vectors_IR * np.sqrt(values_R)).T
+    else:
+        rows_RI = _top(x_TI @ x_TI.T, count)[1].T @ x_TI
+    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((count, len(rows_RI))))
+    found: Singles = (turn @ rows_RI * np.sqrt(count / len(x_TI))).astype(np.float32)
+    return found
 
 
 def output_basis(products: Sequence[Singles], rank: int) -> Singles:

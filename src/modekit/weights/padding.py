@@ -73,11 +73,14 @@ class Pad:
 
 
 class Fill(NamedTuple):
-    """New numbers of a matrix (O, I): by rows those beside it, (rows, P); rows below it; factors of its columns, (I,)."""
+    """New numbers of a matrix (O, I): by rows those beside it, (rows, P); rows below it; factors of its columns, (I,); by rows
+    what is added to it, (rows, I).
+    """
 
     beside: Callable[[slice], Singles] | None = None
     below: Singles | None = None
     column_scales: Singles | None = None
+    more: Callable[[slice], Singles] | None = None
 
 
 Fills = Callable[[CarriedPart, int], Fill]  # what is carried, and the number of a matrix (building/carrying.py)
@@ -98,6 +101,8 @@ def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, 
         if own:
             first = (matrix * rows + at) * columns
             numbers = given[first : first + own * columns].reshape(own, columns)
+            if fill.more is not None:
+                numbers = to_float32(numbers) + fill.more(slice(at, at + own))
             numbers = numbers if numbers.dtype == code else to_float32(numbers).astype(code)
             out[:own, :columns] = numbers if fill.column_scales is None else to_float32(numbers) * fill.column_scales
             if fill.beside is not None:
