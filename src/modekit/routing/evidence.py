@@ -19,10 +19,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch.nn.functional import cross_entropy, embedding
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,25 @@ Examples = Sequence[TokenRows]
 def averaged(values_BSJE: torch.Tensor, decays: Sequence[float]) -> torch.Tensor:
     """Causal averages with these decays up to each token, added up, (B, S, E): block by block, as a text may be long."""
     decays_J = torch.tensor(decays, dtype=torch.float64)
-    length = values_BSJE.shape[1]
-    powers_SJ = decays_J ** torch.arange(min(length, _BLOCK) + 1)[:, None]
-    age = (torch.arange(min(length, _BLOCK))[:, None] - torch.arange(min(length, _BLOCK))[None, :]).clamp_min(0)
-    weights_JTS = (decays_J[:, None, None] ** age).tril().float()
+    weights_JTS = _weights(tuple(decays))
     sums_BSJE, before_BJE = [], torch.zeros(())
     for block_BSJE in torch.split(values_BSJE, _BLOCK, dim=1):
         size = block_BSJE.shape[1]
         sums_BSJE.append(torch.einsum("jts,bsje->btje", weights_JTS[:, :size, :size], block_BSJE))
         if len(sums_BSJE) > 1:
-            sums_BSJE[-1] = sums_BSJE[-1] + powers_SJ[1 : size + 1, :, None].float() * before_BJE[:, None]
+            powers_SJ1 = decays_J[:, None] ** torch.arange(1, size + 1)[:, None, None]
+            sums_BSJE[-1] = sums_BSJE[-1] + powers_SJ1.float() * before_BJE[:, None]
         before_BJE = sums_BSJE[-1][:, -1]
-    totals_SJ = (decays_J ** torch.arange(length)[:, None]).cumsum(0)
+    totals_SJ = (decays_J ** torch.arange(values_BSJE.shape[1])[:, None]).cumsum(0)
     return (torch.cat(sums_BSJE, dim=1) / totals_SJ[..., None].float()).sum(-2)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _weights(decays: tuple[float, ...]) -> torch.Tensor:
+    """Of the tokens of a block at each of its tokens (J, T, S), made once: it takes as long as the averages of a batch."""
+    ages_TS = torch.arange(_BLOCK)[:, None] - torch.arange(_BLOCK)
+    return (torch.tensor(decays, dtype=torch.float64)[:, None, None] ** ages_TS.clamp_min(0)).tril().float()
 
 
 @dataclass(frozen=True)
@@ -174,14 +182,10 @@ class _Batch:
 
 
 def _padded(examples: Examples, place: int) -> _Batch:
-    longest = max(len(each.rows) for each in examples)
-    rows_BSK = torch.zeros((len(examples), longest, examples[0].rows.numel() // len(examples[0].rows)), dtype=torch.int64)
-    mask_BS = torch.zeros((len(examples), longest), dtype=torch.bool)
-    for number, each in enumerate(examples):
-        length = len(each.rows)
-        rows_BSK[number, :length] = each.rows.reshape(length, -1)
-        mask_BS[number, each.start : length] = True
-    return _Batch(rows_BSK, mask_BS, place)
+    rows_BSK = pad_sequence([each.rows.reshape(len(each.rows), -1) for each in examples], batch_first=True).long()
+    start_B1, end_B1 = torch.tensor([(each.start, len(each.rows)) for each in examples]).t()[..., None]
+    at_S = torch.arange(rows_BSK.shape[1])
+    return _Batch(rows_BSK, (at_S >= start_B1) & (at_S < end_B1), place)
 
 
 def _batches(examples: Examples, place: int, tokens: int) -> Iterator[_Batch]:
