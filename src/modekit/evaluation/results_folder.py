@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from pydantic import JsonValue, TypeAdapter
+from pydantic import JsonValue
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.tables import ResultTable, markdown_page
 from modekit.files.change import change_together
 from modekit.files.read import LARGE, UNREADABLE, read_json
-from modekit.files.typed import as_kind, shortened
+from modekit.files.typed import adapter_of, as_kind, shortened
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
@@ -53,7 +53,7 @@ class Result(ABC):
 
     def as_data(self) -> dict[str, JsonValue]:
         """Plain data for JSON."""
-        data: dict[str, JsonValue] = TypeAdapter(type(self)).dump_python(self, mode="json", by_alias=True)
+        data: dict[str, JsonValue] = adapter_of(type(self)).dump_python(self, mode="json", by_alias=True)
         return data
 
     def as_json(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -41,6 +42,8 @@ RelativePath = Annotated[str, StringConstraints(max_length=4_096, pattern=r"^([^
 Spec = Annotated[str, StringConstraints(max_length=4_096, pattern=r"^[^\x00]*$")]
 """A path or hub id, as somebody wrote it."""
 
+adapter_of = cache(TypeAdapter)  # made once, as pydantic takes milliseconds for each
+
 
 def read_as(path: Path, kind: type[_Kind]) -> _Kind:
     """A regular file's JSON as a type that pydantic checks. Raises OSError, and ValueError with the first thing wrong."""
@@ -50,7 +53,7 @@ def read_as(path: Path, kind: type[_Kind]) -> _Kind:
 def as_kind(data: object, kind: type[_Kind]) -> _Kind:
     """Plain data as a type that pydantic checks. Raises ValueError with the first thing wrong."""
     try:
-        return TypeAdapter(kind).validate_python(data)
+        return adapter_of(kind).validate_python(data)  # type: ignore[arg-type,no-any-return]  # a class is hashable
     except ValidationError as error:
         raise ValueError(problem_in(error)) from None
     except RecursionError:
