@@ -39,7 +39,7 @@ from modekit.demo.translation import make_pair_base, translate_once, translated_
 from modekit.errors import CheckpointError, ModekitError, OutputError, check_packages
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, with_gaps
-from modekit.evaluation.translation.results import TranslationResults, TranslationScore
+from modekit.evaluation.translation.results import TranslationResults
 from modekit.experts.specialize import specialize
 from modekit.files.change import is_there
 from modekit.files.read import UNREADABLE, read_json
@@ -113,8 +113,8 @@ class DemoResults:
             }
             if self.translated:
                 written = [each for table in self.translated.values() for each in table.rows if each.name == name]
-                figures["bleu"] = [_bleu(each.mean(domains)) for each in written]
-                figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
+                for figure, names in (("bleu", domains), ("unseen_bleu", unseen)):
+                    figures[figure] = [score.bleu if score else None for score in (each.mean(names) for each in written)]
             summary[name] = {}
             for figure, values in figures.items():
                 known = [value for value in values if value is not None]
@@ -126,10 +126,6 @@ class DemoResults:
 
 def _share(value: float | None, of: float | None) -> float | None:
     return None if value is None or of is None else value / of
-
-
-def _bleu(score: TranslationScore | None) -> float | None:
-    return None if score is None else score.bleu
 
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
@@ -282,12 +278,10 @@ def _build(run: Run, folder: Path, name: str, recipe: dict[str, Any]) -> None:
 
 def _score(run: Run, folder: Path, name: str, kind: Kind, known: Results | None) -> Results:
     checkpoint = open_checkpoint(folder_of_mixture(folder, name))
-    size = kind.size
-    results = evaluate(
-        checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=size.training.sequence_length, known=known, run=run
-    )
+    length = kind.size.training.sequence_length
+    results = evaluate(checkpoint, tokens_per_domain=kind.size.eval_tokens, sequence_length=length, known=known, run=run)
     if kind.translates:
-        translate_once(checkpoint, size.translated, run)
+        translate_once(checkpoint, kind.size.translated, run)
     return results
 
 

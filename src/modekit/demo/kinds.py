@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from modekit.demo.models import TRAINING
@@ -91,6 +91,7 @@ SIZES: dict[str, Size] = {
         8, PAIR_TRAINING.with_(steps=2), 2_048, eval_tokens=1_024, translated=4, without=("bigrams", "bigrams-top-1")
     ),
 }
+SIZES["quick lora"] = replace(SIZES["quick"], without=("linear", "logistic", "context", "lexical"))
 
 
 @dataclass(frozen=True)

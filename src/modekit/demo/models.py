@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from modekit.files.staging import Staging, staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.run import Run
-from modekit.text.document import text_of
+from modekit.text.document import Document, text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 
@@ -63,10 +63,7 @@ ARCHITECTURE: dict[str, Any] = {
 
 def make_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, run: Run) -> None:
     """Train tokenizer and base on the fit split of general text and a share of every domain, and write the folder."""
-    fit = {
-        name: documents_of_split(read_documents([str(texts[name])], root=texts[name].parent, where=name), "fit")
-        for name in (*DOMAINS, GENERAL)
-    }
+    fit = to_learn(texts, (*DOMAINS, GENERAL))
     tokenizer = byte_level_bpe((text_of(document) for documents in fit.values() for document in documents), VOCABULARY)
     sequences = {name: training_sequences(tokenizer, documents, TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
@@ -75,6 +72,12 @@ def make_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, ru
     with staging(out, f"demo base {seed} {steps}", "model") as stage:
         train_on_text(model, mixed, TRAINING.with_(steps=steps, seed=seed), run=run.about("base"))
         save_model(model, tokenizer, stage)
+
+
+def to_learn(texts: Mapping[str, Path], names: Sequence[str]) -> dict[str, list[Document]]:
+    """Name -> the fit split of its text."""
+    found = {name: read_documents([str(texts[name])], root=texts[name].parent, where=name) for name in names}
+    return {name: documents_of_split(documents, "fit") for name, documents in found.items()}
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Staging) -> None:

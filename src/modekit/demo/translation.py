@@ -17,7 +17,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.demo.models import save_model
+from modekit.demo.models import save_model, to_learn
 from modekit.demo.text import GENERAL, PAIRED
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import Decoding, TranslationResults
@@ -27,8 +27,6 @@ from modekit.loaded.text_training import Training, train_on_text, training_seque
 from modekit.report.page import write_report
 from modekit.run import Run
 from modekit.text.document import Document, Pair
-from modekit.text.documents import read_documents
-from modekit.text.splits import documents_of_split
 
 VOCABULARY = 2_000
 DOMAIN_SHARE = 0.25  # of each domain's pairs that the base is trained on, too: it knows the domains' words, and little more
@@ -60,10 +58,7 @@ _DROPOUT = 0.2  # of the base, whose pairs are read many times; fine-tunes have 
 
 def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, run: Run) -> None:
     """Train tokenizer and base on the fit split of general pairs and a share of every domain's, and write the folder."""
-    fit = {
-        name: documents_of_split(read_documents([str(texts[name])], root=texts[name].parent, where=name), "fit")
-        for name in (*PAIRED, GENERAL)
-    }
+    fit = to_learn(texts, (*PAIRED, GENERAL))
     tokenizer = pair_tokenizer(fit)
     mixed = [*fit[GENERAL], *(pair for name in PAIRED for pair in fit[name][: int(DOMAIN_SHARE * len(fit[name]))])]
     training = PAIR_TRAINING.with_(steps=steps, seed=seed)
