@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import hypothesis
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -191,6 +193,43 @@ def writing_shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     from writing_commands import make_writing_shop
 
     return make_writing_shop(tmp_path_factory.mktemp("writing"))
+
+
+@pytest.fixture(scope="module")
+def short_tables() -> Iterator[None]:
+    """The tables of lexical routers are trained in a few steps, where what they say is not what is shown."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_tables(patch)
+        yield
+
+
+def shorten_tables(patch: pytest.MonkeyPatch) -> None:
+    """Of all lexical routers that are fitted until it is undone."""
+    from modekit.routing import evidence
+
+    few = partial(evidence.train_table, schedule=evidence.TableSchedule(steps=10))
+    patch.setattr("modekit.routing.lexical.train_table", few)
+
+
+QUICK_DEMO = "modekit demo --quick --out demo"
+"""The first command of the tutorial and of the notebook, which tests/demo looks at."""
+
+
+@pytest.fixture(scope="session")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that QUICK_DEMO makes, once for all workers: copy it first."""
+    from command_line import modekit
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    made = shared / "quick" / "demo"
+    made.parent.mkdir(exist_ok=True)
+    with FileLock(made.with_suffix(".lock")):
+        if not (made / "results" / "demo.md").exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(made.parent)
+                modekit(*QUICK_DEMO.split()[1:])
+    return made
 
 
 @pytest.fixture

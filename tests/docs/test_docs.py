@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,7 @@ import yaml
 
 import families_table
 from command_line import modekit
+from conftest import QUICK_DEMO
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.training.settings import WEIGHTS, Group, TrainSettings
@@ -36,8 +38,9 @@ def run_line(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_tutorial_and_the_python_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorial_and_the_python_page_run(tmp_path: Path, quick_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert QUICK_DEMO in blocks("docs/tutorial.md")[0][1]
     for kind, text in [*blocks("docs/tutorial.md"), *blocks("docs/python.md")]:
         if kind == "yaml":
             (tmp_path / text.splitlines()[0].removeprefix("# file: ")).write_text(text)
@@ -46,7 +49,7 @@ def test_the_tutorial_and_the_python_page_run(tmp_path: Path, monkeypatch: pytes
             exec(compile(text, "docs/tutorial.md", "exec"), {"__name__": "__main__"})
             continue
         for line in text.replace("\\\n", " ").splitlines():
-            run_line(line)
+            shutil.copytree(quick_demo, "demo") if line == QUICK_DEMO else run_line(line)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/labels.md"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,10 +72,11 @@ def test_the_notebook_shows_results_and_nobodys_folders() -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path: Path) -> None:
+def test_the_notebook_runs(tmp_path: Path, quick_demo: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="the extra `docs` is not installed")
     client = pytest.importorskip("nbclient", reason="the extra `docs` is not installed")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    shutil.copytree(quick_demo, tmp_path / "demo")  # from which its first command goes on
     client.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "{'proven'}" in said and "| oracle |" in said
