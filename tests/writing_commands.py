@@ -14,7 +14,7 @@ from adapter_folders import UP, write_adapter
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from command_line import ended
-from conftest import Workshop, make_workshop
+from conftest import Workshop, make_workshop, shorten_tables
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
@@ -147,6 +147,7 @@ def run_in(root: Path, words: Sequence[str]) -> tuple[object, str]:
         with pytest.MonkeyPatch.context() as patch:  # experts that write their text write little
             for name in ("_MOST_DOCUMENTS", "_FEWEST_DOCUMENTS"):
                 patch.setattr(written, name, 24)
+            shorten_tables(patch)
             code, _, stderr = ended(*words)
     finally:
         os.chdir(before)

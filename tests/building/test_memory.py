@@ -42,9 +42,9 @@ FIRST = {**RANDOM, "layers": [0]}  # whatever is not mixed is backbone, and merg
 WIDE, NARROW, SMALL = (512, 32_768), (1024, 4096), (256, 8192)
 
 CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = {
-    "copied": (WIDE, (3, 10), {"experts": FULL, "mixture": RANDOM}),
+    "copied": (WIDE, (1, 3), {"experts": FULL, "mixture": RANDOM}),
     "cast": (WIDE, (1, 3), {"experts": FULL, "mixture": RANDOM, "output": {"dtype": "float32"}}),
-    "average": (WIDE, (2, 6), {"experts": FULL, "mixture": {**FIRST, "backbone": "average"}}),
+    "average": (WIDE, (2, 4), {"experts": FULL, "mixture": {**FIRST, "backbone": "average"}}),
     "ties": (NARROW, (2, 4), {"experts": FULL, "mixture": {**FIRST, "backbone": "ties"}}),
     "folded": (WIDE, (1, 3), {"experts": ADAPTERS, "mixture": RANDOM, "output": {"format": "plain"}}),
     "as lora": (NARROW, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),

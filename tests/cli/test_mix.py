@@ -25,6 +25,7 @@ from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text import written
 from refusal import borrow, refuse, tree
 
+pytestmark = pytest.mark.usefixtures("short_tables")
 ADAPTERS_ALONE = {"fit": "arrow", "granularity": "context"}
 INTERNAL = (".modekit", "recipe.yaml", "self-text")
 

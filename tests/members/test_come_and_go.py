@@ -26,6 +26,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import tree
 
+pytestmark = pytest.mark.usefixtures("short_tables")
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 WHOLE = ("medicine", "law", "code")
 LOW_RANK = ("fever", "court", "yield")

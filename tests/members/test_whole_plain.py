@@ -18,6 +18,7 @@ from modekit.members.change import write_change
 from modekit.members.edits import add_expert, remove_expert, replace_expert
 from modekit.recipes.edit import as_written
 
+pytestmark = pytest.mark.usefixtures("short_tables")
 MOST = 5
 TEXTS = ("medicine", "law", "code")
 
@@ -45,8 +46,7 @@ def expert(kind: str, number: int, name: str = "") -> dict[str, Any]:
     return {"name": name or f"{what}{number}", what: folder, "text": [f"./text/{TEXTS[number % 3]}.jsonl"]}
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("kind", ["adapters", "models", "both"])
+@pytest.mark.parametrize(("kind", "count"), [("adapters", 2), ("models", 2), ("both", 2), ("both", 4)])
 def test_who_comes_and_goes_leaves_no_trace(shop: Workshop, tmp_path: Path, kind: str, count: int) -> None:
     """Each change gives the bytes of a build of the recipe that is left."""
     experts = [expert(kind, number) for number in range(count)]

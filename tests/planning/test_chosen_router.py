@@ -21,6 +21,7 @@ from modekit.recipes.edit import as_written
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 
+pytestmark = pytest.mark.usefixtures("short_tables")
 TOKENS, PAIRS, LOGISTIC = ({"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}, {"fit": "logistic"})
 NATIVE, MODEKIT = {"format": "plain"}, {"format": "modekit"}
 Case = tuple[str, bool, dict[str, Any], dict[str, Any], dict[str, Any], bool]
