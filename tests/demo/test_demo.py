@@ -114,6 +114,7 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
         "oracle",
         "oracle modekit",
         "oracle average",
+        "linear",
         "routing",
         "bigrams-top-1",
         "routing modekit",

@@ -91,7 +91,7 @@ SIZES: dict[str, Size] = {
         8, PAIR_TRAINING.with_(steps=2), 2_048, eval_tokens=1_024, translated=4, without=("bigrams", "bigrams-top-1")
     ),
 }
-SIZES["quick lora"] = replace(SIZES["quick"], without=("linear", "logistic", "context", "lexical"))
+SIZES["quick lora"] = replace(SIZES["quick"], without=("logistic", "context", "lexical"))
 
 
 @dataclass(frozen=True)
