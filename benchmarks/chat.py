@@ -31,7 +31,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.models import make_real_base
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.run import QUIET
 from study import spread
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.domains import Domain, score_domain
 from modekit.text.sequences import make_batches
 
 EVAL_TOKENS = 16_384

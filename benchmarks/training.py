@@ -26,8 +26,7 @@ import yaml
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.domains import Domain, held_out_domains, score_domain
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 import translation_text
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.domains import Domain, held_out_domains, score_domain
 from modekit.evaluation.translation.evaluate import Scorer, translated
 from modekit.evaluation.translation.results import Decoding
 from modekit.loaded.load import load_model

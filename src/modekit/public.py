@@ -85,7 +85,7 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: object) -> Checkpoin
     (`method`, `top_k`, `top_p`). Raises RecipeError for what would need another build.
     """
     from modekit.recipes.edit import changes_of
-    from modekit.routing.refit import refit
+    from modekit.routing.fit import refit
 
     return refit(_opened(checkpoint, with_any_router=True), changes_of(changes), run=run)
 

@@ -32,7 +32,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.carry import CarrySize
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 from modekit.weights.bases import Stream, fit_pass_through

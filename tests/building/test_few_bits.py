@@ -21,7 +21,7 @@ from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.weights.few_bits import codes_of, steps_of
+from modekit.weights.factorise import codes_of, steps_of
 
 WHOLE = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
 

@@ -12,7 +12,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
 from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from refusal import borrow, tree
 
 CHANGES = {"method": "linear"}

@@ -18,14 +18,13 @@ from conftest import DOMAINS, Workshop, save
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError
-from modekit.evaluation.domains import held_out_domains, scored_on
+from modekit.evaluation.domains import held_out_domains, score_domain, scored_on
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, gap_error, mean_error
 from modekit.experts.moving import trainable_parameters
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.text.documents import read_documents
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode

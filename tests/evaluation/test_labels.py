@@ -17,10 +17,9 @@ from labelled import LABEL, STRANGER, make_labelled, of_adapters
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError, TextError
-from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
+from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts, score_domain
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect_text
-from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Score
 from modekit.evaluation.rows import label_places, label_tags, with_tag
 from modekit.loaded.load import load_model, load_tokenizer

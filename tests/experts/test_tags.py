@@ -17,8 +17,7 @@ import byte_level
 from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
 from modekit.errors import MismatchError, SourceError, UnsupportedError
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.domains import Domain, score_domain
 from modekit.evaluation.rows import with_tag
 from modekit.experts.labelled import Labelled, Reading, read_material
 from modekit.experts.moving import add_rows

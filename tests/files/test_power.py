@@ -18,7 +18,7 @@ from kills import Sizes, dies
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.planning.plan import Plan
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.run import Run
 from refusal import borrow, tree
 

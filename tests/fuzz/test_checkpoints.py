@@ -37,8 +37,8 @@ from modekit.report.card import make_card
 from modekit.report.page import make_page
 from modekit.report.push import pack
 from modekit.report.sections import make_content
+from modekit.routing.fit import refit
 from modekit.routing.inputs import load_statistics
-from modekit.routing.refit import refit
 from modekit.routing.text_router import TextRouter
 from modekit.routing.token_text import TokenText, load_token_text
 from modekit.training.folder import TrainingFolder, TrainingOutcome

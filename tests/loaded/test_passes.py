@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from conftest import tiny_model
 from modekit.errors import TextError
-from modekit.evaluation.domains import Domain
+from modekit.evaluation.domains import Domain, score_domain
 from modekit.evaluation.inspection.passes import token_losses
-from modekit.evaluation.loss import score_domain
 from modekit.loaded.passes import inputs_of, losses_of
 from modekit.loaded.text_training import TextBatches, Training, train_on_text
 from modekit.text.sequences import Batch, TokenSequence, encode, make_batches

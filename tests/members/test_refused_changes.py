@@ -16,7 +16,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, ModekitError
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from pair_models import make_pair_workshop
 from refusal import refuse, tree
 

@@ -19,7 +19,7 @@ from modekit.planning.plan import Plan
 from modekit.planning.reuse import digest_of
 from modekit.recipes.edit import as_written
 from modekit.recipes.read import parse_recipe
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 
 pytestmark = pytest.mark.usefixtures("short_tables")
 TOKENS, PAIRS, LOGISTIC = ({"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}, {"fit": "logistic"})

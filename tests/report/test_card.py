@@ -17,7 +17,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.members.licences import sources_of
 from modekit.report.card import Card, facts_of, make_card
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from pair_models import make_pair_workshop
 from refusal import borrow, copy_base, copy_expert, run_python
 

@@ -27,7 +27,7 @@ from modekit.evaluation.tables import cells_of
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.report.page import write_report
 from modekit.report.sections import SAMPLE_BYTES, gap_chart
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.training.train import train
 from pair_models import make_pair_workshop
 from trained import short_settings

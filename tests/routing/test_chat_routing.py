@@ -19,7 +19,7 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.routing.token_text import load_token_text
 from modekit.text.chat import ChatTemplate
 

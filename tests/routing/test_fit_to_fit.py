@@ -18,7 +18,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import RecipeError
 from modekit.recipes.fits import FITS
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = "linear"

@@ -22,8 +22,8 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.read import load_recipe
+from modekit.routing.fit import refit
 from modekit.routing.kept import save_kept
-from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
 
 HELD_OUT = ["99 fever artery lesion nerve", "99 licence clause party court", "99 def return self"]

@@ -12,7 +12,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.recipes.read import parse_recipe
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from refusal import refuse
 from rounding import assert_same_checkpoint
 

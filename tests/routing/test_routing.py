@@ -20,9 +20,9 @@ from modekit.loaded.native import DenseView
 from modekit.planning.mixture_config import averages_of
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.mixture import Router
+from modekit.routing.fit import refit
 from modekit.routing.inputs import DomainStatistics, GateInput, SlotStatistics, capture_domain
 from modekit.routing.linear import fit_gates
-from modekit.routing.refit import refit
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from refusal import tree

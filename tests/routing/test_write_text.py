@@ -28,7 +28,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing import write_text
-from modekit.routing.refit import refit
+from modekit.routing.fit import refit
 from modekit.routing.token_text import load_token_text
 from modekit.run import QUIET, Run
 from modekit.text import written

@@ -472,7 +472,7 @@ def test_results_show_before_and_after(workshop: Workshop) -> None:
 
 
 def test_a_second_training_and_a_later_fit_keep_what_was_trained(workshop: Workshop) -> None:
-    from modekit.routing.refit import refit
+    from modekit.routing.fit import refit
 
     fit = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 64}
     checkpoint = built(workshop, mixture={"method": "routing", "top_k": 2, "router": fit})

@@ -16,8 +16,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.cli.training import train_words
 from modekit.errors import TextError, TrainingError
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.domains import Domain, score_domain
 from modekit.loaded.load import load_model
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence

@@ -109,7 +109,7 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.open import open_with_any_router
     from modekit.recipes.edit import changes_of
-    from modekit.routing.refit import refit
+    from modekit.routing.fit import refit
 
     with running() as run:
         done = refit(open_with_any_router(resolved(checkpoint)), changes_of(said_in(words, "fit")), run=run)

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from modekit.checkpoint.carried import lost_by
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
-from modekit.evaluation.loss import not_finite, score_domain
+from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen, not_finite, score_domain
 from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, rows_scored_here, with_gaps
 from modekit.evaluation.rows import Labels, RowJob, label_jobs, row_identity, row_jobs, run_jobs
 from modekit.loaded.load import load_tokenizer

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError, TextError, UnsupportedError
-from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.loss import not_finite, tokens_per_pass
+from modekit.evaluation.domains import Domain, held_out_domains, not_finite, tokens_per_pass
 from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash

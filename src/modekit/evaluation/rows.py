@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, TextError
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import Advance
+from modekit.evaluation.domains import Advance, Domain
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_expert_source
 from modekit.loaded.load import load_model

@@ -31,8 +31,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import UnsupportedError
+from modekit.evaluation.domains import tokens_per_pass
 from modekit.evaluation.forced import divergence as divergence_of
-from modekit.evaluation.loss import tokens_per_pass
 from modekit.experts.labelled import Material
 from modekit.experts.settings import DistillSettings, Mix
 from modekit.loaded.engine import Loop

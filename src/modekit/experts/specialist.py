@@ -16,8 +16,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.domains import Domain, score_domain
 from modekit.evaluation.results import Score
 from modekit.experts.moving import What
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
@@ -25,7 +24,7 @@ from modekit.files.write import digest_of_data, json_bytes
 from modekit.run import ProgressCount, Run
 from modekit.sources.digests import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.training.states_folder import WRITING, StatesFolder
+from modekit.training.folder import WRITING, StatesFolder
 
 
 class BeforeAfter(BaseModel, frozen=True):

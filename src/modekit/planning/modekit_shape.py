@@ -33,7 +33,7 @@ from modekit.sources.header import TensorRef
 from modekit.sources.names import natural_key, split_layer
 from modekit.sources.source import ModelSource
 from modekit.sources.structure import SIZES
-from modekit.weights.few_bits import bytes_of_codes
+from modekit.weights.factorise import bytes_of_codes
 
 _FIRST = ".experts.0."
 _GATE_KEYS = {"router", "width", "rows", "features"}

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import tokens_per_pass
+from modekit.evaluation.domains import Domain, tokens_per_pass
 from modekit.files.write import write_file
 from modekit.loaded.engine import Loop, LoopSettings, NotFiniteError, TrainedModule
 from modekit.loaded.passes import losses_of

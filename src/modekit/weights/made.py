@@ -22,7 +22,7 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
-from modekit.weights.few_bits import bytes_of_codes, codes_of, steps_of
+from modekit.weights.factorise import bytes_of_codes, codes_of, steps_of
 from modekit.weights.flat import FlatArray, Rows, below, stored
 from modekit.weights.folding import folded, reader
 from modekit.weights.making import Changed, Making, Stored
@@ -75,7 +75,7 @@ class Fold(Stored):
 @dataclass(frozen=True)
 class Delta(Making):
     """Expert - base in float32: itself; A (R, I) or B (O, R) of its best part of a rank; its codes (O, bits, bytes) or steps
-    (O,) in a few bits (few_bits.py). `size` is the rank, or the bits.
+    (O,) in a few bits (factorise.py). `size` is the rank, or the bits.
     """
 
     expert: TensorRef

@@ -22,12 +22,11 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
-from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.domains import Advance, Domain, held_out_domains
 from modekit.evaluation.inspection.likeness import similarity
 from modekit.evaluation.inspection.passes import Array32, Decided, loss_per_token, losses_without, token_losses, traced_losses
 from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, TokenTrace, Usage
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
-from modekit.evaluation.loss import Advance
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, ProgressCount, Run

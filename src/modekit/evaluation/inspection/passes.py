@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.loss import Advance, not_finite, tokens_per_pass
+from modekit.evaluation.domains import Advance, not_finite, tokens_per_pass
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import mixture_of

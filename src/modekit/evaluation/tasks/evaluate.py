@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
 from modekit.errors import ModekitError, SourceError, TextError, check_packages
-from modekit.evaluation.loss import only_finite
+from modekit.evaluation.domains import only_finite
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.evaluation.rows import RowJob, row_jobs
 from modekit.evaluation.tables import MIXTURE

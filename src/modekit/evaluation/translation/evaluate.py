@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, check_packages
-from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
-from modekit.evaluation.loss import Advance, only_finite
+from modekit.evaluation.domains import Advance, Domain, held_out_texts, known_and_unseen, only_finite
 from modekit.evaluation.rows import Labels, RowJob, label_jobs, mixture_jobs, run_jobs
 from modekit.evaluation.translation.results import Decoding, TranslationResults, TranslationRow, TranslationScore
 from modekit.loaded.experts import load_expert_source
