@@ -152,9 +152,10 @@ def test_calls_run_beside_each_other_or_here(count: int) -> None:
 
 
 def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
-    for call, error, text in ((_fail, TextError, "write some"), (_end, ModekitError, "ended early")):
-        with pytest.raises(error, match=text), closing(Workers(2, 1, Run(progress=silent))) as workers:
-            workers.each("one", call, {"one": ()})
+    with closing(Workers(2, 1, Run(progress=silent))) as workers:
+        for call, error, text in ((_fail, TextError, "write some"), (_end, ModekitError, "ended early")):
+            with pytest.raises(error, match=text):
+                workers.each("one", call, {"one": ()})
 
 
 _CHANGES = 211
