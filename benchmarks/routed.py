@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--kind", choices=["full", "mlp", "lora"], default="full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", default="")
     said = parser.parse_args()
     if said.step == "cost":
         cost()
@@ -106,7 +107,7 @@ def main() -> None:
         if said.step == "train":
             train(said.folder.resolve(), said.kind, seed)
         else:
-            whole.mixtures(said.folder.resolve(), f"moe_{said.kind}", seed, "")
+            whole.mixtures(said.folder.resolve(), f"moe_{said.kind}", seed, said.only)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from building.test_routed import loaded, moe_shop
 from conftest import DOMAINS, Workshop, make_workshop
+from modekit.building.differences import Differences
+from modekit.building.lost import own_numbers
 from modekit.loaded.layers import LayerByLayer
 from modekit.loaded.load import decoder_layers
 from modekit.routing import stream
 from modekit.routing.stream import base_by_layers
 from modekit.run import QUIET
+from modekit.sources.contents import OpenFiles
+from modekit.weights.reading import WeightReader
 
 
 def shop_of(root: Path, base: str) -> Workshop:
@@ -55,7 +60,9 @@ def test_a_layer_has_the_weights_of_its_files_while_it_runs_and_no_other_has_any
 
     monkeypatch.setattr(stream, "base_by_layers", watched)
     plan = shop.plan(output={"format": "plain", "carry": "all"})
-    stream.measure_stream(plan, tmp_path / "none", QUIET)
+    with OpenFiles() as opened:
+        differences = Differences(plan, WeightReader(opened, plan.models))
+        stream.measure_stream(plan, partial(own_numbers, plan, differences), tmp_path / "none", QUIET, own=False)
     assert ran == [0, 1, 2] * (len(ran) // 3) and ran and in_memory(made[0].model) == outside
 
 
