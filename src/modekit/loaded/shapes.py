@@ -1,6 +1,6 @@
 """The table of shapes, loaded: what stands behind `mixture_of` and `expert_view`. A new shape is a row here.
 
-The modekit shape's routers are told what to do, and tell what they say.
+Routers of the modekit shape are overruled, and listened to, through what they share (`Flow`).
 
 Shape legend: B batch, S sequence, O output features, E experts.
 """
