@@ -176,9 +176,7 @@ class Differences:
         return np.concatenate(parts).reshape(tensor.shape)
 
     def _average(self, name: str, rows: slice) -> Singles:
-        made = self._backbone(name).made
-        width = made.shape[1]
-        return to_float32(made.numbers(self._read)[rows.start * width : rows.stop * width]).reshape(-1, width)
+        return self._numbers(self._backbone(name).made, rows)
 
     def beyond_average(self, name: str, rows: slice) -> Singles:
         """What rows of a matrix that all share have besides the experts' average, (rows, I): what brings it nearest to each
