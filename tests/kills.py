@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -71,8 +72,6 @@ def dies(work: Callable[[], object], below: Path, count: int, *, lose: Callable[
                 work()
             os._exit(0)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             os._exit(1)
     code = exit_code(process)
@@ -91,8 +90,6 @@ def befallen(command: Callable[[], tuple[object, str]], below: Path, count: int,
             os.write(writing, json.dumps([came.is_set(), int(str(code)), said[-20_000:]]).encode())
             os._exit(0)
         except BaseException:
-            import traceback
-
             os.write(writing, json.dumps([True, 99, traceback.format_exc()[-20_000:]]).encode())
             os._exit(1)
     os.close(writing)
@@ -159,16 +156,25 @@ def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None)
     def act(_event: str, _path: str) -> None:
         if lose is not None:
             on_the_disk.acquire()
-            lose(below, synced)
+            while True:
+                try:
+                    lose(below, synced)
+                    break
+                except FileNotFoundError:  # a rename of another thread had begun; the others wait, so that it is the last
+                    continue
+                except BaseException:
+                    os.write(2, traceback.format_exc().encode())
+                    os._exit(1)  # and no later change may wait for this thread
         os._exit(KILLED)
 
     _before_each(below, count, act)
 
 
 def _before_each(below: Path, count: int, act: Callable[[str, str], None]) -> None:
-    """Call `act` before the count-th change of a file below a folder, and before each that follows."""
+    """Call `act` before the count-th change of a file below a folder, and before each that follows; other threads' wait."""
     seen = 0
     acting = False
+    one_at_a_time = threading.RLock()
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen, acting
@@ -176,7 +182,11 @@ def _before_each(below: Path, count: int, act: Callable[[str, str], None]) -> No
             return
         paths = [_whole(os.fsdecode(arg), event, args) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))]
         found = [path for path in paths if str(below) in path and not any(name in path for name in _OF_OTHERS)]
-        if found and not acting:
+        if not found:
+            return
+        with one_at_a_time:
+            if acting:
+                return
             seen += 1
             if seen >= count:
                 acting = True
