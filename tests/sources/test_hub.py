@@ -55,6 +55,14 @@ def test_an_adapter_comes_once_and_a_model_in_its_place_not_at_all(workshop: Wor
     assert not hub.whole() & weights(hub, "acme/law")
 
 
+def test_one_file_goes_before_an_index_as_in_a_folder(workshop: Workshop, hub: StandIn, tmp_path: Path) -> None:
+    save(tiny_model(seed=9), tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "model.safetensors", hub.repos["acme/law"])
+    folder, _ = model_folder("acme/law", root=workshop.root, label="MODEL")
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert hub.whole() & weights(hub, "acme/law") == {"acme/law/model.safetensors"}
+
+
 def test_a_repository_of_a_model_and_an_adapter_is_refused_for_both(workshop: Workshop, hub: StandIn) -> None:
     write_adapter(hub.repos["acme/law"])
     (hub.repos["acme/law"] / "adapter_model.safetensors").unlink()

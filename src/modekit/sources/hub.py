@@ -21,7 +21,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from modekit.sources.source import SPECIALIST_FILE
 from modekit.sources.tokenizer import COPIED_FILES
-from modekit.sources.weight_files import INDEX_FILE, named_weights, no_weights, refuse_other_kinds
+from modekit.sources.weight_files import INDEX_FILE, SINGLE_FILE, named_weights, no_weights, refuse_other_kinds
 
 _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, "README.md")
 """Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""
@@ -36,6 +36,8 @@ def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET, a
     if as_adapter:
         read_adapter_config(folder, where=where)
     is_adapter = as_adapter or not (folder / "config.json").exists()
+    if not is_adapter and (folder / INDEX_FILE).exists():
+        _snapshot(spec, folder.name, [SINGLE_FILE], where, run)  # where there is one, the index is of no use
     files = [folder / WEIGHTS_FILE] if is_adapter else named_weights(folder, where=where)
     if not all(file.exists() for file in files):
         _snapshot(spec, folder.name, [escape(file.name) for file in files], where, run)
