@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))  # draws the pictures of docs, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not wait for threads of its parent
 
 from transformers.utils import logging

@@ -91,6 +91,17 @@ def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSe
             next(iter(inputs_of(model, batch) for batch in make_batches(text)))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_a_text_beyond_the_model_s_positions_is_refused_in_a_sentence(family: str) -> None:
+    fits, longer = (Domain("d", 0, [TokenSequence((5,) * length)]) for length in (32, 33))
+    model = tiny_model(family, max_position_embeddings=32, **({"rotary_dim": 8} if family == "gptj" else {}))
+    assert score_domain(model, fits, lambda _: None)
+    with pytest.raises(TextError, match="a text has more tokens than the model has positions") as error:
+        score_domain(model, longer, lambda _: None)
+    assert "ask for a sequence_length of 32" in str(error.value)
+    assert score_domain(tiny_model(max_position_embeddings=32), longer, lambda _: None)  # rotary ones go on
+
+
 LENGTHS = [4 + 7 * place % 60 for place in range(96)]
 SEQUENCES = [TokenSequence((place, *[1] * (length - 1))) for place, length in enumerate(LENGTHS)]
 TRAINING = Training(batch_tokens=256, sequence_length=64, seed=3)

@@ -146,14 +146,15 @@ def _logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def _check_length(model: PreTrainedModel, batch: Batch) -> None:
-    """Raise TextError where a side of a pair has more tokens than the model has positions."""
+    """Raise TextError where a text, or a side of a pair, has more tokens than the model has positions. Rotary ones go on."""
     most = getattr(model.config, "max_position_embeddings", None)
-    if batch.target is None or most is None:
+    if most is None or (batch.target is None and getattr(model.config, "rope_parameters", None)):
         return
-    longest = max(batch.input_ids.shape[1], batch.target.shape[1])
+    longest = max(each.shape[1] for each in (batch.input_ids, batch.target) if each is not None)
     if longest > most:
-        what = "a side of a pair has more tokens than the model has positions"
-        remedy = f"ask for a sequence_length of {most} (in a recipe under mixture.router), which leaves longer pairs out"
+        one, so = ("a text", "cuts longer ones") if batch.target is None else ("a side of a pair", "leaves longer ones out")
+        what = f"{one} has more tokens than the model has positions"
+        remedy = f"ask for a sequence_length of {most} (in a recipe under mixture.router), which {so}"
         raise TextError(what, found=longest, expected=f"at most {most}", remedy=remedy)
 
 
