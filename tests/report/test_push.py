@@ -142,7 +142,14 @@ def test_a_card_that_somebody_wrote_goes_as_it_is(shared_workshop: Workshop, tmp
 
 def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = made(shared_workshop, tmp_path)
-    for error, words in ((LocalTokenNotFoundError("Token is required"), "log in"), (HFValidationError("x"), "OWNER/NAME")):
+
+    class ConnectError(Exception):
+        """As httpx says that there is no network, under whatever name it is installed."""
+
+        __module__ = "httpx2"
+
+    errors = ((LocalTokenNotFoundError("Token is required"), "log in"), (HFValidationError("x"), "OWNER/NAME"))
+    for error, words in (*errors, (ConnectError("Name or service not known"), "with a network")):
 
         def fail(*_: Any, error: Exception = error, **__: Any) -> Any:
             raise error

@@ -112,16 +112,18 @@ def push(parcel: Parcel, repo: str, *, private: bool | None = None) -> str:
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from modekit.sources.hub import of_the_hub
 
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:
+        if not of_the_hub(error):
+            raise
         raise OutputError(
             "the hub did not take it",
             where=repo,
             found=(str(error).strip().splitlines() or [type(error).__name__])[0],
-            remedy="name it NAME or OWNER/NAME, log in with `hf auth login` as somebody who may write there, and push again",
+            remedy="name it NAME or OWNER/NAME, log in (`hf auth login`) as who may write there, push again with a network",
         ) from None
 
 

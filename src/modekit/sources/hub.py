@@ -72,6 +72,11 @@ def _drawn_by(run: Run) -> type[tqdm]:
     return Bar
 
 
+def of_the_hub(error: Exception) -> bool:
+    """Whether this is the hub's or the network's error: those of httpx have no base class under one name."""
+    return isinstance(error, OSError | EntryNotFoundError | ValueError) or type(error).__module__.startswith("httpx")
+
+
 @contextmanager
 def _explained(spec: str, where: str) -> Iterator[None]:
     """Turns whatever goes wrong between here and the hub into SourceError, with the library's own sentence."""
@@ -79,9 +84,8 @@ def _explained(spec: str, where: str) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except Exception as error:  # httpx's errors have no base class under one name
-        known = isinstance(error, OSError | EntryNotFoundError | ValueError) or type(error).__module__.startswith("httpx")
-        if not known:
+    except Exception as error:
+        if not of_the_hub(error):
             raise
         first = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         raise SourceError(
