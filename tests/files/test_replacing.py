@@ -155,6 +155,23 @@ def test_a_build_does_not_replace_the_folder_that_its_experts_lie_in(bench: Work
     assert tree(bench.root) == before
 
 
+def test_nothing_is_written_into_a_folder_that_is_read_as_text(bench: Workshop) -> None:
+    """A fit that reads the text again would learn from what a mixture there keeps."""
+    text = bench.root / "text"
+    shutil.copytree(Path(bench.recipe["experts"][0]["text"]).parent, text)
+    first, second = bench.recipe["experts"][:2]
+    recipe = bench.write(experts=[{**first, "text": "./text"}, second])
+    base = bench.recipe["base_model"]
+    before = tree(bench.root)
+    for command in (
+        ("build", recipe, text / "OUT"),
+        ("specialize", base, text / "OUT", "--text", text, "steps=1"),
+        ("specialize", base, text / "OUT", "--text", f"law={text}", "--tags", "steps=1"),
+    ):
+        assert f"lies in {text}" in refuse(*command)
+        assert tree(bench.root) == before
+
+
 def test_every_folder_that_is_made_says_so(bench: Workshop) -> None:
     out = bench.build()
     marker = read_marker(out)

@@ -47,6 +47,7 @@ from modekit.sources.contents import OpenFiles, WeightFile
 from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
+from modekit.text.documents import folders_of
 from modekit.text.written import files_of
 from modekit.weights.flat import same_bytes
 from modekit.weights.numeric import DTYPES
@@ -79,7 +80,9 @@ def build(
     run.begin("check the models")
     _check_copies(plan, update)
     in_place = update is not None and update.is_of(out)
-    sources = [model.folder for model in plan.models if not in_place or model.folder != out]
+    own = [each.text or [] for each in plan.recipe.experts if not each.writes_text]
+    texts = [] if in_place else folders_of([*own, *plan.recipe.eval.values()], plan.root)
+    sources = [*(model.folder for model in plan.models if not in_place or model.folder != out), *texts]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
     check_room(out, disk_needed(plan))
     with staging(out, digest_of(plan), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:

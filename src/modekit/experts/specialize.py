@@ -39,6 +39,7 @@ from modekit.sources.class_names import named_by_class
 from modekit.sources.config import OF_A_MIXTURE, whole
 from modekit.sources.source import SPECIALIST_FILE, open_source
 from modekit.sources.tokenizer import check_ids_fit
+from modekit.text.documents import folders_of
 from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
 from modekit.training.engine import log_of
@@ -75,7 +76,8 @@ def specialize(
     folder = SpecialistFolder(out)
     folder.tidy()
     sources = (base,) if teaching is None else (base, teaching.teacher)
-    refuse_existing(out, replaced_by(overwrite), sources=sources)
+    given = [*(texts.texts.values() if isinstance(texts, Labelled) else [texts]), generic.texts if generic else []]
+    refuse_existing(out, replaced_by(overwrite), sources=[*sources, *folders_of(given, root)])
     source = named_by_class(open_source("BASE", str(base), base, run=run))
     if (base / RECORD_FILE).exists() and open_checkpoint(base).shape.channels is not None:
         what = "channels lead each token of this mixture to its expert, and training would move them"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from sys import getsizeof
@@ -122,11 +122,13 @@ def _is_path(spec: str) -> bool:
 
 def find_text(specs: Sequence[str], *, root: Path, where: str) -> list[Path | str]:
     """The files of a text, and its hub data sets by name. Raises TextError for one on disk that is not there; reads nothing."""
-    found: list[Path | str] = []
-    for spec in specs:
-        path = _path_of(spec, root, where)
-        found += [spec] if path is None else _files_in(path)
-    return found
+    paths = ((spec, _path_of(spec, root, where)) for spec in specs)
+    return [each for spec, path in paths for each in ([spec] if path is None else _files_in(path))]
+
+
+def folders_of(texts: Iterable[Sequence[str]], root: Path) -> list[Path]:
+    """The folders among texts: all that will ever lie in them is read."""
+    return [path for specs in texts for spec in specs if (path := locate(spec, root)) is not None and path.is_dir()]
 
 
 def _path_of(spec: str, root: Path, where: str) -> Path | None:
