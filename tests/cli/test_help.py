@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer
@@ -70,6 +71,26 @@ for words in {[(), *COMMANDS]!r}:
     assert not {{"torch", "transformers"}} & set(sys.modules), words
 """)
     assert done.returncode == 0 and done.stdout.count("Usage") == len(COMMANDS) + 1, done.stderr
+
+
+def test_a_wrong_path_is_refused_without_torch(tmp_path: Path) -> None:
+    """Else it is said seconds after it was typed."""
+    of_a_mixture = [["eval"], ["eval-tasks", "questions"], ["eval-translation"], ["train"], ["densify", f"{tmp_path}/OUT"]]
+    of_a_model = [["specialize", f"{tmp_path}/no", "NEW", "--text", __file__], ["specialize", "b", "NEW", "--text", "no.txt"]]
+    done = run_python(f"""
+import sys
+from modekit.cli import main
+for words in {[*([name, str(tmp_path), *more] for name, *more in of_a_mixture), *of_a_model]!r}:
+    sys.argv = ["modekit", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 2, words
+    assert not {{"torch", "transformers"}} & set(sys.modules), words
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("not a modekit checkpoint") == len(of_a_mixture), done.stderr
+    assert done.stderr.count("does not exist") == len(of_a_model), done.stderr
 
 
 def test_wrong_usage_is_answered_with_the_example() -> None:

@@ -74,14 +74,14 @@ def densify(
         refuse_without_effect("--by distil", {key: course[key] for key in [*course] if key not in _OF_ANY})
     if by in ("average", "best"):
         refuse_without_effect("--by sum or distil", {"--scale": options.scale})
-    target = writable(output, options.overwrite, trains=True)
+    target, opened = writable(output, options.overwrite, trains=True), checkpoint_in(checkpoint)
     with running() as run:
         from modekit.conversion.densify import Densify, course_of, densify
 
         said = course_of(**course)
         texts, scale = texts_by_domain(options.text), options.scale
         asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
-        record = densify(checkpoint_in(checkpoint), asked, target, run=run)
+        record = densify(opened, asked, target, run=run)
     if common().json:
         print_json({**record.model_dump(mode="json"), "kept": record.kept})
     else:

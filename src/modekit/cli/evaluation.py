@@ -69,12 +69,13 @@ def evaluate(checkpoint: OutFolder, scored: ScoredOptions, labels: LabelOption =
     given = texts_by_domain(scored.text)
     for name, specs in given.items():
         find_text(specs, root=Path.cwd(), where=f"--text {name}")
+    opened = checkpoint_in(checkpoint)
     with running() as run:
         from modekit.evaluation.domains import scored_on
         from modekit.evaluation.evaluate import evaluate
 
         results = evaluate(
-            scored_on(checkpoint_in(checkpoint), given, Path.cwd()),
+            scored_on(opened, given, Path.cwd()),
             tokens_per_domain=scored.tokens,
             sequence_length=scored.sequence_length,
             labels=labels,
@@ -100,6 +101,7 @@ def eval_tasks(
     options: TaskOptions,
 ) -> None:
     """Score base, experts and mixture on tasks, or on questions made from the held-out text."""
+    opened = checkpoint_in(checkpoint)
     with running() as run:
         from modekit.evaluation.tasks.evaluate import TaskSettings, evaluate_tasks
 
@@ -109,7 +111,7 @@ def eval_tasks(
             trusted=options.trust_tasks,
             limit=options.limit,
         )
-        results = evaluate_tasks(checkpoint_in(checkpoint), _listed(tasks), settings, run)
+        results = evaluate_tasks(opened, _listed(tasks), settings, run)
     show_results(results, checkpoint)
 
 
@@ -117,12 +119,13 @@ def eval_tasks(
 @grouped
 def eval_translation(checkpoint: OutFolder, options: DecodingOptions, labels: LabelOption = None) -> None:
     """Translate held-out sources with base, experts and mixture, and score them with sacrebleu."""
+    opened = checkpoint_in(checkpoint)
     with running() as run:
         from modekit.evaluation.translation.evaluate import evaluate_translation
         from modekit.evaluation.translation.results import Decoding
 
         results = evaluate_translation(
-            checkpoint_in(checkpoint),
+            opened,
             pairs=options.pairs,
             decoding=Decoding(options.beams, options.batch, options.max_new_tokens),
             labels=labels,

@@ -18,6 +18,7 @@ from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of, or_dash
+from modekit.text.documents import find_text
 
 if TYPE_CHECKING:
     from modekit.experts.distill import Teaching
@@ -79,14 +80,16 @@ def specialize(
         if len(text) < 2:
             refuse_without_effect("several texts (--text A --text B)", {"mix": settings.mix})
     target = writable(output, options.overwrite, trains=True)
+    for each in text:
+        find_text([(options.tags and each.partition("=")[2]) or each], root=Path.cwd(), where="--text")
     with running() as run:
+        folder, _ = model_folder(base, root=Path.cwd(), label="BASE", run=run)
         from modekit.experts.labelled import Generic, Labelled
         from modekit.experts.specialize import specialize
         from modekit.loaded.text_training import Training
 
         shared = {key: getattr(settings, key) for key in ("steps", "batch_tokens", "sequence_length", "seed")}
         training = Training(learning_rate=settings.learning_rate or (1e-3 if lora else 1e-4), **shared)
-        folder, _ = model_folder(base, root=Path.cwd(), label="BASE", run=run)
         generic = Generic(options.generic, settings.generic_share) if options.generic else None
         labelled = Labelled(_by_label(text), settings.randomise, settings.randomise_to) if options.tags else None
         record = specialize(

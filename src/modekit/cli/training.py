@@ -41,12 +41,12 @@ def train(
     from modekit.processes import processes
     from modekit.training.settings import given_settings
 
-    wanted = given_settings(train_words(words), settings)
+    wanted, opened = given_settings(train_words(words), settings), checkpoint_in(checkpoint)
     with running() as run:
         from modekit.training.train import train
 
         done = train(
-            checkpoint_in(checkpoint),
+            opened,
             wanted,
             texts=texts_by_domain(text),
             root=Path.cwd(),
