@@ -206,6 +206,10 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:
 def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     assert "the recipe does not exist" in refuse("plan", tmp_path / "recipe.yaml")
     assert "this is a folder" in refuse("plan", tmp_path) and "Errno" not in refuse("plan", tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    assert str(recipe) not in refuse("plan", tmp_path)
+    recipe.touch()  # as in a folder that `modekit mix` wrote
+    assert f"give the path of {recipe}" in refuse("plan", tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"base_model: caf\xe9\n")
     assert "cannot be read" in refuse("plan", tmp_path / "latin.yaml")
 
