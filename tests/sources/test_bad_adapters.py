@@ -63,11 +63,11 @@ def planned(bench: Workshop, form: str, **changes: Any) -> Any:
 def test_a_full_model_given_as_an_adapter_and_the_other_way_round(bench: Workshop, shared_workshop: Workshop) -> None:
     bench.recipe["experts"][1]["adapter"] = str(shared_workshop.root / "law")
     message = refuse_build(bench)
-    assert "a full model, not an adapter" in message and "model: in place of adapter:" in message
+    assert "a full model, not an adapter" in message and "model: in place of adapter: in the recipe, or by --model" in message
     bench.recipe["experts"][1] = {"name": "law", "model": "./law"}
     message = refuse_build(bench)
     assert LAW in message
-    assert "this is an adapter" in message and "adapter: in place of model:" in message
+    assert "this is an adapter" in message and "adapter: in place of model: in the recipe, or by --adapter" in message
 
 
 # What the config and the file say

@@ -152,7 +152,7 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
     except FileNotFoundError:
         if (folder / "config.json").exists():
-            remedy = "name it as model: in place of adapter: in the recipe"
+            remedy = "name it as model: in place of adapter: in the recipe, or by --model"
             raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
         raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
     except UNREADABLE as error:

@@ -48,7 +48,8 @@ def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
     """Raise SourceError where the files of a folder that lacks a model, by name, are those of an adapter, or GGUF files."""
     if "adapter_config.json" in names:
         its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
-        remedy = "name it as adapter: in place of model: in the recipe" if where.startswith("experts[") else its_base
+        in_recipe = "name it as adapter: in place of model: in the recipe, or by --adapter"
+        remedy = in_recipe if where.startswith("experts[") else its_base
         raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
     files = sorted(name for name in names if name.endswith(".gguf"))
     if files:
