@@ -245,7 +245,7 @@ def test_given_text_is_read_before_others_write(shop: Path, monkeypatch: pytest.
     (shop / "empty.jsonl").touch()
     monkeypatch.setattr(write_text, "write_texts", lambda *_, **__: pytest.fail("an expert wrote"))
     code, _, said = ended("mix", "base", "law", "code", "--text", "law=empty.jsonl", "-o", "NEW")
-    assert code == 2 and "the text is empty" in said
+    assert code == 2 and "the text is empty" in said and f"found:    {shop / 'empty.jsonl'}" in said
 
 
 def test_a_plain_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path) -> None:

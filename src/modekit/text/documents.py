@@ -40,7 +40,8 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Docu
             kept.add(record.document)
     documents = kept.documents()
     if not documents:
-        raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
+        found = ", ".join(str(locate(spec, root) or spec) for spec in specs)
+        raise TextError("the text is empty", where=where, found=found, remedy="give text with at least one document")
     return documents
 
 
