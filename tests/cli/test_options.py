@@ -63,7 +63,7 @@ def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -
     router = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32}
     recipe = workshop.write(mixture={"method": "routing", "top_k": 2, "router": router})
     done = subprocess.run(
-        [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "OUT")],
+        [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "my OUT")],
         capture_output=True,
         text=True,
         check=True,
@@ -71,13 +71,13 @@ def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -
     said = next(line for line in done.stdout.splitlines() if not line.startswith(("note: ", "next: ")))
     after = done.stdout.splitlines()[-1]
     assert "router logistic, fitted" in said
-    assert after.startswith("next: modekit eval ")
+    assert after.startswith(f"next: modekit eval '{tmp_path / 'my OUT'}' --tokens ")  # as a shell reads it
     # Progress went beside it, and counts the text of all domains together.
     stages = [line for line in done.stderr.splitlines() if "  read " in line]
     assert [line.split()[2].rstrip(":") for line in stages] == ["medicine", "law", "code"]
     shares = [int(line.split(": ")[1].split(" %")[0]) for line in stages]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] >= 65  # each is said before its text is read
-    assert "logistic, fitted, method routing, top_k 2" in modekit("fit", tmp_path / "OUT", "fit=logistic", "temperature=2")
+    assert "logistic, fitted, method routing, top_k 2" in modekit("fit", tmp_path / "my OUT", "fit=logistic", "temperature=2")
 
 
 def test_a_specialisation_says_its_losses(small_workshop: Workshop, tmp_path: Path) -> None:

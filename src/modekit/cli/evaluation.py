@@ -83,7 +83,7 @@ def evaluate(checkpoint: OutFolder, scored: ScoredOptions, labels: LabelOption =
         )
     show_results(results, checkpoint)
     if not common().json:
-        print_next(f"modekit inspect {checkpoint}", f"modekit report {checkpoint}")
+        print_next(checkpoint, "inspect OUT", "report OUT")
 
 
 @app.command()

@@ -95,7 +95,7 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     print_notes([*checkpoint.notes, *little_written(checkpoint.record.recipe, checkpoint.recipe_root)])
     commands = ("eval-translation",) if checkpoint.shape.family.pair else ("chat", "serve")
     if has_tokenizer(output):
-        print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", *(f"modekit {each} {output}" for each in commands))
+        print_next(output, f"eval OUT --tokens {_QUICK_TOKENS}", *(f"{each} OUT" for each in commands))
 
 
 def _routing_of(checkpoint: Checkpoint) -> str:

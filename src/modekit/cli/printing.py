@@ -13,6 +13,8 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
@@ -92,9 +94,9 @@ def print_done(what: object, said: str) -> None:
     out.print(Text.assemble((str(what), "bold"), f": {said}"))
 
 
-def print_next(*commands: str) -> None:
-    """Say which commands go on from here."""
-    out.print(f"next: {', '.join(commands)}")
+def print_next(folder: Path, *commands: str) -> None:
+    """Say which commands, of OUT, go on from here, as they are typed whatever the folder is called."""
+    out.print(f"next: {', '.join(f'modekit {each}' for each in commands)}".replace("OUT", quote(str(folder))))
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
