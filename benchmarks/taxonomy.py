@@ -75,17 +75,18 @@ def main() -> None:
 
 
 def write_page(results: Path) -> None:
-    """Keep the rows of a run beside the page, and write its tables anew."""
-    rows = read_rows(results)
-    KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text("".join(json.dumps(rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
-    ways, text = measured(rows, "ffn"), PAGE.read_text(encoding="utf-8")
-    for mark, peers in (("set", [*BOUNDS, *SET]), ("trained", LEARNT)):
-        found = [ways[peer.name] for peer in peers if peer.name in ways]
-        found.sort(key=lambda each: -statistics.fmean(each.gaps()))
-        text = put(text, mark, "\n".join(lines(HEADS, [_line(each, ways[BASE]) for each in found])))
+    """Keep the rows of a run beside the page, and write its tables anew; what the run has not stays as it is."""
+    text = PAGE.read_text(encoding="utf-8")
+    if rows := read_rows(results):
+        KEPT.parent.mkdir(exist_ok=True)
+        KEPT.write_text("".join(json.dumps(rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
+        ways = measured(rows, "ffn")
+        for mark, peers in (("set", [*BOUNDS, *SET]), ("trained", LEARNT)):
+            found = [ways[peer.name] for peer in peers if peer.name in ways]
+            found.sort(key=lambda each: -statistics.fmean(each.gaps()))
+            text = put(text, mark, "\n".join(lines(HEADS, [_line(each, ways[BASE]) for each in found])))
     by_seed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("claims-seed*.json"))]
-    PAGE.write_text(put(text, "claims", claims_table(by_seed)), encoding="utf-8")
+    PAGE.write_text(put(text, "claims", claims_table(by_seed)) if by_seed else text, encoding="utf-8")
 
 
 def _line(each: Measured, base: Measured) -> list[str]:
@@ -100,7 +101,7 @@ def _line(each: Measured, base: Measured) -> list[str]:
 def spread(values: Sequence[float]) -> str:
     """Mean and largest deviation from it; one value alone has none."""
     mean = statistics.fmean(values)
-    return f"{mean:.3f}" + (f" ± {max(abs(value - mean) for value in values):.3f}" if len(values) > 1 else "")
+    return f"{round(mean, 3) + 0:.3f}" + (f" ± {max(abs(value - mean) for value in values):.3f}" if len(values) > 1 else "")
 
 
 def claims_table(by_seed: Sequence[Mapping[str, float]]) -> str:
