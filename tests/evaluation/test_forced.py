@@ -20,7 +20,7 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.forced import ForcedExperts, divergence, force_experts
+from modekit.evaluation.forced import ForcedExperts, divergences, force_experts
 from modekit.files.figures import three_digits
 from modekit.report.card import make_card
 from modekit.report.page import write_report
@@ -58,11 +58,13 @@ def whole(adapters: Workshop) -> tuple[Checkpoint, ForcedExperts]:
 def test_divergence_is_that_of_torch() -> None:
     own, other = (torch.randn(70, 96, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (1, 2))
     p, q = own.log_softmax(-1), other.log_softmax(-1)
-    kl, largest = divergence(own, other)
-    assert kl == pytest.approx(float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)), rel=1e-5)
+    (kl_N, largest), (none_N, nothing) = divergences(own, other, own)
+    assert torch.allclose(kl_N.float(), torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1), rtol=1e-4)
     assert largest == pytest.approx(float((p - q).abs().max()), rel=1e-5)
-    assert divergence(own, own) == (0.0, 0.0)
-    assert divergence(own[:, :90], other) == divergence(own[:, :90], other[:, :90]) != (kl, largest)
+    assert not none_N.any() and nothing == 0.0
+    [(fewer_N, _)] = divergences(own[:, :90], other)
+    [(same_N, _)] = divergences(own[:, :90], other[:, :90])
+    assert torch.equal(fewer_N, same_N) and not torch.allclose(fewer_N, kl_N)
 
 
 def test_adapters_kept_low_rank_are_whole(whole: tuple[Checkpoint, ForcedExperts]) -> None:

@@ -77,29 +77,21 @@ def test_adapters_that_all_fit_are_planned_plain_with_both_sizes(shop: Workshop)
     assert planned(shop, "fever", "court", mixture={"router": {"fit": "lexical"}}).shape.plain
 
 
-@pytest.mark.parametrize("lacking", ["memory", "disk"])
-def test_what_does_not_fit_this_machine_takes_the_smaller_form(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, lacking: str
+def test_a_plain_checkpoint_that_is_large_and_many_times_the_others_size_is_not_taken(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if lacking == "memory":
-        monkeypatch.setattr(choice, "_memory", lambda: 1_000)
-    else:
-        free = choice.disk_of(shop.root)._replace(free=1_000)
-        monkeypatch.setattr(choice, "disk_of", lambda path: free)
-    plan = planned(shop, "cough", "oath", mixture={"router": {"buckets": 64}})
-    assert not plan.shape.plain and f"more {'memory' if lacking == 'memory' else 'free disk'} than there is" in plan.why
-    assert "format: plain in a recipe, builds it anyway" in plan.why and plan.recipe.output.format == "modekit"
+    """By the recipe alone: free disk and memory are not asked for."""
+    plain = planned(shop, "cough", "oath")
+    assert plain.shape.plain
+    monkeypatch.setattr(choice, "LARGE", plain.bytes_written - 1)
+    assert planned(shop, "cough", "oath").shape.plain  # but not so many times the other form's
+    monkeypatch.setattr(choice, "MANY_TIMES", 1.0)
+    plan = planned(shop, "cough", "oath")
+    assert not plan.shape.plain and plan.recipe.output.format == "modekit"
+    assert "a plain checkpoint would take" in plan.why and "format: plain in a recipe, builds it anyway" in plan.why
     assert planned(shop, "cough", "oath", output={"format": "plain"}).shape.plain
-
-
-@pytest.mark.parametrize("names", [("law", "fever"), ("fever", "court"), ("cough", "oath")])
-def test_a_build_needs_no_memory_for_a_whole_base(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
-) -> None:
-    """Layers read their weights when they run: a plain checkpoint is planned wherever it fits itself."""
-    plain = planned(shop, *names)
-    monkeypatch.setattr(choice, "_memory", lambda: plain.bytes_written)
-    assert (plan := planned(shop, *names)).shape.plain and plan.why == plain.why and plan.otherwise == plain.otherwise
+    monkeypatch.setattr(choice, "LARGE", plain.bytes_written)
+    assert planned(shop, "cough", "oath").shape.plain
 
 
 def test_memory_is_that_of_one_layer(shop: Workshop, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ The own model is PEFT's of base and adapter, the full model, or the base. Both r
 
     KL(own || forced) = sum_v p_own(v) (log p_own(v) - log p_forced(v))        in nats, in float64
 
+of which a token counts one nat at most, so that no single token decides what is said of all.
+
 Shape legend: N predicted tokens of a batch, V vocabulary.
 """
 
@@ -36,6 +38,8 @@ from modekit.text.shipped import shipped_documents
 
 SHIPPED = "general"
 SAME = 1e-9  # nats per token: models that are no further apart are one, and a share of that means nothing
+MOST_NATS = 1.0
+"""What the KL of one token counts at most where what is lost is said of all."""
 _AT_ONCE = 2**22  # numbers in float64
 
 
@@ -161,13 +165,14 @@ def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[D
                 own_NV = _logits(own, batch, count, f"force {name}")
                 with torch.inference_mode(), mixture.forced(place):
                     forced_NV = predicted_logits(mixture.model, batch)
-                (kl, apart), (base_kl, _) = divergence(own_NV, forced_NV), divergence(own_NV, base_NV)
+                (kl_N, apart), (base_N, _) = divergences(own_NV, forced_NV, base_NV)
+                kls = (float(each_N.clamp_max(MOST_NATS).sum()) for each_N in (kl_N, base_N))
                 labels_N = batch.labels[batch.labels != NO_LABEL]
                 losses = [
                     float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
                     for logits_NV in (own_NV, forced_NV, base_NV)
                 ]
-                sums += torch.tensor([kl, base_kl, *losses], dtype=torch.float64)
+                sums += torch.tensor([*kls, *losses], dtype=torch.float64)
                 largest = max(largest, apart)
             if not torch.isfinite(sums).all():
                 where = f"expert '{name}' on the text '{domain.name}'"
@@ -186,15 +191,18 @@ def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: s
     return logits_NV
 
 
-def divergence(own_NV: torch.Tensor, other_NV: torch.Tensor) -> tuple[float, float]:
-    """Of logits (N, V) of two models, over the vocabulary that both have: the sum over tokens of KL(own || other) in nats, and
-    the largest |difference| of log-probabilities; in float64.
+def divergences(own_NV: torch.Tensor, *others_NV: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+    """Of logits (N, V) of a model and others, over the vocabulary that all have: per other the KL(own || other) of every token
+    (N,) in nats, and the largest |difference| of log-probabilities; in float64.
     """
-    kl, largest = 0.0, 0.0
-    width = min(own_NV.shape[1], other_NV.shape[1])
-    step = max(1, _AT_ONCE // width)
-    for start in range(0, len(own_NV), step):
-        own, other = (each[start : start + step, :width].double().log_softmax(-1) for each in (own_NV, other_NV))
-        kl += float((own.exp() * (own - other)).sum())
-        largest = max(largest, float((own - other).abs().max()))
-    return kl, largest
+    width = min(each.shape[1] for each in (own_NV, *others_NV))
+    kl_by_other: list[list[torch.Tensor]] = [[] for _ in others_NV]
+    largest = [0.0] * len(others_NV)
+    for rows in torch.arange(len(own_NV)).split(max(1, _AT_ONCE // width)):
+        own = own_NV[rows, :width].double().log_softmax(-1)
+        probabilities = own.exp()
+        for number, other_NV in enumerate(others_NV):
+            apart = own - other_NV[rows, :width].double().log_softmax(-1)
+            kl_by_other[number].append((probabilities * apart).sum(-1))
+            largest[number] = max(largest[number], float(apart.abs().max()))
+    return [(torch.cat(parts), most) for parts, most in zip(kl_by_other, largest, strict=True)]

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import UnsupportedError
 from modekit.evaluation.domains import tokens_per_pass
-from modekit.evaluation.forced import divergence as divergence_of
+from modekit.evaluation.forced import divergences
 from modekit.experts.labelled import Material
 from modekit.experts.settings import DistillSettings, Mix
 from modekit.loaded.engine import Loop
@@ -133,7 +133,8 @@ def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[
     for batch in make_batches(sequences, tokens=min(2_048, tokens_per_pass(student.config))):
         with torch.inference_mode():
             both = (predicted_logits(model, batch)[:, : lesson.vocabulary] for model in (lesson.teacher, student))
-            total += divergence_of(*both)[0]
+            [(kl_N, _)] = divergences(*both)
+            total += float(kl_N.sum())
     return total / sum(sequence.scored for sequence in sequences)
 
 

@@ -36,7 +36,7 @@ class ModekitForm:
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
-        self._recipe, self._sources, self._family, self._code_of = recipe, sources, family, code_of
+        self._recipe, self._sources, self._family, self.code_of = recipe, sources, family, code_of
         self._base, self.unties = sources[0], untied(recipe, sources[0], family)
         self._places = Places(recipe, sources, family).all()
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
@@ -78,7 +78,7 @@ class ModekitForm:
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
                     made = as_in(self._sources[1 + expert], self._original(ref))
-                    yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
+                    yield PlannedTensor(name, self.code_of(ref), ref.shape, "expert", made, expert)
             yield from self._low_rank_tensors(place)
             kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
             for number, (expert, bits) in enumerate(kept):
@@ -198,7 +198,7 @@ class ModekitForm:
     def _adapter_code(self, parts: list[Made]) -> str:
         """Their own dtype, so that adapters stay bit for bit; float32 when they differ."""
         if self._recipe.output.dtype != "source":
-            return self._code_of(parts[0].refs[0])
+            return self.code_of(parts[0].refs[0])
         codes = {_dtype(part) for part in parts}
         return codes.pop() if len(codes) == 1 else "F32"
 
