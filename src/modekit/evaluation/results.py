@@ -7,7 +7,6 @@ Standard errors are over parts of the text (delete-a-group jackknife).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,14 +16,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.results_folder import Result, results_path
+from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import Cell, ResultTable
 from modekit.files.figures import count_of, or_dash
-from modekit.files.json import parse_json
-from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import Count, Label, Number
-from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.recipes.strict import BASE
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
@@ -119,11 +114,6 @@ class Results(Result):
         """The first row of a kind."""
         return next((row for row in self.rows if row.kind == kind), None)
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Write eval.json and eval.md, and remember that this file is this user's own."""
-        super().write(checkpoint)
-        keep_proven(_claim(self.as_json()))
-
     def tables(self) -> list[ResultTable]:
         """Loss and perplexity per domain, means, gap closed, parameters; in detail gap closed per domain."""
         every, unseen = [*self.domains, *self.unseen], [f"{name}\nunseen" for name in self.unseen]
@@ -157,22 +147,6 @@ def _with_error(score: Score | None) -> str:
     if score is None or score.gap_closed is None:
         return "-"
     return f"{score.gap_closed:.2f}" + ("" if score.gap_error is None else f" ± {score.gap_error:.3f}")
-
-
-def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
-    """The rows of eval.json, if this user's modekit wrote that very file, as this version does; else none.
-
-    A file that somebody else brought is shown as what it says (`modekit report`), but no row of it stands for a score.
-    """
-    try:
-        content = read_bytes(results_path(checkpoint, Results.file), LARGE)
-        return Results.from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
-    except UNREADABLE:
-        return ()
-
-
-def _claim(content: bytes) -> str:
-    return f"{Results.file} {hashlib.sha256(content).hexdigest()}"
 
 
 def difference(one: Score, other: Score) -> tuple[float, float | None]:
