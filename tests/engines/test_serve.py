@@ -31,7 +31,7 @@ from modekit.engines.child import KEY
 from modekit.engines.registry import ENGINES, EngineName, ServeSettings
 from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context_of, key_of_clients, serving
 from modekit.engines.transformers_process import _refuse_what_is_not_done
-from modekit.errors import UnsupportedError
+from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from refusal import refuse
 
@@ -270,6 +270,26 @@ def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypa
     monkeypatch.setattr(converter, "is_installed", lambda: False)
     name, why = choose_engine(native, "auto")
     assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
+
+
+def test_the_next_engine_serves_where_the_first_turns_out_not_to(
+    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_words(*_: object, **__: object) -> None:
+        raise EngineError("llama.cpp cuts text into other tokens than the tokenizer")
+
+    monkeypatch.setattr("modekit.engines.gguf.compare", other_words)
+    monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
+    native = mixtures["native"]
+    with serving(native, ServeSettings(port=0, context=64, threads=1)) as served:
+        assert served.engine == "transformers" and served.why.startswith("not llama: llama.cpp cuts text into other tokens")
+        assert asked(served, "/health", key=None)[0] == 200
+    for settings in (ServeSettings("llama", port=0), ServeSettings(port=0, outtype="f16")):  # which only llama reads
+        with pytest.raises(EngineError, match="other tokens"), serving(native, settings):
+            pass
+    monkeypatch.setattr(ENGINES["transformers"], "refusal", lambda _: "it is not installed")
+    with pytest.raises(UnsupportedError, match=r"other tokens.*not transformers"), serving(native, ServeSettings(port=0)):
+        pass
 
 
 def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, Checkpoint]) -> None:
