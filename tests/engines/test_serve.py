@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import asking
 from command_line import ended
@@ -173,12 +174,14 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
 
 
 def test_a_chat_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = pytest.importorskip("transformers.cli.serving.utils").BaseHandler
+    handlers = pytest.importorskip("transformers.cli.serving.chat_completion")
+    handler = handlers.BaseHandler
     monkeypatch.setattr(handler, "_validate_request", lambda *_: None)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", None)
     _refuse_what_is_not_done(chats=False)
-    handler._validate_request(None, {"prompt": "hi"})
+    handler(None, None)._validate_request({"prompt": "hi"})
     with pytest.raises(Exception, match="no chat template"):
-        handler._validate_request(None, {"messages": [{"role": "user", "content": "hi"}]})
+        handlers.ChatCompletionHandler(None, None)._validate_request({"messages": [{"role": "user", "content": "hi"}]})
 
 
 def test_what_transformers_would_pass_over_is_refused_by_name(running: tuple[ServedMixture, Checkpoint]) -> None:
@@ -211,10 +214,33 @@ def test_what_is_malformed_is_refused_by_name(running: tuple[ServedMixture, Chec
         pytest.skip("the others do so by themselves")
     good = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     wrong = [{"max_tokens": "x"}, {"max_tokens": 0}, {"temperature": "x"}, {"temperature": -1}, {"top_p": 2}, {"seed": [1]}]
-    wrong += [{"stop": 5}, {"stop": [5]}, {"messages": 7}, {"messages": ["hi"]}, {"messages": {"role": "user"}}]
+    wrong += [{"stop": 5}, {"stop": [5]}, {"stop": ""}, {"stop": []}, {"frequency_penalty": "x"}, {"frequency_penalty": -1}]
+    wrong += [{"frequency_penalty": [1]}, {"stream": "x"}, {"tools": 5}, {"chat_template_kwargs": None}, {"messages": []}]
+    wrong += [{"messages": each} for each in (None, 7, [7], {"role": "user"}, [{"content": "hi"}], [{"role": 5}])]
+    contents = (5, {"text": "hi"}, [5], [{"type": "text"}], [{"text": "hi"}])
+    wrong += [{"messages": [{"role": "user", "content": content}]} for content in contents]
+    calls = (5, [5], [{"function": {"arguments": "{"}}], [{"function": {"name": "x"}}], [{"name": "x", "arguments": "{}"}])
+    wrong += [{"messages": [{"role": "assistant", "tool_calls": each}]} for each in calls]
     for more in wrong:
         status, said = asked(served, "/v1/chat/completions", {**good, **more})
-        assert status == 400 and f"{next(iter(more))} must be" in said, (more, status, said)
+        error = json.loads(said)["error"]
+        assert status == 400 and next(iter(more)) in error["message"], (more, status, said)
+        assert error["type"] == "invalid_request_error"
+    text = {"model": checkpoint.folder.name, "max_tokens": 2}
+    for path, body in (
+        ("/v1/chat/completions", {key: good[key] for key in ("model", "max_tokens")}),
+        ("/v1/chat/completions", {**good, "messages": [good["messages"][0]] * 10}),  # which the template refuses
+        ("/v1/chat/completions", {**good, "chat_template_kwargs": {"name": "\ud800"}}),
+        ("/v1/chat/completions", {**good, "messages": [{"role": "user", "content": "\ud800"}]}),
+        ("/v1/chat/completions", b"[1]"),
+        ("/v1/completions", {**text, "prompt": "\ud800"}),
+        ("/v1/completions", {**text, "prompt": ["a"]}),
+        ("/v1/completions", {**text, "prompt": "a", "frequency_penalty": "x"}),
+        ("/v1/completions", {**text, "prompt": "a", "unknown": 1}),
+    ):
+        status, said = asked(served, path, body)
+        assert status in (400, 422) and json.loads(said)["error"]["message"], (path, body, status, said)
+    assert asked(served, "/v1/completions", {**text, "prompt": "a", "temperature": 1e-300})[0] == 200
     fine = {"max_tokens": 2.0, "temperature": 0.5, "top_p": 1, "seed": 3, "stop": ["x", "y"]}
     assert asked(served, "/v1/chat/completions", {**good, **fine})[0] == 200
     assert asked(served, "/v1/chat/completions", {**good, "stop": "x"})[0] == 200
