@@ -90,11 +90,6 @@ class Chat:
         torch.seed() if settings.seed is None else torch.manual_seed(settings.seed)
         self._said: list[Message] = []
 
-    @property
-    def has_template(self) -> bool:
-        """Whether questions are answered; else texts are continued."""
-        return self._template is not None
-
     def ask(self, said: str, on_token: OnToken) -> ChatAnswer:
         """Answer; each token goes to `on_token` as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
         Raises TextError where the question leaves no room for an answer, or the template does not take it; after an error the

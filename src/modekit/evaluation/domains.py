@@ -135,7 +135,7 @@ def score_domain(model: PreTrainedModel, domain: Domain, advance: Advance) -> Sc
         for batch in make_batches(domain.sequences, tokens=tokens):
             sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
             advance(batch.scored)
-    blocks = in_blocks(sums.tolist()) if len(sums) > 1 else ()
+    blocks = in_blocks(sums.tolist(), [sequence.scored for sequence in domain.sequences])
     return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)
 
 

@@ -23,7 +23,7 @@ from modekit.checkpoint.sources import changed_weights
 from modekit.errors import ModekitError, TextError, some_of
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
-from modekit.evaluation.results import SMALLEST_GAP, Score, is_gap
+from modekit.evaluation.results import Score, is_gap
 from modekit.members.change import opened_expert
 from modekit.members.licences import facts, licence_of, sources_of
 from modekit.recipes.layers import layer_at
@@ -160,11 +160,12 @@ def _of_scores(scores: Mapping[str, Score]) -> Iterator[Finding]:
         return
     base, mixture, expert = (scores[row].loss for row in ("base", "mixture", "expert"))
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
-    if not base - expert > SMALLEST_GAP:  # nor where it is no number
+    if not expert < base:  # nor where it is no number
         what, to_do = "it is not better than the base model on its own text", "check that model and text belong together"
         yield Finding("error", what, found, to_do)
     elif not is_gap(scores["base"], scores["expert"]):
-        yield Finding("warning", "what it gains over the base model is within the noise", found, "give more text to measure on")
+        what = "what it gains over the base model is next to nothing, or within the noise"
+        yield Finding("warning", what, found, "give more text to measure on")
     elif base - mixture >= _SERVED * (base - expert):
         what = f"the mixture has {(base - mixture) / (base - expert):.0%} of its gain without it"
         yield Finding("warning", what, found, "an expert for another domain would bring more")
