@@ -228,5 +228,5 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
 def _splits_ffn(recipe: Recipe) -> bool:
     """Whether the FFN of full models lies projection by projection, for routers finer than a module."""
     ffn = recipe.mixture.modules == "auto" or "mlp" in recipe.mixture.modules
-    whole = all(expert.is_whole or expert.is_base for expert in recipe.experts)
+    whole = all(expert.adapter is None and not expert.is_low_rank for expert in recipe.experts)
     return ffn and whole and recipe.mixture.router.scope in {"projection", "feature"}
