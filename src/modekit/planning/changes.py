@@ -24,8 +24,9 @@ def is_gone(model: ModelSource) -> bool:
 
 
 def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
-    """What a full model changes of its base: its FFNs, more than these, or nothing. That tensors are alike is said of whole ones
-    alone; where they differ, a sample of each shows it soon.
+    """What a full model changes of its base: its FFNs, more than these, or nothing.
+
+    A sample of each tensor finds most differences; where it finds none, all numbers are compared.
     """
     ffn, gone = f".{family.decoder.ffn}.", is_gone(model)
     with OpenFiles() as opened:

@@ -77,21 +77,21 @@ class LowRank:
         a: A. For an embedding, (R, V).
         b: B. For an embedding, (D, R).
         scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
-        rows: the rows of B and magnitude that belong to this weight, where it is a part of the module's; None means all.
         magnitude: DoRA's m, (O,): W' = m * (W + scale * B A) / norms of its rows. For an embedding, (D,) and columns.
         transposed: an embedding, W (V, D), or fused experts, W (E, I, O): W' = W + scale * (B A)^T.
         experts: E; 0 for a matrix.
         member: of fused experts the one that this is of; None: all.
+        rows: of a member, the rows of B that are for its gate or its up; None: all.
     """
 
     a: TensorRef
     b: TensorRef
     scale: float
-    rows: tuple[int, int] | None = None
     magnitude: TensorRef | None = None
     transposed: bool = False
     experts: int = 0
     member: int | None = None
+    rows: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -317,7 +317,7 @@ class _Reading:
         alpha = self._said("alpha_pattern", weight.key, self._settings.lora_alpha)
         scale = alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)
         magnitude = parts.get("lora_magnitude_vector")
-        return LowRank(parts[a], parts[b], scale, None, magnitude, weight.turned, weight.experts)
+        return LowRank(parts[a], parts[b], scale, magnitude, weight.turned, weight.experts)
 
     def _said(self, patterns: Literal["rank_pattern", "alpha_pattern"], module: str, default: float) -> float:
         """The first pattern counts that is a module's name or its end (PEFT's `get_pattern_key`)."""
