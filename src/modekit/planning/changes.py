@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from modekit.files.read import UNREADABLE, read_json
@@ -33,6 +33,21 @@ def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
         if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"
         return "ffn" if gone or _differ(opened, base, model, lambda name: ffn in name) else "nothing"
+
+
+def are_alike(one: ModelSource, other: ModelSource) -> bool:
+    """Whether two models, or two adapters, hold the same numbers."""
+    if _scales(one) != _scales(other):
+        return False
+    with OpenFiles() as opened:
+        return not _differ(opened, one, other, lambda name: True)
+
+
+def _scales(source: ModelSource) -> tuple[frozenset[str], Mapping[str, float]] | None:
+    """Names of an adapter's tensors, and the scale of each change; None of a full model."""
+    if not isinstance(source, AdapterSource):
+        return None
+    return frozenset(source.tensors), {name: each.scale for name, each in source.changes.items()}
 
 
 def _changed_ffn_alone(source: ModelSource) -> bool:
