@@ -121,6 +121,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),
     ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
+    ("a size of 400 digits", {**GOOD, "output": {"shard_size": f"{'9' * 400}GB"}}, ["output.shard_size", "not a size"]),
     ("endless size", {**GOOD, "output": {"shard_size": "infGB"}}, ["output.shard_size", "not a size"]),
     ("eval of a bad name", {**GOOD, "eval": {"a b": "./x.txt"}}, ["eval.a b: not a name"]),
     ("name of two words", with_law(name="a b"), ["experts[0].name", *NAMED]),
