@@ -129,7 +129,12 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("label of two words", with_law(labels=["a b"]), ["experts[0].labels[0]", *NAMED]),
     ("text without a path", with_law(text=""), ["experts[0].text[0]", "at least 1"]),
     ("empty prompt", with_law(prompts=[""]), ["experts[0].prompts[0]", "at least 1"]),
-    ("experts as a mapping", {**GOOD, "experts": {"law": "./law"}}, ["experts: must be a valid list"]),
+    (
+        "experts as a mapping",
+        {**GOOD, "experts": {"law": "./law"}},
+        ["experts: must be a list; write", "{name: law, model: ./law}"],
+    ),
+    ("a decay that is no list", with_router(fit="lexical", decay=0.95), ["router.decay: must be a list; write [0.95]"]),
     ("router by one word", with_mixture(router="lexical"), ["mixture.router", "must be a valid dictionary"]),
     ("expert without a path", {**GOOD, "experts": ["", EXPERTS[1]]}, ["experts[0]", "write ./law, or {name: law"]),
     ("expert by a number", {**GOOD, "experts": ["./law", 3]}, ["experts[1]", "neither a path nor a mapping of keys"]),
