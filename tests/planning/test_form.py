@@ -30,11 +30,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         write_adapter(shop.root / name, lora("self_attn.q_proj", 32, 32, layers=1, seed=seed))
     for seed, name in enumerate(("cough", "oath")):
         write_adapter(shop.root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
-    for name, part in (("ffn", "mlp.up_proj.weight"), ("attention", "self_attn.o_proj.weight"), ("nothing", "")):
+    changed = {
+        "ffn": "mlp.up_proj.weight",
+        "attention": "self_attn.o_proj.weight",
+        "rows": "embed_tokens.weight",
+        "nothing": "",
+    }
+    for name, part in changed.items():
         tensors = load_file(shop.root / "base" / "model.safetensors")
         for key, tensor in tensors.items():
             if part and key.endswith(part):
-                tensor.view(-1)[len(tensor.view(-1)) // 2] += 1
+                tensor.view(-1)[len(tensor.view(-1)) // 2 + 5] += 1
         (shop.root / name).mkdir()
         for file in (shop.root / "base").iterdir():
             if file.suffix != ".safetensors":
@@ -53,19 +59,23 @@ def planned(shop: Workshop, *names: str, **said: Any) -> Plan:
     return make_plan(parse_recipe(recipe), shop.root)
 
 
-def test_what_a_model_changes_is_seen(shop: Workshop) -> None:
-    base = open_source("base_model", "base", shop.root / "base")
-    family = family_of(base.config, where="base")
-    for name, expected in (("ffn", "ffn"), ("attention", "more"), ("law", "more"), ("nothing", "nothing")):
-        assert changes(base, open_source(name, name, shop.root / name), family) == expected, name
-
-
-def test_of_a_large_tensor_pieces_are_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All over it: a fine-tune differs everywhere."""
-    monkeypatch.setattr(flat, "_NUMBERS", 4)
+@pytest.mark.parametrize("numbers", [2**13, 4])
+def test_what_a_model_changes_is_seen_wherever_a_sample_looks(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    monkeypatch.setattr(flat, "_NUMBERS", numbers)
     monkeypatch.setattr(flat, "_PIECES", 8)
     base = open_source("base_model", "base", shop.root / "base")
-    law = open_source("law", "law", shop.root / "law")
+    family = family_of(base.config, where="base")
+    expected = {"ffn": "ffn", "attention": "more", "rows": "more", "law": "more", "nothing": "nothing"}
+    for name, change in expected.items():
+        assert changes(base, open_source(name, name, shop.root / name), family) == change, name
+
+
+def test_of_a_fine_tune_pieces_alone_are_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It differs everywhere."""
+    base, law = (open_source(name, name, shop.root / name) for name in ("base", "law"))
+    monkeypatch.setattr("modekit.planning.changes.same_bytes", lambda *_: pytest.fail("a whole tensor was read"))
     assert changes(base, law, family_of(law.config, where="law")) == "more"
 
 

@@ -327,7 +327,7 @@ class _Made:
         self.values = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         refs = {name: _ref(name, shape) for name, shape in shapes.items()}
         magnitude = refs["m"] if kind in {"dora", "embedding"} else None
-        self.change = LowRank(refs["a"], refs["b"], 0.5, None, magnitude, transposed=kind == "embedding")
+        self.change = LowRank(refs["a"], refs["b"], 0.5, magnitude, transposed=kind == "embedding")
         self.base = generator.normal(size=rows * columns).astype(np.float32)
         self.shape = (rows, columns)
 

@@ -20,7 +20,6 @@ from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import HEAD, LOGITS_BIAS, split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
-from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Delta, Join, Made, as_in
 
@@ -147,7 +146,7 @@ class ModekitForm:
         for expert, (change, rank) in enumerate(zip(place.changes, place.ranks, strict=True)):
             if change is not None:
                 a[expert] = Copy(change.a)
-                b[expert] = Copy(change.b if change.rows is None else rows_of(change.b, *change.rows))
+                b[expert] = Copy(change.b)
             elif rank:
                 pair = self._pair(expert, place.weight)
                 a[expert], b[expert] = Delta(*pair, "A", rank), Delta(*pair, "B", rank)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +35,9 @@ from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of
 from modekit.sources.weight_files import no_weights
 
+if TYPE_CHECKING:
+    import regex
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
@@ -42,6 +46,8 @@ _JOIN = (
     "let PEFT join it, where it was trained on single experts as transformers 4 had them: with transformers 5, "
     "PeftModel.from_pretrained(BASE_MODEL, ADAPTER).save_pretrained(NEW)"
 )
+_MOST_SECONDS = 10.0  # that all patterns of an adapter take to match
+_MOST_REPETITIONS = 10_000  # {n} of a pattern, one in the other: regex unrolls them
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 _Pattern = Annotated[str, Field(max_length=1000)]
@@ -55,8 +61,8 @@ _COPIES = (".original_module", ".modules_to_save")
 NO_EFFECT = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
-    # which modules, layers and ranks there are, the file says
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    # which modules and ranks there are, the file says
+    *("exclude_modules", "layers_pattern"),
     *("bias", "fan_in_fan_out"),
     # read only while the matching init_lora_weights initialises; those that change the base are refused there
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -77,21 +83,21 @@ class LowRank:
         a: A. For an embedding, (R, V).
         b: B. For an embedding, (D, R).
         scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
-        rows: the rows of B and magnitude that belong to this weight, where it is a part of the module's; None means all.
         magnitude: DoRA's m, (O,): W' = m * (W + scale * B A) / norms of its rows. For an embedding, (D,) and columns.
         transposed: an embedding, W (V, D), or fused experts, W (E, I, O): W' = W + scale * (B A)^T.
         experts: E; 0 for a matrix.
         member: of fused experts the one that this is of; None: all.
+        rows: of a member, the rows of B that are for its gate or its up; None: all.
     """
 
     a: TensorRef
     b: TensorRef
     scale: float
-    rows: tuple[int, int] | None = None
     magnitude: TensorRef | None = None
     transposed: bool = False
     experts: int = 0
     member: int | None = None
+    rows: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -177,6 +183,8 @@ class LoraSettings(BaseModel):
     modules_to_save: list[str] | None = Field(None, max_length=10_000)
     target_parameters: list[str] | None = Field(None, max_length=10_000)
     ensure_weight_tying: bool = False
+    target_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
 
 
 def _settings(config: Config, *, where: str) -> LoraSettings:
@@ -219,6 +227,8 @@ class _Reading:
         self._where, self._settings, self._base, self._naming = where, settings, base, naming
         self._parts: dict[str, dict[str, TensorRef]] = {}  # adapted module -> its adapter tensors by part
         self._whole: dict[str, TensorRef] = {}  # saved modules, biases, embeddings: by their name in the base
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._seconds_left = _MOST_SECONDS
 
     @cached_property
     def _family(self) -> Family:
@@ -267,9 +277,19 @@ class _Reading:
             if (self._is_tied and module in self._ends) or (self._family.shares and module == self._ends[0]):
                 raise self._tied(first)
             if weight is None:
+                self._check_layer(module, first)
                 weight = self._module(module, first)
             found[weight.name] = self._change(module, parts, weight)
         return found
+
+    def _check_layer(self, module: str, first: TensorRef) -> None:
+        """Raise SourceError for a part of a layer that PEFT would not adapt, and would drop without a word."""
+        layers, (layer, _) = self._settings.layers_to_transform, split_layer(module)
+        if layers in (None, []) or layer is None or self._naming.named(module) in (self._settings.target_modules or ()):
+            return
+        number = int(str(layer).rpartition(".")[2])
+        if number not in (layers if isinstance(layers, list) else [layers]):
+            raise self._unexplained(first, f"layers_to_transform: {layers} leaves layer {number} out")
 
     def _module(self, module: str, first: TensorRef) -> Adapted:
         """The weight of a module that is adapted as a whole."""
@@ -317,20 +337,36 @@ class _Reading:
         alpha = self._said("alpha_pattern", weight.key, self._settings.lora_alpha)
         scale = alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)
         magnitude = parts.get("lora_magnitude_vector")
-        return LowRank(parts[a], parts[b], scale, None, magnitude, weight.turned, weight.experts)
+        return LowRank(parts[a], parts[b], scale, magnitude, weight.turned, weight.experts)
 
     def _said(self, patterns: Literal["rank_pattern", "alpha_pattern"], module: str, default: float) -> float:
         """The first pattern counts that is a module's name or its end (PEFT's `get_pattern_key`)."""
-        import regex  # which stops when it is told to, as `re` does not
+        import regex
 
         for pattern, value in (getattr(self._settings, patterns) or {}).items():
             try:
-                if regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=1.0):
+                if self._matches(pattern, module):
                     return float(value)
             except (regex.error, TimeoutError, MemoryError, OverflowError, RecursionError) as error:
-                what = "a pattern is no regular expression, or takes too long to match"
+                what = "a pattern is no regular expression, or the patterns take too long to match"
                 raise _damaged(what, f"{self._where}: {CONFIG_FILE}: {patterns}", f"{pattern[:200]}: {error}") from None
         return default
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        """Raises TimeoutError when all matches of the adapter together take too long, OverflowError, and regex's errors."""
+        import regex  # which stops when it is told to, as `re` does not
+
+        if pattern not in self._compiled:
+            counts = (int(count) for count in re.findall(r"[{,]\s*(\d+)", pattern))
+            if math.prod(max(1, count) for count in counts) > _MOST_REPETITIONS:
+                raise OverflowError("too many repetitions")
+            self._compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})")
+        if self._seconds_left <= 0:
+            raise TimeoutError("no time is left for it")
+        began = time.monotonic()
+        matched = self._compiled[pattern].fullmatch(module, timeout=self._seconds_left)
+        self._seconds_left -= time.monotonic() - began
+        return matched is not None
 
     def replaced(self) -> dict[str, TensorRef]:
         """Name of a tensor of the base -> the tensor of the file that takes its place."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.document import Message, message_of
-from modekit.text.plain import whole
+from modekit.text.plain import token_ids, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +43,7 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that the template wrote."""
-        found: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        return token_ids(self._tokenizer, text, special=False)
 
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""

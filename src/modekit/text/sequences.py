@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from modekit.errors import TextError
 from modekit.text.chat import ChatTemplate, chat_template_of, needed_template
 from modekit.text.document import Conversation, Document, Pair, both_kinds, reads_of
+from modekit.text.plain import token_ids
 from modekit.text.tags import opening_ids, place_of_tag, split_tag
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class _Writer:
         if max(len(pair.source), len(pair.target)) > _LONG:  # longer than any sequence
             return None
         tag, source = split_tag(self.tokenizer, pair.source)
-        ids: list[int] = self.tokenizer(source, verbose=False)["input_ids"]
+        ids = token_ids(self.tokenizer, source)
         target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
         if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
             return None
@@ -230,8 +231,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *,
     `whole` text the tokenizer adds no special tokens.
     """
     beginning = document[: max(_LONG, _CHARACTERS * wanted)]
-    ids: list[int] = tokenizer(beginning, verbose=False, add_special_tokens=not whole)["input_ids"]
-    return ids
+    return token_ids(tokenizer, beginning, special=not whole)
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
