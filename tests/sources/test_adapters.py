@@ -31,8 +31,9 @@ from modekit.errors import MismatchError, ModekitError, SourceError, Unsupported
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.adapter import NO_EFFECT, AdapterSource, LoraSettings, LowRank, is_adapter, open_adapter
+from modekit.sources.adapter import AdapterSource, LowRank, is_adapter, open_adapter
 from modekit.sources.contents import OpenFiles
+from modekit.sources.lora_settings import NO_EFFECT, LoraSettings
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights import folding
 from modekit.weights.flat import FlatArray

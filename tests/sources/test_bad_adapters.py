@@ -20,7 +20,7 @@ from conftest import Workshop, logits_of, save, tiny_model
 from damage import change_header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources import adapter
+from modekit.sources import lora_settings
 from refusal import borrow, refuse_build, run_python, tree
 
 LAW = "experts[1] 'law' (./law)"
@@ -95,7 +95,7 @@ def test_layers_that_the_config_leaves_out(bench: Workshop) -> None:
 
 def test_patterns_have_one_time_for_all(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(adapter, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(lora_settings, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     one = {f"{PREFIX}0.mlp.up_proj.lora_{side}.weight": UP[f"{PREFIX}0.mlp.up_proj.lora_{side}.weight"] for side in "AB"}
     write_adapter(law(bench), one, alpha_pattern={f"x{number}": 4 for number in range(9)})
     assert planned(bench, "modekit")
