@@ -18,9 +18,10 @@ import modekit.loaded.experts as experts_module
 from conftest import DOMAINS, Workshop, save
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.domains import held_out_domains, score_domain, scored_on
 from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect_text
 from modekit.evaluation.results import Results, gap_error, mean_error
 from modekit.experts.moving import trainable_parameters
 from modekit.experts.specialize import specialize
@@ -71,6 +72,14 @@ def test_loss_is_the_mean_over_real_tokens(evaluated: tuple[Checkpoint, Results]
     score = results.row("law").scores["law"]
     assert score.loss == pytest.approx(total / count, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_a_mixture_that_was_moved_alone_reads_texts_and_says_what_it_lacks(workshop: Workshop, tmp_path: Path) -> None:
+    folder = shutil.move(workshop.build(mixture={"router": {"fit": "random"}}), tmp_path / "moved" / "OUT")
+    moved = open_checkpoint(Path(folder))
+    assert inspect_text(moved, "the heart moves").tokens
+    with pytest.raises(TextError, match=r"(?s)the text does not exist.*moved.text.medicine.*move the text, too"):
+        evaluate(moved)
 
 
 def test_weight_average_is_the_average(evaluated: tuple[Checkpoint, Results]) -> None:
