@@ -28,8 +28,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOKENIZER = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}
 LIBRARIES = 400_000_000
 """Bytes of torch and transformers."""
-TABLE_SECONDS = {"plain": 15.0, "modekit": 40.0}
-RUN_SECONDS = {"adapter": 125.0, "model": 200.0}
+TABLE_SECONDS = {"plain": 15.0, "modekit": 38.0}
+RUN_SECONDS = {"adapter": 127.0, "model": 360.0}
 """Processor seconds of builds with SmolLM2-135M (benchmarks/size.md): start and the router's table, by the
 form; what a plain form runs and computes besides, by what the experts are.
 """
