@@ -33,7 +33,7 @@ BOUNDS = {
     "bool flags handed down": 27,
     "public signatures with Any": 54,
     "class names in two files or more": 5,
-    "words of README and docs": 16_100,
+    "words of README and docs": 16_800,
 }
 """Most that each figure may be."""
 
