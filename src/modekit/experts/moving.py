@@ -30,10 +30,17 @@ Save = Callable[[Path], object]
 """Writes what came of a training into a folder."""
 
 
-def make_trainable(model: PreTrainedModel, source: ModelSource, train: What, rank: int, new: Sequence[int] = ()) -> Save:
-    """Freeze what does not move, give an adapter its rank, and `new` token ids their rows."""
+def make_trainable(
+    model: PreTrainedModel,
+    source: ModelSource,
+    train: What,
+    rank: int,
+    new: Sequence[int] = (),
+    hub: tuple[str, str] | None = None,
+) -> Save:
+    """Freeze what does not move, give an adapter its rank, and `new` token ids their rows. `hub`: as in specialize.py."""
     if train == "lora":
-        return _adapter(model, source.folder, rank)
+        return _adapter(model, hub or (source.folder.name, None), rank)
     if new:
         add_rows(model, new)
     save = _weights(model, train, source)
@@ -59,7 +66,7 @@ def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
     return save
 
 
-def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
+def _adapter(model: PreTrainedModel, base: tuple[str, str | None], rank: int) -> Save:
     """LoRA on every linear layer of the decoder, and on experts that a class keeps in one tensor. PEFT puts its layers into the
     model itself, which trains as it is.
     """
@@ -78,7 +85,8 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of PEFT: parameters do follow them
         adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = base.name
+    written = adapted.peft_config["default"]
+    written.base_model_name_or_path, written.revision = base
 
     def save(folder: Path) -> None:
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
