@@ -27,7 +27,6 @@ from modekit.files.figures import or_dash
 from modekit.files.typed import Count, Label, Number
 from modekit.loaded.experts import OwnModel, load_expert_source, load_own_model
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.passes import predicted_logits, tokens_per_batch
 from modekit.loaded.shapes import mixture_of
 from modekit.run import QUIET, ProgressCount, Run
@@ -150,7 +149,7 @@ def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[D
     readers = {domain.name: [place for place in places if domain in own_texts[place]] for domain in domains}
     read = sum(domain.scored_tokens * (1 + len(readers[domain.name])) for domain in domains if readers[domain.name])
     count = ProgressCount(run, read)
-    mixture: LoadedMixture | None = None
+    mixture = mixture_of(load_model(checkpoint.folder, run=run), checkpoint)
     for domain in domains:
         if not readers[domain.name]:
             continue
@@ -159,7 +158,6 @@ def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[D
         batches = list(make_batches(domain.sequences, tokens=tokens))
         of_base = [_logits(base, batch, count, "run the base") for batch in batches]
         del base
-        mixture = mixture or mixture_of(load_model(checkpoint.folder, run=run), checkpoint)
         for place in readers[domain.name]:
             name = checkpoint.names[place]
             own, made = load_own_model(checkpoint, place, run=run)

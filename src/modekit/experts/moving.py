@@ -17,15 +17,18 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
+from modekit.files.typed import said_by
 from modekit.files.write import remove
 from modekit.loaded.load import without_bars
 from modekit.loaded.passes import has_encoder
+from modekit.sources.config import Config
 from modekit.sources.families import family_of
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.source import ModelSource
 
 What = Literal["mlp", "lora", "full"]
 """See specialize.py."""
+_OTHER = "use --train full"
 Save = Callable[[Path], object]
 """Writes what came of a training into a folder."""
 
@@ -51,7 +54,7 @@ def make_trainable(
 
 def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
     """The model's own weights; they are saved in the dtypes that they have in `source`."""
-    moving = {id(parameter) for parameter in trainable_parameters(model, train)}
+    moving = {id(parameter) for parameter in trainable_parameters(model, train, source.config)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in moving)
 
@@ -79,12 +82,25 @@ def _adapter(model: PreTrainedModel, base: tuple[str, str | None], rank: int) ->
         if hasattr(module, "_apply_gate") and each.ndim == 3
     }
     task = "SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM"
-    parameters = sorted(fused) or None
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", target_parameters=parameters, task_type=task)
+    routers = [  # which give several tensors
+        name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear) and "Router" in type(each).__name__
+    ]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules="all-linear",
+        exclude_modules=routers or None,
+        target_parameters=sorted(fused) or None,
+        task_type=task,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of PEFT: parameters do follow them
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            what = "PEFT has no adapter on all linear modules of this model"
+            raise UnsupportedError(what, where="--train lora", found=said_by(error), remedy=_OTHER) from None
     written = adapted.peft_config["default"]
     written.base_model_name_or_path, written.revision = base
 
@@ -95,22 +111,24 @@ def _adapter(model: PreTrainedModel, base: tuple[str, str | None], rank: int) ->
     return save
 
 
-def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
+def trainable_parameters(model: PreTrainedModel, train: What, config: Config) -> list[torch.nn.Parameter]:
     """The parameters that move. For mlp they are all that the family's FFN holds, biases included: what a build copies.
 
-    Raises UnsupportedError when mlp is asked of a family that is not in the table.
+    Raises UnsupportedError when mlp is asked of a family that cannot be mixed, or whose FFNs are not known.
     """
     named = dict(model.named_parameters())
     if train == "full":
         return list(named.values())
-    config = model.config.to_dict()
     try:
         family = family_of(config, where="--train mlp")
     except UnsupportedError as error:
-        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
+        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy=_OTHER) from None
     stacks = ((layer, family.stack_of(layer)) for layer in family.layers(config))
     modules = tuple(f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in stack.ffn_modules)
-    return [parameter for name, parameter in named.items() if name.startswith(modules)]
+    moving = [parameter for name, parameter in named.items() if name.startswith(modules)]
+    if not moving:
+        raise UnsupportedError("no FFN was found in its layers", where="--train mlp", found=family.model_type, remedy=_OTHER)
+    return moving
 
 
 def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -109,9 +109,7 @@ def losses_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return losses_by_label(model, inputs_of(model, batch), batch.labels)
 
 
-def losses_by_label(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
-) -> torch.Tensor:
+def losses_by_label(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """The same of what a model is given, and of labels (B, P) as `Batch` has them."""
     labels = labels.to(model.device)
     places, logits = _kept_logits(model, inputs, labels != NO_LABEL)
@@ -127,9 +125,7 @@ def predicted_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return logits_at(model, inputs_of(model, batch), batch.labels != NO_LABEL).float().cpu()
 
 
-def logits_at(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], predicted: torch.Tensor
-) -> torch.Tensor:
+def logits_at(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], predicted: torch.Tensor) -> torch.Tensor:
     """Logits (N, V), as the model's own class computes them, at the places (B, P) where a token is predicted."""
     predicted = predicted.to(model.device)
     places, logits = _kept_logits(model, inputs, predicted)

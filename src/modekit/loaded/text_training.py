@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modekit.errors import TrainingError
 from modekit.loaded.engine import Loop, LoopSettings, TrainedModule
 from modekit.loaded.passes import check_text, inputs_of, losses_by_label
 from modekit.run import QUIET, Run
@@ -125,6 +126,9 @@ class TextLoss(TrainedModule):
             del inputs["attention_mask"]
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16):
             losses = losses_by_label(self.model, inputs, batch.labels)
+        if self.training and not losses.requires_grad:
+            what = "no gradient reaches what is to be trained"
+            raise TrainingError(what, where=self.config.model_type, remedy="train all parameters (--train full)")
         return losses.sum() / batch.scored
 
     def groups(self) -> list[dict[str, Any]]:
