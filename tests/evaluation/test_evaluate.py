@@ -39,7 +39,7 @@ def ffn_specialists(workshop: Workshop) -> None:
         model = AutoModelForCausalLM.from_pretrained(workshop.root / "base", dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in trainable_parameters(model, "mlp", model.config.to_dict()):
+            for parameter in trainable_parameters(model, "mlp"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
         save(model, workshop.root / name)
 

@@ -125,10 +125,12 @@ def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: 
         raise text.nothing_left("no document is left for training after the held-out split")
     if not sequences:
         raise text.none_fits(fit, training.sequence_length)
-    bounds = {"max_tokens": training.held_out_tokens, "sequence_length": training.sequence_length, "answers": True}
+    bounds = {"max_tokens": training.held_out_tokens, "sequence_length": training.sequence_length}
     into.fit.extend(fit)
     into.corpora.append(DomainSequences(label or where, len(into.corpora), sequences))
-    into.held_out.append(Domain(label or where, None, encode(reading.tokenizer, written(text.split("report")), **bounds)))
+    into.held_out.append(
+        Domain(label or where, None, encode(reading.tokenizer, written(text.split("report")), answers=True, **bounds))
+    )
 
 
 def generic_share(

@@ -21,7 +21,6 @@ from modekit.files.typed import said_by
 from modekit.files.write import remove
 from modekit.loaded.load import without_bars
 from modekit.loaded.passes import has_encoder
-from modekit.sources.config import Config
 from modekit.sources.families import family_of
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.source import ModelSource
@@ -54,7 +53,7 @@ def make_trainable(
 
 def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
     """The model's own weights; they are saved in the dtypes that they have in `source`."""
-    moving = {id(parameter) for parameter in trainable_parameters(model, train, source.config)}
+    moving = {id(parameter) for parameter in trainable_parameters(model, train)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in moving)
 
@@ -111,7 +110,7 @@ def _adapter(model: PreTrainedModel, base: tuple[str, str | None], rank: int) ->
     return save
 
 
-def trainable_parameters(model: PreTrainedModel, train: What, config: Config) -> list[torch.nn.Parameter]:
+def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
     """The parameters that move. For mlp they are all that the family's FFN holds, biases included: what a build copies.
 
     Raises UnsupportedError when mlp is asked of a family that cannot be mixed, or whose FFNs are not known.
@@ -119,11 +118,12 @@ def trainable_parameters(model: PreTrainedModel, train: What, config: Config) ->
     named = dict(model.named_parameters())
     if train == "full":
         return list(named.values())
+    config = model.config.to_dict()
     try:
         family = family_of(config, where="--train mlp")
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy=_OTHER) from None
-    stacks = ((layer, family.stack_of(layer)) for layer in family.layers(config))
+    stacks = ((layer, family.stack_of(layer)) for layer in family.layers(family.with_sizes(config)))
     modules = tuple(f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in stack.ffn_modules)
     moving = [parameter for name, parameter in named.items() if name.startswith(modules)]
     if not moving:

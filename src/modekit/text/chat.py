@@ -6,7 +6,6 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
@@ -66,7 +65,7 @@ class ChatTemplate:
             begins, ends = ([each[side] for each in offsets["offset_mapping"]] for side in (0, 1))
             found = ((bisect_right(ends, begin), bisect_left(begins, end)) for begin, end in spans)
         else:
-            found = (tuple(len(commonprefix([self.ids(text[:place]), ids])) for place in span) for span in spans)
+            found = ((_in_common(self.ids(text[:begin]), ids), _in_common(self.ids(text[:end]), ids)) for begin, end in spans)
         return frozenset(place for first, last in found for place in range(first, last))
 
     def _answers(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
@@ -76,7 +75,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before, content = self._before(messages[:place]), message["content"].strip()
-            same = len(commonprefix([before, text]))
+            same = _in_common(before, text)
             begin = same if 0 < same == len(before) else text.find(content, max(last, same))
             if begin < 0:
                 continue
@@ -128,6 +127,12 @@ class ChatTemplate:
             return None
         between, other, _ = rest.partition(second)
         return (before, between) if one and other else None
+
+
+def _in_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How much both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

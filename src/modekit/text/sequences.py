@@ -48,7 +48,7 @@ class TokenSequence:
 
     @property
     def silent(self) -> frozenset[int]:
-        """Those of `ids` that are not predicted besides the first: `unsaid`, a tag, or the token behind one that is the first."""
+        """Those of `ids` that are not predicted besides the first: `unsaid`, a tag, the token behind one that is the first."""
         return self.unsaid if self.tag is None or self.target else frozenset([max(self.tag, 1)])
 
     @property

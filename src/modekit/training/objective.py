@@ -40,7 +40,7 @@ from modekit.training.losses import DIVERGENCES, GENERIC, distillation, domain_l
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 
 
-class _Output(BaseModelOutput):
+class _Output(BaseModelOutput):  # type: ignore[misc]
     """Of a backbone: whatever else a class asks it for, there is none."""
 
     def __getattr__(self, name: str) -> None:
