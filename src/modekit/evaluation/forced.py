@@ -101,7 +101,8 @@ def force_experts(
 
     Read are at most `tokens_per_domain` of every domain that `eval` scores; where the recipe has no such text, of general
     English that comes with modekit. In memory are the mixture, one other model, and the base's logits of one text. Raises
-    UnsupportedError for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite, TextError.
+    UnsupportedError for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite,
+    TextError.
     """
     if checkpoint.record.recipe.mixture.weights is not None:
         raise UnsupportedError(

@@ -65,7 +65,8 @@ def specialize(
 
     `rank` is that of the adapter, and so is its alpha: scale 1. `hub`: id and commit of a base that is the hub's.
     `texts` with labels are read with their tags (labelled.py): the tokenizer gets those that it does not have, and the model
-    rows for them, which move whatever else does. With a teacher (distill.py), which knows no tags, `training.by_length` and `autocast` have no effect.
+    rows for them, which move whatever else does. With a teacher (distill.py), which knows no tags, `training.by_length` and
+    `autocast` have no effect.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Of those `training.held_out_tokens` per
     domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist.py).
