@@ -128,6 +128,19 @@ def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop)
     assert without.record.router.sha256 != checkpoint.record.router.sha256
     decays = [each.record.recipe.mixture.router.decay for each in (checkpoint, again, without)]
     assert decays == [[0.91], [0.91], None]  # which follows chats goes with them
+    back = refit(open_checkpoint(checkpoint.folder), {"router": {"chat": True}})
+    assert back.record.recipe.mixture.router.decay == [0.91] and is_proven(verify(back, reload=False))  # and comes
+
+
+def test_the_decay_of_a_plain_checkpoint_does_not_follow_chats_in_silence(shop: Workshop) -> None:
+    """It is in the attention: another one is another build."""
+    for name, chat, there in (("FADES", {}, 0.91), ("LASTS", {"chat": False}, 0.98)):
+        built = build(shop, name, "plain", fit="lexical", **chat)
+        toggled = {"chat": bool(chat)}
+        with pytest.raises(RecipeError, match=rf"part of the attention(.|\n)*build again, or keep .*: decay=\[{there}\]"):
+            refit(built, {"router": toggled})
+        kept = refit(built, {"router": {**toggled, "decay": [there]}})
+        assert decays_of(kept) == [there] and is_proven(verify(kept, reload=False))
 
 
 def test_a_router_that_is_to_know_chats_needs_a_template(shop: Workshop) -> None:

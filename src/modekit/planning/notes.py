@@ -90,9 +90,8 @@ def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -
         f"({channels.spare / channels.hidden:.1%}) and a layer in front; the rest computes the same"
     )
     if channels.carry is not None:
-        kept = {"attention": True, "head": channels.carry.head, "embedding": channels.carry.embedding}
         yield (
-            f"what experts change of {', '.join(name for name, holds in kept.items() if holds)}"
+            f"what experts change of {channels.carry.parts}"
             f"{' (not of ' + ', '.join(left) + ', which all share)' if left else ''} goes through "
             f"{channels.carry.channels} of these channels and {channels.carry.units} more units of every FFN"
             f"{'' if channels.carry.is_exact else ', not all of it'}"
