@@ -115,7 +115,8 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
     if mixture.needs_text and mixture.router.chat is not False and tokenizer.has_template:
         whose = "the base's" if tokenizer.number == 0 else "its"
-        yield f"the router is fitted on chats, too: short questions cut from the text, in {whose} chat template"
+        made = "questions cut from documents, or asked in conversations, of the text"
+        yield f"the router is fitted on chats, too: {made}, in {whose} chat template"
 
 
 def _changed(source: AdapterSource) -> set[str]:
