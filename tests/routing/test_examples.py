@@ -107,8 +107,9 @@ def test_exchanges_of_conversations_stand_under_other_system_prompts_and_behind_
     assert len({chat.ids[: chat.start] for chat in chats}) > 5  # system prompts
     found = read_examples(TOKENIZER, [TALK] * 40, LAW, LEXICAL, most=100_000)
     framed = [said(chat.ids, chat.start) for chat in found[80:]]
-    polite = {TOKENIZER.decode(TEMPLATE.ids(each.replace("{}", "what is {a} tort"))) for each in POLITE_FRAMES["en"]}
-    assert len(framed) == 40 and len(polite.intersection(framed)) >= 4 and asked <= {*framed}
+    frames, questions = POLITE_FRAMES["en"], [question for question, _ in TALK.exchanges]
+    polite = {TOKENIZER.decode(TEMPLATE.ids(frame.replace("{}", each))) for frame in frames for each in questions}
+    assert len(framed) == 40 and 4 <= sum(each not in asked for each in framed) <= 20 and {*framed} <= polite | asked
     assert found == read_examples(TOKENIZER, [TALK] * 40, LAW, LEXICAL, most=100_000)
 
 
