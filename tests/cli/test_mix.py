@@ -106,6 +106,22 @@ def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: p
     assert "MixtralForCausalLM" in printed and not (shop / "OUT" / "self-text").exists()
 
 
+def test_a_refit_goes_into_the_recipe_that_lies_in_the_mixture(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a build of it makes the same again."""
+    said = [*texts(**{"fever-lora": "medicine", "court-lora": "law"}), "--without-base"]
+    mix(shop, monkeypatch, "fever-lora", "court-lora", *said)
+    modekit("fit", "OUT", "temperature=2.0")
+    recipe = yaml.safe_load((shop / "OUT" / "recipe.yaml").read_text())
+    assert recipe["mixture"]["router"]["temperature"] == 2.0
+    modekit("build", "OUT/recipe.yaml", "AGAIN", "--overwrite")
+    ours, theirs = alike(shop / "OUT", shop / "AGAIN")
+    assert ours["recipe_digest"] == theirs["recipe_digest"] and ours["router"] == theirs["router"]
+    own = (shop / "OUT" / "recipe.yaml").read_text().replace("2.0", "3.0")
+    (shop / "OUT" / "recipe.yaml").write_text(own)
+    modekit("fit", "OUT", "temperature=4.0")
+    assert (shop / "OUT" / "recipe.yaml").read_text() == own  # the user's by now
+
+
 def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = mix(shop, monkeypatch, "fever-lora", "court-lora")
     assert recipe["output"] == {"format": "plain"} and recipe["mixture"]["router"] == {"fit": "lexical"}

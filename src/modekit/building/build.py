@@ -123,7 +123,7 @@ def _write(
     write_json(stage.folder / "config.json", dict(plan.shape.config))
     for file in (*plan.copied_files, *plan.shape.code_files):
         write_file(stage.folder / file.name, _content(file), sync=False)
-    recipe = {} if update is None else update.recipe_file(stage.out)
+    recipe = {} if update is None else update.checkpoint.recipe_file(plan.recipe, stage.out)
     recipe |= {RECIPE_FILE: as_file(plan.recipe, plan.root, plan.root)} if within else {}
     for name, content in {**plan.written_files, **recipe}.items():
         make_folder((stage.folder / name).parent)

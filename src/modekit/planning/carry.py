@@ -52,6 +52,11 @@ class CarrySize(BaseModel, extra="forbid", frozen=True):
     embedding: bool = False
 
     @property
+    def parts(self) -> str:
+        """What of the experts is carried, in words."""
+        return ", ".join(["attention", *(["head"] if self.head else []), *(["embedding"] if self.embedding else [])])
+
+    @property
     def is_exact(self) -> bool:
         """Whether there is a channel for all that experts differ by."""
         return self.terms >= EXACT_TERMS

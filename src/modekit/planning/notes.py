@@ -97,9 +97,8 @@ def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -
         f"({channels.spare / channels.hidden:.1%}) and a layer in front; the rest computes the same"
     )
     if channels.carry is not None:
-        kept = {"attention": True, "head": channels.carry.head, "embedding": channels.carry.embedding}
         yield (
-            f"what experts change of {', '.join(name for name, holds in kept.items() if holds)}"
+            f"what experts change of {channels.carry.parts}"
             f"{' (not of ' + ', '.join(left) + ', which all share)' if left else ''} goes through "
             f"{channels.carry.channels} of these channels and {channels.carry.units} more units of every FFN"
             f"{'' if channels.carry.is_exact else ', not all of it'}"
@@ -123,7 +122,8 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
     if mixture.needs_text and mixture.router.chat is not False and tokenizer.has_template:
         whose = "the base's" if tokenizer.number == 0 else "its"
-        yield f"the router is fitted on chats, too: short questions cut from the text, in {whose} chat template"
+        made = "questions cut from documents, or asked in conversations, of the text"
+        yield f"the router is fitted on chats, too: {made}, in {whose} chat template"
 
 
 def _changed(source: AdapterSource) -> set[str]:
