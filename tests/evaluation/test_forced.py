@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import modekit.evaluation.forced as module
 from adapter_folders import quiet, train_adapter
 from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, make_workshop
@@ -24,6 +26,7 @@ from modekit.evaluation.forced import ForcedExperts, divergence, force_experts
 from modekit.files.figures import three_digits
 from modekit.report.card import make_card
 from modekit.report.page import write_report
+from modekit.text.sequences import Batch
 from pair_models import make_pair_workshop
 from refusal import borrow
 
@@ -91,6 +94,21 @@ def test_losses_are_those_of_peft_and_of_eval(whole: tuple[Checkpoint, ForcedExp
     table = evaluate(checkpoint, **FEW, write=False)
     assert row.forced_loss == pytest.approx(table.row("oracle").scores["law"].loss, rel=1e-5)
     assert row.base_loss == pytest.approx(table.row("base").scores["law"].loss, rel=1e-5)
+
+
+def test_logits_of_one_text_are_kept_at_a_time(adapters: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, alive, most = open_checkpoint(adapters.build("FEW")), weakref.WeakSet[torch.Tensor](), list[int]()
+    logits = module.predicted_logits
+
+    def counted(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        said = logits(model, batch)
+        alive.add(said)
+        most.append(len(alive))
+        return said
+
+    monkeypatch.setattr(module, "predicted_logits", counted)
+    rows = force_experts(checkpoint, **FEW).rows
+    assert len(rows) == len(DOMAINS) and max(most) <= 4  # of one batch: the base, own model and mixture, and one to go
 
 
 def test_a_native_mixture_leaves_attention_behind(adapters: Workshop) -> None:

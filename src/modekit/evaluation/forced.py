@@ -100,8 +100,9 @@ def force_experts(
     """Compare every expert, gates forced on it, with its own model, and write OUT/results/forced.json and forced.md.
 
     Read are at most `tokens_per_domain` of every domain that `eval` scores; where the recipe has no such text, of general
-    English that comes with modekit. In memory are the mixture, one other model, and the base's logits. Raises UnsupportedError
-    for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite, TextError.
+    English that comes with modekit. In memory are the mixture, one other model, and the base's logits of one text. Raises
+    UnsupportedError for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite,
+    TextError.
     """
     if checkpoint.record.recipe.mixture.weights is not None:
         raise UnsupportedError(
@@ -133,7 +134,7 @@ def force_experts(
             found=f"base: {lacks_base}" if lacks_base else notes[-1],
             remedy="put the models back where they were, or correct their paths and build again",
         )
-    rows = list(_compared(checkpoint, places, domains, run))
+    rows = sorted(_compared(checkpoint, places, domains, run), key=lambda row: checkpoint.names.index(row.expert))
     if folded := dict.fromkeys(row.expert for row in rows if row.own_model == "folded"):
         notes.append(f"{', '.join(folded)}: the own model is the base with the adapter folded in, without PEFT")
     found = ForcedExperts(rows, notes=notes, checkpoint=checkpoint.identity)
@@ -142,22 +143,27 @@ def force_experts(
 
 
 def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[Domain], run: Run) -> Iterator[ForcedExpert]:
-    """A row for each expert and text; the own models are in memory one after the other."""
-    texts = {place: [each for each in domains if each.expert == place] or domains for place in places}
-    read = sum(domain.scored_tokens for each in (domains, *texts.values()) for domain in each)
+    """A row for each text and each expert that it is for. The base is loaded again for every text, and an expert of no text
+    of its own, too: logits of a text are as large as a model, and are kept of one at a time.
+    """
+    own_texts = {place: [each for each in domains if each.expert == place] or domains for place in places}
+    readers = {domain.name: [place for place in places if domain in own_texts[place]] for domain in domains}
+    read = sum(domain.scored_tokens * (1 + len(readers[domain.name])) for domain in domains if readers[domain.name])
     count = ProgressCount(run, read)
-    base = load_expert_source(checkpoint, None, run=run)
-    tokens = min(tokens_per_pass(base.config), tokens_per_batch(base))
-    batches = {domain.name: list(make_batches(domain.sequences, tokens=tokens)) for domain in domains}
-    of_base = {name: [_logits(base, batch, count, "run the base") for batch in each] for name, each in batches.items()}
-    del base
     mixture = mixture_of(load_model(checkpoint.folder, run=run), checkpoint)
-    for place, own_texts in texts.items():
-        name = checkpoint.names[place]
-        own, made = load_own_model(checkpoint, place, run=run)
-        for domain in own_texts:
+    for domain in domains:
+        if not readers[domain.name]:
+            continue
+        base = load_expert_source(checkpoint, None, run=run)
+        tokens = min(tokens_per_pass(base.config), tokens_per_batch(base))
+        batches = list(make_batches(domain.sequences, tokens=tokens))
+        of_base = [_logits(base, batch, count, "run the base") for batch in batches]
+        del base
+        for place in readers[domain.name]:
+            name = checkpoint.names[place]
+            own, made = load_own_model(checkpoint, place, run=run)
             sums, largest = torch.zeros(5, dtype=torch.float64), 0.0
-            for batch, base_NV in zip(batches[domain.name], of_base[domain.name], strict=True):
+            for batch, base_NV in zip(batches, of_base, strict=True):
                 own_NV = _logits(own, batch, count, f"force {name}")
                 with torch.inference_mode(), mixture.forced(place):
                     forced_NV = predicted_logits(mixture.model, batch)
@@ -169,12 +175,12 @@ def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[D
                 ]
                 sums += torch.tensor([kl, base_kl, *losses], dtype=torch.float64)
                 largest = max(largest, apart)
+            del own
             if not torch.isfinite(sums).all():
                 where = f"expert '{name}' on the text '{domain.name}'"
                 raise not_finite("the output of an expert or of its own model is", where)
             means = (sums / domain.scored_tokens).clamp(min=0.0).tolist()
             yield ForcedExpert(name, domain.name, made, domain.scored_tokens, largest, *means)
-        del own
 
 
 def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: str) -> torch.Tensor:
