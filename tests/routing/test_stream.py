@@ -16,6 +16,7 @@ from building.test_routed import loaded, moe_shop
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.differences import Differences
 from modekit.building.lost import last_pieces, own_numbers
+from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.loaded.layers import LayerByLayer
 from modekit.loaded.load import decoder_layers
 from modekit.planning.carry import LOST_TOKENS, PIECE_TOKENS
@@ -85,7 +86,7 @@ def test_pieces_are_of_many_documents_and_of_all_their_parts(tmp_path: Path, kep
     statistics = tmp_path / "none"
     if kept:
         shop.build("OUT", output={"format": "plain"})
-        statistics = tmp_path / "OUT" / "statistics"
+        statistics = tmp_path / "OUT" / STATISTICS_FOLDER
     plan = shop.plan(output={"format": "plain", "carry": "all"})
     if kept:
         for domain in DOMAINS:

@@ -204,7 +204,9 @@ def divergences(own_NV: torch.Tensor, *others_NV: torch.Tensor) -> list[tuple[to
     width = min(each.shape[1] for each in (own_NV, *others_NV))
     kl_by_other: list[list[torch.Tensor]] = [[] for _ in others_NV]
     largest = [0.0] * len(others_NV)
-    for rows in torch.arange(len(own_NV)).split(max(1, _AT_ONCE // width)):
+    step = max(1, _AT_ONCE // width)
+    for start in range(0, len(own_NV), step):
+        rows = slice(start, start + step)
         own = own_NV[rows, :width].double().log_softmax(-1)
         probabilities = own.exp()
         for number, other_NV in enumerate(others_NV):

@@ -133,7 +133,8 @@ def read_pieces(plan: Plan, kept: Path, run: Run) -> list[list[TokenSequence]]:
     """
     tokenizer, vocabulary = load_tokenizer(plan.sources[0].folder, run=run), whole(plan.config, "vocab_size")
     rows = plan.sources[0].tensor(weight_of(EMBEDDING)).shape[0]
-    most, pieces = tokens_that_set(plan) + LOST_TOKENS, list[list[TokenSequence]]()
+    most = tokens_that_set(plan) + LOST_TOKENS + 2 * PIECE_TOKENS
+    pieces = list[list[TokenSequence]]()
     cut = partial(encode, tokenizer, max_tokens=most, sequence_length=PIECE_TOKENS)
     for number, expert in enumerate(plan.recipe.experts):
         try:

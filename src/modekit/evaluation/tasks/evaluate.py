@@ -100,16 +100,22 @@ def evaluate_tasks(
                 scores[name] = replace(own, rows={**rows, **own.rows})
         run.progress("score", len(jobs), len(jobs))
     earlier = _rows_not_asked_for(checkpoint, settings.models)
-    for name, found in scores.items():
-        rows = {**earlier.get((name, found.asked), {}), **found.rows}
-        scores[name] = replace(
-            found, rows={model: rows[model] for model in (BASE, *checkpoint.names, MIXTURE) if model in rows}
-        )
-        if (written := questions.get(name)) is not None:
-            scores[name] = replace(scores[name], form=written.form, domain=written.domain, unseen=written.unseen)
+    for name, own in scores.items():
+        scores[name] = _complete(own, earlier.get((name, own.asked), {}), questions.get(name), checkpoint)
     results = TaskResults(scores, notes=notes, checkpoint=checkpoint.identity)
     results.write(checkpoint)
     return results
+
+
+def _complete(
+    found: TaskScores, earlier: Mapping[str, Estimate], written: Questions | None, checkpoint: Checkpoint
+) -> TaskScores:
+    """With the rows of models that were not asked for, in order, and with what is known of written questions."""
+    rows = {**earlier, **found.rows}
+    ordered = {model: rows[model] for model in (BASE, *checkpoint.names, MIXTURE) if model in rows}
+    if written is None:
+        return replace(found, rows=ordered)
+    return replace(found, rows=ordered, form=written.form, domain=written.domain, unseen=written.unseen)
 
 
 def _rows_not_asked_for(checkpoint: Checkpoint, models: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:
