@@ -34,8 +34,6 @@ from modekit.weights.numeric import as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
 
 _FEWEST_PIECES = 8
-_UNSCORED = 8
-"""First tokens of a piece: what a model says before it has read anything decides nothing."""
 _ROUNDS = ((LOST_AT_ONCE, 72), (LOST_TOKENS, PIECE_TOKENS))
 """Tokens of a domain, and of a piece: the second where the first leaves it open whether too much is lost."""
 
@@ -120,12 +118,10 @@ class _Models:
             with torch.inference_mode():
                 written_NV = predicted_logits(self._wide.model, batch)
             (lost_N, _), (base_N, _) = divergences(own_NV, written_NV, base_NV)
-            row_N, place_N = (batch.labels != NO_LABEL).nonzero(as_tuple=True)
-            longest_N = batch.mask.sum(1)[row_N]
-            scored_N = (place_N >= longest_N.div(2).clamp_max(_UNSCORED)).double()
+            row_N = (batch.labels != NO_LABEL).nonzero()[:, 0]
             piece_N = torch.tensor(batch.rows)[row_N]
             kls_2N = torch.stack([lost_N, base_N]).clamp_max(MOST_NATS)
-            sums_3P.index_add_(1, piece_N, torch.cat([kls_2N, torch.ones_like(kls_2N[:1])]) * scored_N)
+            sums_3P.index_add_(1, piece_N, torch.cat([kls_2N, torch.ones_like(kls_2N[:1])]))
         return _Measured(*sums_3P)
 
 
