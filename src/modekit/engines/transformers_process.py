@@ -16,6 +16,7 @@ from typing import Any
 
 from modekit.engines.child import answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard
+from modekit.run import DEVICE_VARIABLE
 from modekit.sources.tokenizer_choice import chat_template
 
 _LOOK_S = 0.05
@@ -121,7 +122,7 @@ def main() -> None:
             self.server.config.app = Guard(self.server.config.app, settings["key"])
             super().start_server()
 
-    fixed = {"device": "auto", "dtype": "auto", "log_level": "error", "non_blocking": True}
+    fixed = {"device": os.environ.get(DEVICE_VARIABLE, "auto"), "dtype": "auto", "log_level": "error", "non_blocking": True}
     asked = {key: settings[key] for key in ("host", "port", "trust_remote_code")}
     serving.append(Guarded(force_model=folder.name, **asked, **fixed))
     while not serving[0].server.started:

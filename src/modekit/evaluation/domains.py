@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.results import Score, in_blocks
-from modekit.loaded.load import load_tokenizer
+from modekit.loaded.load import in_float64, load_tokenizer
 from modekit.loaded.passes import check_text, losses_of, tokens_per_batch
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
@@ -133,7 +133,7 @@ def score_domain(model: PreTrainedModel, domain: Domain, advance: Advance) -> Sc
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):
-            sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
+            sums[list(batch.rows)] = in_float64(losses_of(model, batch)).sum(1).cpu()
             advance(batch.scored)
     blocks = in_blocks(sums.tolist()) if len(sums) > 1 else ()
     return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)

@@ -26,7 +26,7 @@ from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash
 from modekit.files.typed import Count, Label, Number
 from modekit.loaded.experts import OwnModel, load_expert_source, load_own_model
-from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.load import in_float64, load_model, load_tokenizer
 from modekit.loaded.passes import predicted_logits, tokens_per_batch
 from modekit.loaded.shapes import mixture_of
 from modekit.run import QUIET, ProgressCount, Run
@@ -164,7 +164,7 @@ def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[D
                 (kl, apart), (base_kl, _) = divergence(own_NV, forced_NV), divergence(own_NV, base_NV)
                 labels_N = batch.labels[batch.labels != NO_LABEL]
                 losses = [
-                    float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
+                    float(in_float64(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")).sum())
                     for logits_NV in (own_NV, forced_NV, base_NV)
                 ]
                 sums += torch.tensor([kl, base_kl, *losses], dtype=torch.float64)
@@ -194,7 +194,7 @@ def divergence(own_NV: torch.Tensor, other_NV: torch.Tensor) -> tuple[float, flo
     width = min(own_NV.shape[1], other_NV.shape[1])
     step = max(1, _AT_ONCE // width)
     for start in range(0, len(own_NV), step):
-        own, other = (each[start : start + step, :width].double().log_softmax(-1) for each in (own_NV, other_NV))
+        own, other = (in_float64(each[start : start + step, :width]).log_softmax(-1) for each in (own_NV, other_NV))
         kl += float((own.exp() * (own - other)).sum())
         largest = max(largest, float((own - other).abs().max()))
     return kl, largest

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.loaded.load import load_adapted, load_model
+from modekit.loaded.load import in_float64, load_adapted, load_model
 from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
@@ -112,9 +112,9 @@ def _in_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:
 def average_of(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:
     """The mean of the models' tensors, summed in float64; two models are in memory at a time."""
     model = loads[0]()
-    sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    sums = {name: in_float64(tensor) for name, tensor in model.state_dict().items()}
     for load in loads[1:]:
         for name, tensor in load().state_dict().items():
-            sums[name] += tensor
+            sums[name] += tensor.to(sums[name].device)
     model.load_state_dict({name: tensor / len(loads) for name, tensor in sums.items()})
     return model
