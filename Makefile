@@ -6,6 +6,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Python keeps what it has compiled, even where the surroundings tell it not to: importing torch and transformers anew
+# takes each process twice as long.
+export PYTHONDONTWRITEBYTECODE :=
+
 # As many workers as there are cores, four at most: each is a process of about a gigabyte, with one thread.
 WORKERS ?= auto
 # A test that hangs is named, after its threads have said where they are, and the others go on.

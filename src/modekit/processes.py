@@ -1,14 +1,18 @@
-"""One process of several that a launcher (torchrun, accelerate launch) started, or the only one."""
+"""One process of several that a launcher (torchrun, accelerate launch) started, or the only one; where it computes."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DEVICE_VARIABLE = "MODEKIT_DEVICE"
+"""Name of a Device in the environment, so that processes that a command starts compute there, too."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes and prints."""
+        """Whether this one writes."""
         return self.rank == 0
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -60,6 +64,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def prints() -> bool:
+    """Whether this process, by its environment, is the one of all that prints."""
+    return launched() == 1 or int(os.environ.get("RANK") or 0) == 0
+
+
 @cache
 def processes() -> Processes:
     """Join the other processes, once."""
@@ -68,5 +77,5 @@ def processes() -> Processes:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=os.environ.get(DEVICE_VARIABLE) == "cpu" or not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes)

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 _Item = TypeVar("_Item")
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-DEVICE_VARIABLE = "MODEKIT_DEVICE"
-"""Name of a Device in the environment, so that processes that a command starts compute there, too."""
 DETAIL = " · "
 """Between the name of a phase and what is said of it for the moment, as a loss: `train · loss 2.310`."""
 

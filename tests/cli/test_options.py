@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import modekit.cli.training as training
 from command_line import ended, modekit

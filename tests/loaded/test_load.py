@@ -25,8 +25,9 @@ from modekit.loaded import load
 from modekit.loaded.experts import average_of, load_expert, load_expert_source
 from modekit.loaded.shapes import flow_of, mixture_of
 from modekit.planning.make import make_plan
+from modekit.processes import DEVICE_VARIABLE
 from modekit.recipes.read import load_recipe
-from modekit.run import DEVICE_VARIABLE, Run
+from modekit.run import Run
 from refusal import borrow
 
 

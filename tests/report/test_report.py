@@ -30,6 +30,7 @@ from modekit.report.sections import SAMPLE_BYTES, gap_chart
 from modekit.routing.fit import refit
 from modekit.training.train import train
 from pair_models import make_pair_workshop
+from refusal import run_python
 from trained import short_settings
 
 LIMIT = 2_000_000
@@ -425,6 +426,17 @@ def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, o
     assert "statistics on disk" in text
 
 
+def test_a_report_needs_no_torch(workshop: Workshop) -> None:
+    out = workshop.build("LIGHT")
+    done = run_python(
+        "import sys\nfrom modekit.cli import main\nsys.argv = ['modekit', 'report', sys.argv[1]]\n"
+        "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)",
+        out,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+
+
 def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop: Workshop, opened: Opened) -> None:
     checkpoint = open_checkpoint(workshop.build("NEW"))
     report = write_report(checkpoint)
@@ -465,16 +477,21 @@ def test_a_router_colours_the_side_of_a_pair_that_it_reads(pairs_page: Path, ope
     assert {any(rows[0]) for rows in data["texts"][0]["weights"]} == {True, False}
 
 
+def evenly(loss: float) -> Score:
+    """The same loss on all of a text."""
+    return Score(loss, blocks=((10 * loss, 10),) * 2)
+
+
 def test_gaps_are_bars_with_errors_and_names_are_text() -> None:
     """One bar a row, from 0; a domain without a gap has none; with several domains their mean is the last."""
     losses = {"base": (5.0, 4.0), "<b>law": (4.0, 4.0), "code": (5.0, 3.0), "mixture": (4.25, 3.5)}
     rows = [
         Row(name, "base" if name == "base" else "mixture" if name == "mixture" else "expert", 1, 1, scores, "")
         for name, each in losses.items()
-        if (scores := {domain: Score(loss) for domain, loss in zip(("<b>law", "code"), each, strict=True)})
+        if (scores := {domain: evenly(loss) for domain, loss in zip(("<b>law", "code"), each, strict=True)})
     ]
     results = Results(with_gaps(rows, ["<b>law", "code"]), ["<b>law", "code"], [])
     chart = str(gap_chart(results))
-    assert chart.count('class="of-mixture"') == 3 and ">0.75<" in chart and ">0.50<" in chart and ">0.62<" in chart
+    assert chart.count('class="of-mixture"') == 3 and ">0.75 ±" in chart and ">0.50 ±" in chart and ">0.62 ±" in chart
     assert "&lt;b&gt;law" in chart and "<b>" not in chart
     assert gap_chart(Results(rows, ["code"], [])) == ""

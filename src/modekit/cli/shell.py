@@ -27,7 +27,8 @@ from modekit.files.change import refuse_existing
 from modekit.files.marker import changed_files
 from modekit.files.place import replaced_by
 from modekit.files.write import FULL, write_file
-from modekit.run import DEVICE_VARIABLE, Device, Progress, Run, silent
+from modekit.processes import DEVICE_VARIABLE, Device
+from modekit.run import Progress, Run, silent
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -105,7 +106,10 @@ def _before_the_command(
     device: Annotated[
         Device,
         typer.Option(
-            envvar=DEVICE_VARIABLE, help="Where models run; auto: on CUDA, else on Apple's GPU (mps), else on the CPU."
+            metavar="NAME",
+            envvar=DEVICE_VARIABLE,
+            show_envvar=False,
+            help="Where models run: cpu, cuda, mps, or auto, which takes cuda, else mps, else cpu.",
         ),
     ] = "auto",
     _version: Annotated[

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.results import Score, in_blocks
-from modekit.loaded.load import in_float64, load_tokenizer
+from modekit.loaded.load import load_tokenizer
 from modekit.loaded.passes import check_text, losses_of, tokens_per_batch
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
@@ -87,7 +87,9 @@ def held_out_domains(
     domains = []
     for held in held_out_texts(checkpoint, split=split, seen=seen):
         check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
-        sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+        sequences = encode(
+            tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length, answers=True
+        )
         if not sequences:
             raise held.text.none_fits(held.documents, sequence_length)
         record = {**text_record(held.documents, sum(sequence.size for sequence in sequences)), "length": sequence_length}
@@ -133,9 +135,9 @@ def score_domain(model: PreTrainedModel, domain: Domain, advance: Advance) -> Sc
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):
-            sums[list(batch.rows)] = in_float64(losses_of(model, batch)).sum(1).cpu()
+            sums[list(batch.rows)] = losses_of(model, batch).cpu().double().sum(1)
             advance(batch.scored)
-    blocks = in_blocks(sums.tolist()) if len(sums) > 1 else ()
+    blocks = in_blocks(sums.tolist(), [sequence.scored for sequence in domain.sequences])
     return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)
 
 

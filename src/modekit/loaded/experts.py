@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import OwnModel
 from modekit.loaded.load import in_float64, load_adapted, load_model
 from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
@@ -22,9 +22,6 @@ from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights.folding import reader
 from modekit.weights.numeric import to_float32
-
-OwnModel = Literal["base", "full model", "PEFT", "folded"]
-"""How an expert's own model was made: PEFT's of base and adapter, or, where that lacks a tensor, the adapter folded in."""
 
 
 def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedModel:

@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 from modekit.errors import ModekitError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import said_by
-from modekit.run import DEVICE_VARIABLE, QUIET, Run
+from modekit.processes import DEVICE_VARIABLE
+from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import damaged_model
 from modekit.sources.contents import OpenFiles
@@ -74,8 +75,9 @@ def without_report(folder: Path) -> Iterator[None]:
 
 
 def default_device() -> torch.device:
-    """The device that was asked for (run.py), else an accelerator if there is one (this process's own under a launcher), else
-    the CPU. Raises ModekitError where the device is not there.
+    """The device that `modekit --device` names, else an accelerator (under a launcher this process's own), else the CPU.
+
+    Raises ModekitError where the device is not there.
     """
     asked = os.environ.get(DEVICE_VARIABLE, "auto")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

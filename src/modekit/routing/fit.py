@@ -221,11 +221,13 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
             where="mixture",
             remedy="build again with output: {format: modekit}",
         )
+    keeps_lexical = checkpoint.shape.plain and checkpoint.record.recipe.mixture.is_carried
     for key in _other_tensors(checkpoint, recipe):
         raise RecipeError(
             "this change needs other tensors than the gates: a refit changes no expert, backbone or place of a router",
             where=f"mixture.{key}",
-            remedy="change the recipe and build again",
+            remedy=f"{'set fit=lexical, the only router of this plain mixture, or ' * keeps_lexical}change the recipe and "
+            "build again",
         )
 
 
@@ -248,5 +250,5 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
 def _splits_ffn(recipe: Recipe) -> bool:
     """Whether the FFN of full models lies projection by projection, for routers finer than a module."""
     ffn = recipe.mixture.modules == "auto" or "mlp" in recipe.mixture.modules
-    whole = all(expert.is_whole or expert.is_base for expert in recipe.experts)
+    whole = all(expert.adapter is None and not expert.is_low_rank for expert in recipe.experts)
     return ffn and whole and recipe.mixture.router.scope in {"projection", "feature"}
