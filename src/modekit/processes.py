@@ -1,14 +1,18 @@
-"""One process of several that a launcher (torchrun, accelerate launch) started, or the only one."""
+"""One process of several that a launcher (torchrun, accelerate launch) started, or the only one; where it computes."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DEVICE_VARIABLE = "MODEKIT_DEVICE"
+"""Name of a Device in the environment, so that processes that a command starts compute there, too."""
 
 
 @dataclass(frozen=True)
@@ -73,5 +77,5 @@ def processes() -> Processes:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=os.environ.get(DEVICE_VARIABLE) == "cpu" or not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes)

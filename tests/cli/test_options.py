@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import modekit.cli.training as training
 from command_line import ended, modekit
@@ -104,6 +105,18 @@ def test_words_of_train_are_settings() -> None:
     ):
         with pytest.raises(ModekitError, match=re.escape(hint)):
             given_settings(training.train_words([word]), None)
+
+
+@pytest.mark.parametrize("words", [["--device", "cuda"], ["--device=cuda"]])
+def test_a_device_may_stand_anywhere_and_one_that_is_not_there_is_said(
+    words: list[str], small_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEKIT_DEVICE", "cpu")  # given back afterwards
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = ("--text", small_workshop.root / "text" / "law.jsonl", "steps=1", "sequence_length=32")
+    code, _, stderr = ended("specialize", *words, small_workshop.root / "base", tmp_path / "mine", *said)
+    assert code == 2 and "torch finds no such device here" in stderr and "expected: auto, cpu" in stderr
+    assert not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("value", ["2001-99-99", "9" * 5_000, "[" * 3_000, "[1"], ids=["date", "digits", "depth", "open"])

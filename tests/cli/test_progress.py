@@ -76,6 +76,20 @@ def test_the_time_is_said_after_the_first_step_with_its_loss(clock: Clock) -> No
     assert said == ["0:00  train: 0 %", "0:20  train: 10 %, 3:00 left, loss 2.310"]
 
 
+def test_time_left_goes_down_while_nothing_is_reported(clock: Clock) -> None:
+    """Work that is reported in few large parts: it would grow instead."""
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("score", 0, 4)
+    clock.now += 60
+    lines("score", 2, 4)
+    for _ in range(7):
+        clock.now += 10
+        lines.tick()
+    left = [line.partition("%, ")[2] for line in said[2:]]
+    assert said[1].endswith("50 %, 1:00 left") and left[:2] == ["0:50 left", "0:40 left"] and left[-1] == ""
+
+
 def test_phases_that_share_their_work_share_the_estimate(clock: Clock) -> None:
     """Rows of a table count what all of them read; what a known row skips is not counted as speed."""
     said: list[str] = []

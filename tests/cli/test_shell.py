@@ -39,7 +39,12 @@ def ended_by(error: BaseException, *args: object) -> tuple[object, str, str]:
 def test_what_nobody_foresaw_is_one_line(error: Exception) -> None:
     code, stdout, stderr = ended_by(error, "verify", "OUT")
     assert code == 1 and stdout == "" and stderr.count("\n") == 1
-    assert stderr.startswith(f"error: this is a bug in modekit ({type(error).__name__}); MODEKIT_DEBUG=1 shows where")
+    assert stderr.startswith(f"error: this is a bug in modekit ({type(error).__name__}); ")
+    file = Path(stderr.partition("); ")[2].partition(" says where")[0])
+    assert "Traceback" in file.read_text() and type(error).__name__ in file.read_text()
+    with patch.object(shell, "write_file", side_effect=PermissionError()):
+        assert "MODEKIT_DEBUG=1 shows where" in ended_by(error, "verify", "OUT")[2]
+    file.unlink()
 
 
 class PanicException(BaseException):

@@ -19,7 +19,7 @@ import modekit.cli.printing as printing
 import modekit.cli.training as training
 from modekit.building.preview import Preview
 from modekit.cli.printing import console_for
-from modekit.evaluation.forced import ForcedExpert, ForcedExperts
+from modekit.evaluation.forced_results import ForcedExpert, ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tables import Cell, ResultTable

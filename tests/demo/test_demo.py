@@ -17,7 +17,7 @@ from kills import dies
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.demo import Workers, run_demo
-from modekit.demo.kinds import MIXTURES, Kind
+from modekit.demo.kinds import AS_MIXED, MIXTURES, Kind
 from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
 from modekit.errors import ModekitError, OutputError, TextError
 from modekit.recipes.choices import choices
@@ -84,6 +84,19 @@ def test_the_row_routing_is_what_a_recipe_gets_that_names_no_router() -> None:
             assert next(router.mixture.router.fit for router, _ in choices(parse_recipe(said["routing"]))) == "lexical"
 
 
+def test_the_row_that_is_named_as_a_mixs_own_is_what_an_open_recipe_becomes() -> None:
+    for what, name in AS_MIXED.items():
+        kind = Kind(what, quick=True)
+        texts = {name: Path(f"{name}.jsonl") for name in (*kind.domains, *kind.unseen)}
+        shown = parse_recipe(seed_module.recipe_of(kind, kind.mixtures[name], texts))
+        experts = [{"name": each.name, "model": each.source, "text": each.text} for each in shown.experts]
+        (first, _), *_ = choices(parse_recipe({"base_model": "./base", "experts": experts}))
+        asked = {"fit": "lexical", "orders": None}
+        for mixture in (first.mixture, shown.mixture):
+            assert mixture.top_k == 1
+            assert {key: getattr(mixture.router, key) for key in asked} == asked and mixture.backbone == "base"
+
+
 @pytest.mark.slow
 def test_a_quick_demo_and_its_resumption(tmp_path: Path, quick_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(quick_demo, tmp_path / "demo")
@@ -144,18 +157,20 @@ def _end(run: Run) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_calls_run_beside_each_other_or_here(count: int) -> None:
     reports: list[tuple[str, int, int]] = []
-    with closing(Workers(count, 1, Run(progress=lambda *report: reports.append(report)))) as workers:
-        found = workers.each("double", _double, {str(value): (value,) for value in range(4)})
+    with closing(Workers(count, 1)) as workers:
+        run = Run(progress=lambda *report: reports.append(report))
+        found = workers.each(run, "double", _double, {str(value): (value,) for value in range(4)})
     assert {name: doubled for name, (doubled, _) in found.items()} == {str(value): 2 * value for value in range(4)}
     assert {process == os.getpid() for _, process in found.values()} == {count == 1}
-    assert len(reports) == 4
+    rounds = [("double", done, 4) for done in (0, 2, 4)]  # two at a time end at much the same time
+    assert len(reports) == 4 if count == 1 else reports == rounds
 
 
 def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
-    with closing(Workers(2, 1, Run(progress=silent))) as workers:
+    with closing(Workers(2, 1)) as workers:
         for call, error, text in ((_fail, TextError, "write some"), (_end, ModekitError, "ended early")):
             with pytest.raises(error, match=text):
-                workers.each("one", call, {"one": ()})
+                workers.each(Run(progress=silent), "one", call, {"one": ()})
 
 
 _CHANGES = 211

@@ -22,7 +22,8 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.forced import ForcedExperts, divergences, force_experts
+from modekit.evaluation.forced import divergences, force_experts
+from modekit.evaluation.forced_results import ForcedExperts
 from modekit.files.figures import three_digits
 from modekit.report.card import make_card
 from modekit.report.page import write_report

@@ -19,12 +19,13 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.sources import why_not
-from modekit.errors import SourceError
+from modekit.errors import ModekitError, SourceError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded import load
 from modekit.loaded.experts import average_of, load_expert, load_expert_source
 from modekit.loaded.shapes import flow_of, mixture_of
 from modekit.planning.make import make_plan
+from modekit.processes import DEVICE_VARIABLE
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
 from refusal import borrow
@@ -119,3 +120,28 @@ def test_the_average_is_that_of_all(mixture: Checkpoint) -> None:
     one, other = (load_expert(root / "base", folder).state_dict() for folder in folders)
     for name, tensor in average.items():
         assert torch.allclose(tensor, (one[name] + other[name]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "found"),
+    [
+        ("auto", (), "cpu"),
+        ("auto", ("mps",), "mps"),
+        ("auto", ("cuda", "mps"), "cuda:0"),
+        ("cpu", ("cuda", "mps"), "cpu"),
+        ("mps", ("cuda", "mps"), "mps"),
+        ("cuda", ("mps",), None),
+        ("mps", (), None),
+    ],
+)
+def test_a_device_is_the_one_that_is_asked_for_or_the_best(
+    monkeypatch: pytest.MonkeyPatch, asked: str, there: tuple[str, ...], found: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setenv(DEVICE_VARIABLE, asked)
+    if found is None:
+        with pytest.raises(ModekitError, match="torch finds no such device here"):
+            load.default_device()
+    else:
+        assert str(load.default_device()) == found

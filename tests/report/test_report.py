@@ -30,6 +30,7 @@ from modekit.report.sections import SAMPLE_BYTES, gap_chart
 from modekit.routing.fit import refit
 from modekit.training.train import train
 from pair_models import make_pair_workshop
+from refusal import run_python
 from trained import short_settings
 
 LIMIT = 2_000_000
@@ -423,6 +424,17 @@ def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, o
     text = opened(report.page).locator("body").inner_text()
     assert "Left out of this page" in text and "modekit inspect" in text and "Word by word" not in text
     assert "statistics on disk" in text
+
+
+def test_a_report_needs_no_torch(workshop: Workshop) -> None:
+    out = workshop.build("LIGHT")
+    done = run_python(
+        "import sys\nfrom modekit.cli import main\nsys.argv = ['modekit', 'report', sys.argv[1]]\n"
+        "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)",
+        out,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
 
 
 def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop: Workshop, opened: Opened) -> None:

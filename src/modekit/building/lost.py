@@ -20,7 +20,8 @@ import torch
 from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences
 from modekit.checkpoint.carried import Carried, Lost
-from modekit.evaluation.forced import MOST_NATS, SAME, divergences
+from modekit.evaluation.forced import MOST_NATS, divergences
+from modekit.evaluation.forced_results import SAME
 from modekit.loaded.layers import LayerByLayer, Weights, by_layer
 from modekit.loaded.native import own_ffn
 from modekit.loaded.passes import predicted_logits

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import FileRecord, SourceRecord
@@ -22,6 +23,8 @@ from modekit.sources.source import ModelSource, read_config
 from modekit.sources.weight_files import weight_files
 
 Known = Mapping[ModelSource, SourceRecord]
+OwnModel = Literal["base", "full model", "PEFT", "folded"]
+"""How an expert's own model was made: PEFT's of base and adapter, or, where that lacks a tensor, the adapter folded in."""
 _PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"
 
 

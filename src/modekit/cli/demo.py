@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
 
-from modekit.cli.printing import out, print_result
+from modekit.cli.printing import out, print_next, print_result
 from modekit.cli.progress import running
 from modekit.cli.shell import app, refuse_without_effect, resolved
 
@@ -35,7 +36,8 @@ def demo(
     if what == "translation":
         refuse_without_effect("another demo: this one trains its base itself", {"--real": real or None})
     with running() as run:
-        from modekit.demo.demo import folder_of, run_demo
+        from modekit.demo.demo import folder_of, folder_of_mixture, run_demo
+        from modekit.demo.kinds import AS_MIXED, Kind
 
         output = output or folder_of(what, real=real, quick=quick)
         results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=run)
@@ -46,3 +48,12 @@ def demo(
             print_result(results.translated[seed])
     said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results/demo.md are in {output}"
     out.print(Text(said, style="dim"))
+    kind, folder = Kind(what, real, quick), output / "seed0"
+    chosen = AS_MIXED.get(what)
+    if chosen is not None:
+        out.print(f"{chosen} is what `modekit mix` makes of these models without the base")
+    shown = folder_of_mixture(folder, chosen or next(iter(kind.mixtures)))
+    print_next(shown, "report OUT", *([] if kind.translates else ["chat OUT"]))
+    texts = ["--text " + quote(f"{name}={output / 'text' / name}.jsonl") for name in kind.domains]
+    models = " ".join(quote(str(folder / name)) for name in ("base", *kind.domains))
+    print_next(output / "mixed", f"mix {models} --without-base {' '.join(texts)} -o OUT")

@@ -32,7 +32,7 @@ class Lines:
 
     def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock, self._lock = write, clock, threading.Lock()
-        self._began = self._last = self._since = clock()
+        self._began = self._last = self._since = self._advanced = clock()
         self._phase, self._detail, self._said = LIBRARIES, "", set[str]()
         self._first, self._done, self._total = 0, 0, 1
 
@@ -42,6 +42,8 @@ class Lines:
             self._phase, _, self._detail = stage.partition(DETAIL)
             if total != self._total or done < self._done:  # other work: its speed is its own
                 self._since, self._first = self._clock(), done
+            if total != self._total or done != self._done:
+                self._advanced = self._clock()
             self._done, self._total = done, total
             if done < total and (self._phase not in self._said or self._is_due()):
                 self._say()
@@ -62,9 +64,10 @@ class Lines:
         self._said.add(self._phase)
         phase = self._phase if len(self._phase) <= _LONGEST else f"{self._phase[: _LONGEST - 1]}…"
         parts = [f"{100 * self._done // self._total} %"] if self._total > 1 else []
-        if self._first < self._done and now - self._since >= _EVIDENCE:
-            left = (now - self._since) * (self._total - self._done) / (self._done - self._first)
-            parts += [f"{clock_of(left)} left"]
+        if self._first < self._done and self._advanced - self._since >= _EVIDENCE:
+            left = (self._advanced - self._since) * (self._total - self._done) / (self._done - self._first)
+            left -= now - self._advanced  # which has gone by since
+            parts += [f"{clock_of(left)} left"] if left > 0 else []
         parts += [self._detail] if self._detail else []
         said = f"{phase}{': ' if parts else ''}{', '.join(parts)}"
         if self._done >= self._total:

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
+from tempfile import gettempdir
 from textwrap import TextWrapper
+from traceback import format_exception
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -23,7 +26,8 @@ from modekit.errors import InterruptError, ModekitError, some_of
 from modekit.files.change import refuse_existing
 from modekit.files.marker import changed_files
 from modekit.files.place import replaced_by
-from modekit.files.write import FULL
+from modekit.files.write import FULL, write_file
+from modekit.processes import DEVICE_VARIABLE, Device
 from modekit.run import Progress, Run, silent
 
 if TYPE_CHECKING:
@@ -61,11 +65,11 @@ class Common:
 
 
 _asked = Common()
-_COMMON = ("--trust-remote-code", "--json", "--no-fsync")
-_PRINT_JSON = {
+_COMMON = ("--trust-remote-code", "--json", "--no-fsync", "--device")
+_PRINT_JSON = (
     *("plan", "eval", "eval-tasks", "eval-translation", "inspect", "route", "verify", "train", "extract", "densify"),
     "data",
-}
+)
 
 
 def common() -> Common:
@@ -95,10 +99,19 @@ def _before_the_command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow models that bring code of their own.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=f"Print JSON instead of tables: {', '.join(_PRINT_JSON)}.")] = False,
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
     ] = True,
+    device: Annotated[
+        Device,
+        typer.Option(
+            metavar="NAME",
+            envvar=DEVICE_VARIABLE,
+            show_envvar=False,
+            help="Where models run: cpu, cuda, mps, or auto, which takes cuda, else mps, else cpu.",
+        ),
+    ] = "auto",
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True)
     ] = False,
@@ -106,6 +119,7 @@ def _before_the_command(
     from modekit.processes import launched
 
     global _asked
+    os.environ[DEVICE_VARIABLE] = device
     _asked, command = Common(trust_remote_code, as_json, fsync), str(context.invoked_subcommand)
     if "--help" in sys.argv:
         list_settings(context.command)
@@ -123,8 +137,13 @@ def _before_the_command(
 def _common_first(words: Sequence[str]) -> list[str]:
     """The words of a command line, with what may stand before any command there, wherever it was typed."""
     end = words.index("--") if "--" in words else len(words)
-    first = [word for word in words[:end] if word in _COMMON]
-    return [*first, *(word for word in words[:end] if word not in _COMMON), *words[end:]]
+    first, rest, left = list[str](), list[str](), iter(words[:end])
+    for word in left:
+        is_common = word.partition("=")[0] in _COMMON
+        (first if is_common else rest).append(word)
+        if word == "--device":
+            first += islice(left, 1)
+    return [*first, *rest, *words[end:]]
 
 
 def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
@@ -168,7 +187,7 @@ def writable(path: Path, overwrite: bool, *, trains: bool = False) -> Path:
 def main() -> None:
     """Entry point: errors that a user can mend are one message and exit code 2, Ctrl-C 130; what nobody foresaw one line and 1.
 
-    `MODEKIT_DEBUG=1` in the environment lets the latter through with its traceback.
+    The traceback of the latter is in a file that the line names; `MODEKIT_DEBUG=1` in the environment lets it through.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -194,10 +213,20 @@ def main() -> None:
         foreseen = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
         if foreseen or os.environ.get("MODEKIT_DEBUG") == "1":
             raise
-        said = f" this is a bug in modekit ({type(error).__name__}); MODEKIT_DEBUG=1 shows where: please report that"
+        said = f" this is a bug in modekit ({type(error).__name__}); {_traceback_of(error)}: please report that"
         err.print(Text.assemble(("error:", "bold red"), said), soft_wrap=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _traceback_of(error: BaseException) -> str:
+    """Write where an error came from into a file, and say which; where nothing can be written, how to see it."""
+    file = Path(gettempdir()) / f"modekit-traceback-{os.getpid()}.txt"
+    try:
+        write_file(file, "".join(format_exception(error)).encode("utf-8", "backslashreplace"))
+    except OSError:
+        return "MODEKIT_DEBUG=1 shows where"
+    return f"{file} says where"
 
 
 def _command() -> str:

@@ -44,6 +44,7 @@ from modekit.experts.specialize import specialize
 from modekit.files.change import is_there
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.write import make_folder, write_file, write_json
+from modekit.loaded.load import default_device
 from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
@@ -191,28 +192,34 @@ def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run
     The first mixture is scored before the others, which take its rows of base and experts over.
     """
     base, steps = folder / "base", kind.size.base_steps
+    stages = iter(f"stage {number} of 5" for number in range(1, 6))
+    stage = run.about(next(stages))
     if not is_there(base):
         if kind.real:
-            make_real_base(base, run)
+            make_real_base(base, stage)
         else:
-            (make_pair_base if kind.translates else make_base)(base, texts, steps=steps, seed=seed, run=run)
+            (make_pair_base if kind.translates else make_base)(base, texts, steps=steps, seed=seed, run=stage)
     trainings = {name: kind.size.training.with_(seed=1000 * seed + place) for place, name in enumerate(kind.domains)}
     missing = {name: training for name, training in trainings.items() if not is_there(folder / name)}
     recipes = {name: recipe_of(kind, says, texts) for name, says in kind.mixtures.items()}
     first = next(iter(recipes))
-    with closing(Workers(*_side_by_side(kind.real), run)) as workers:
+    with closing(Workers(*_side_by_side(kind.real))) as workers:
         experts = {name: (folder, name, texts[name], kind.trains, training) for name, training in missing.items()}
-        workers.each("train experts", _train_expert, experts)
-        workers.each("build", _build, {name: (folder, name, recipe) for name, recipe in recipes.items()})
-        known = {first: _score(run.about(first), folder, first, kind, None)}  # its many models have all threads
+        workers.each(run.about(next(stages)), "train experts", _train_expert, experts)
+        workers.each(
+            run.about(next(stages)), "build", _build, {name: (folder, name, recipe) for name, recipe in recipes.items()}
+        )
+        known = {
+            first: _score(run.about(next(stages)).about(first), folder, first, kind, None)
+        }  # its many models have all threads
         others = {name: (folder, name, kind, known[first]) for name in recipes if name != first}
-        return {**known, **workers.each("score", _score, others)}
+        return {**known, **workers.each(run.about(next(stages)), "score", _score, others)}
 
 
 def _side_by_side(real: bool) -> tuple[int, int]:
     """Processes, and torch's threads in each. The real demo's models fill the memory one at a time."""
     threads = torch.get_num_threads()
-    return (1, threads) if real or threads == 1 or torch.cuda.is_available() else (2, threads // 2)
+    return (1, threads) if real or threads == 1 or default_device().type != "cpu" else (2, threads // 2)
 
 
 class Workers:
@@ -221,8 +228,8 @@ class Workers:
     Two models that train or are scored in a process each need less time than one after the other with two threads.
     """
 
-    def __init__(self, count: int, torch_threads: int, run: Run) -> None:
-        self._run, self._pool = run, None
+    def __init__(self, count: int, torch_threads: int) -> None:
+        self._count, self._pool = count, None
         if count > 1:
             self._pool = ProcessPoolExecutor(count, get_context("spawn"), _start, (torch_threads,))
 
@@ -231,15 +238,20 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def each(self, stage: str, call: Callable[..., T], tasks: Mapping[str, tuple[Any, ...]]) -> dict[str, T]:
-        """Name -> what the call gives for its arguments. Raises what a call raises, and ModekitError where a process ended."""
+    def each(self, run: Run, stage: str, call: Callable[..., T], tasks: Mapping[str, tuple[Any, ...]]) -> dict[str, T]:
+        """Name -> what the call gives for its arguments; progress counts whole rounds of the processes.
+
+        Raises what a call raises, and ModekitError where a process ended.
+        """
         if self._pool is None:
-            return {name: call(self._run.about(name), *arguments) for name, arguments in tasks.items()}
+            return {name: call(run.about(name), *arguments) for name, arguments in tasks.items()}
+        run.begin(stage, len(tasks))
         futures = {name: self._pool.submit(call, QUIET, *arguments) for name, arguments in tasks.items()}
         try:
             for done, future in enumerate(as_completed(futures.values()), 1):
                 future.result()
-                self._run.progress(stage, done, len(futures))
+                if done % self._count == 0 or done == len(futures):  # the others of a round are nearly done, too
+                    run.progress(stage, done, len(futures))
         except BrokenProcessPool:
             remedy = "see its message above; the same command continues from here"
             raise ModekitError("a process of the demo ended early", where=stage, remedy=remedy) from None

@@ -55,6 +55,10 @@ MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
 what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
 
 
+AS_MIXED: dict[What, str] = {"mlp": "lexical-top-1"}
+"""Rows whose recipe is what `modekit mix --without-base` chooses; other demos have none."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How much work a demo does.

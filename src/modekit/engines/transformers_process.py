@@ -20,6 +20,7 @@ from starlette.responses import Response
 from modekit.engines.child import answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard, refusal
 from modekit.files.typed import problem_in, said_by
+from modekit.processes import DEVICE_VARIABLE
 from modekit.sources.tokenizer_choice import chat_template
 
 _LOOK_S = 0.05
@@ -205,7 +206,7 @@ def main() -> None:
             self.server.config.app = Guard(self.server.config.app, settings["key"])
             super().start_server()
 
-    fixed = {"device": "auto", "dtype": "auto", "log_level": "error", "non_blocking": True}
+    fixed = {"device": os.environ.get(DEVICE_VARIABLE, "auto"), "dtype": "auto", "log_level": "error", "non_blocking": True}
     asked = {key: settings[key] for key in ("host", "port", "trust_remote_code")}
     serving.append(Guarded(force_model=folder.name, **asked, **fixed))
     while not serving[0].server.started:

@@ -135,7 +135,7 @@ def score_domain(model: PreTrainedModel, domain: Domain, advance: Advance) -> Sc
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):
-            sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
+            sums[list(batch.rows)] = losses_of(model, batch).cpu().double().sum(1)
             advance(batch.scored)
     blocks = in_blocks(sums.tolist(), [sequence.scored for sequence in domain.sequences])
     return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import TrainingError
+from modekit.loaded.load import default_device
 from modekit.loaded.states import History, Tensors, damaged, read_state, tidy, whole_states, write_state
 from modekit.processes import processes
 from modekit.run import DETAIL, Run
@@ -133,7 +134,7 @@ class Loop:
         self._module, self._batches, self._loop = module, batches, loop
         self._folder, self._run, self._judge = folder, run, judge
         unused = DistributedDataParallelKwargs(find_unused_parameters=module.skips_parameters)
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+        self._accelerator = Accelerator(cpu=default_device().type == "cpu", kwargs_handlers=[unused])
         if getattr(self._accelerator.state, "fsdp_plugin", None) is not None and not self._accelerator.is_fsdp2:
             raise TrainingError("FSDP's first version is not supported", where="fsdp_config", remedy="set fsdp_version: 2")
         groups = module.groups()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.loaded.load import load_adapted, load_model
+from modekit.checkpoint.sources import OwnModel
+from modekit.loaded.load import in_float64, load_adapted, load_model
 from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
@@ -22,9 +22,6 @@ from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights.folding import reader
 from modekit.weights.numeric import to_float32
-
-OwnModel = Literal["base", "full model", "PEFT", "folded"]
-"""How an expert's own model was made: PEFT's of base and adapter, or, where that lacks a tensor, the adapter folded in."""
 
 
 def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedModel:
@@ -112,9 +109,9 @@ def _in_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:
 def average_of(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:
     """The mean of the models' tensors, summed in float64; two models are in memory at a time."""
     model = loads[0]()
-    sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    sums = {name: in_float64(tensor) for name, tensor in model.state_dict().items()}
     for load in loads[1:]:
         for name, tensor in load().state_dict().items():
-            sums[name] += tensor
+            sums[name] += tensor.to(sums[name].device)
     model.load_state_dict({name: tensor / len(loads) for name, tensor in sums.items()})
     return model

@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from modekit.errors import SourceError
+from modekit.errors import ModekitError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import said_by
+from modekit.processes import DEVICE_VARIABLE
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import damaged_model
@@ -74,8 +75,28 @@ def without_report(folder: Path) -> Iterator[None]:
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one (this process's own under a launcher), else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    """The device that `modekit --device` names, else an accelerator (under a launcher this process's own), else the CPU.
+
+    Raises ModekitError where the device is not there.
+    """
+    asked = os.environ.get(DEVICE_VARIABLE, "auto")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [name for name, is_there in available.items() if is_there]
+    if asked not in ("auto", *there):
+        raise ModekitError(
+            "torch finds no such device here",
+            where="--device",
+            found=asked,
+            expected=f"auto, {', '.join(there)}",
+            remedy="leave the option out, or install a build of torch for this device",
+        )
+    name = there[0] if asked == "auto" else asked
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, which Apple's GPUs do not have: of one there on the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def check_loadable(folder: Path, *, run: Run = QUIET) -> None:

@@ -21,7 +21,7 @@ from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
 from modekit.files.typed import said_by
 from modekit.loaded.layers import LayerByLayer, by_layer
-from modekit.loaded.load import LOADING, decoder_layers
+from modekit.loaded.load import LOADING, decoder_layers, in_float64
 from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
 from modekit.planning.channels import CONSTANT, Channels
@@ -103,7 +103,7 @@ class NativeMixture(LoadedMixture):
 
     def prepare_training(self) -> None:
         """A loop over experts is faster than grouped products on a processor (benchmarks/training.md)."""
-        if not torch.cuda.is_available():
+        if self.model.device.type == "cpu":
             self.model.set_experts_implementation("eager")
 
     def set_top_k(self, top_k: int | None) -> None:
@@ -304,10 +304,10 @@ class RoutedMixture(NativeMixture):
         channels, _ = self.checkpoint.carrier
         weight: torch.Tensor = self.model.get_input_embeddings().weight.data
         said_VN = weight[:, channels.evidence].clone()
-        sizes_V = weight[:, channels.constant].double() / CONSTANT
+        sizes_V = in_float64(weight[:, channels.constant]) / CONSTANT
         unit = float(sizes_V.median() / channels.eps) * channels.embedding_scale
         changed_VN = said_VN * others
-        changed_VN[:, expert :: channels.experts] += (nats * unit * sizes_V)[:, None].to(changed_VN)
+        changed_VN[:, expert :: channels.experts] += (nats * unit * sizes_V).to(changed_VN)[:, None]
         weight[:, channels.evidence] = changed_VN
         try:
             yield

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from modekit.building.preview import backbone_label
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord, TrainingRecord
-from modekit.evaluation.forced import ForcedExperts
+from modekit.evaluation.forced_results import ForcedExperts
 from modekit.evaluation.results import Results
 from modekit.evaluation.tables import ResultTable, as_markdown, plain
 from modekit.evaluation.translation.results import TranslationResults

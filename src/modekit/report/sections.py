@@ -17,7 +17,7 @@ from markupsafe import Markup
 from modekit.checkpoint.carried import lost_by
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.evaluation.forced import ForcedExperts
+from modekit.evaluation.forced_results import ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, TokenTrace
 from modekit.evaluation.results import Kind, Results, Row
 from modekit.evaluation.results_folder import Result

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.architecture.modekit_router import causal_average
 from modekit.files.typed import Count, as_kind
-from modekit.loaded.load import load_tokenizer
+from modekit.loaded.load import in_float64, load_tokenizer
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.loaded.shapes import expert_view
@@ -125,7 +125,7 @@ class _Sums:
 
     def add(self, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
         """Take the tokens of a batch."""
-        self.sum_D += x_TD.sum(0, dtype=torch.float64).cpu()
+        self.sum_D += in_float64(x_TD).sum(0).cpu()
         if not len(self._places):
             return
         slots = torch.searchsorted(self._places, places_T)
