@@ -16,6 +16,7 @@ _INSPECTED = r"^(native|gating|context|everything|feature)(-0)?$|^always (on-0|c
 
 SAMPLED = {
     "architecture/test_architecture.py::test_half_precision": r"^(token|two contexts|context per feature|sequence)$",
+    "architecture/test_architecture.py::test_blocks_compile_without_a_break": r"^context per feature$",
     "architecture/test_encoder_decoder.py::test_a_static_cache_writes_the_same": r"^t5-",
     "architecture/test_encoder_decoder.py::test_it_opens_without_modekit": r"^t5$",
     "architecture/test_mixtures.py::test_every_family_mixes_every_kind_of_expert": r"^llama-|^(gemma2|cohere2|phi3)-all",
@@ -23,9 +24,10 @@ SAMPLED = {
     "architecture/test_whole_pairs.py::test_a_fitted_router_sends_each_source_to_one_model": r"^t5-(bigrams|lexical)$",
     "architecture/test_whole_pairs.py::test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all": r"^t5$",
     "building/test_carry.py::test_a_build_again_is_the_same_bytes": nothing,
-    "building/test_carry.py::test_a_forced_adapter_is_what_peft_makes_of_it": r"^(llama-mixtral0|qwen2-qwen2_moe)$",
+    "building/test_carry.py::test_a_forced_adapter_is_what_peft_makes_of_it": r"^llama-mixtral0$",
     "building/test_carry.py::test_a_killed_build_goes_on_with_the_channels_that_it_has_written": nothing,
     "building/test_carry.py::test_full_models_are_carried_the_better_the_more_channels": r"^64$",
+    "building/test_carry.py::test_training_moves_what_the_base_has_and_no_channel": r"^llama$",
     "building/test_carry.py::test_what_is_left_comes_from_the_output_projection": nothing,
     "cli/test_mix.py::test_adapters_without_text_write_it": nothing,
     "docs/test_docs.py::test_the_tutorial_and_the_python_page_run": nothing,
@@ -37,7 +39,7 @@ SAMPLED = {
     "engines/test_gguf.py::test_fewer_bits_lose_little": nothing,
     "engines/test_gguf.py::test_llama_cpp_computes_the_same": r"^llama-0$",
     "engines/test_gguf.py::test_another_end_of_a_text_is_no_other_model": nothing,
-    "engines/test_gguf.py::test_mixtures_of_every_other_kind_run_there": r"^(fading|fine-tunes)",
+    "engines/test_gguf.py::test_mixtures_of_every_other_kind_run_there": r"^(fading|fine-tunes of mixtral)$",
     "engines/test_kept_gguf.py::test_a_strangers_file_is_not_believed": r"^junk$",
     "engines/test_serve.py::test_the_engine_ends_with_the_command": r"^9-",
     "engines/test_serve.py::test_the_file_is_made_once_and_anew_when_the_router_is": nothing,
