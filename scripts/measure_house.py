@@ -24,7 +24,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 BOUNDS = {
     "entries at the root": 25,
-    "source lines": 38_000,
+    "source lines": 39_000,
     "file lines, median": 135,
     "file lines, max": 400,
     "function body, p90": 16,
@@ -33,7 +33,7 @@ BOUNDS = {
     "bool flags handed down": 27,
     "public signatures with Any": 54,
     "class names in two files or more": 5,
-    "words of README and docs": 16_100,
+    "words of README and docs": 16_800,
 }
 """Most that each figure may be."""
 

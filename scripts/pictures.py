@@ -1,23 +1,31 @@
 """Make the pictures of README and docs, in docs/images.
 
-    python scripts/pictures.py                 gaps.svg from the table in benchmarks/demo.md
-    python scripts/pictures.py --report OUT    report.png: the top of OUT's report page, in Chromium (needs playwright, pillow)
+    python scripts/pictures.py                     gaps.svg from the table in benchmarks/demo.md,
+                                                   routed.svg from benchmarks/routed_words.json
+    python scripts/pictures.py --words OUT TEXT    first what `modekit inspect OUT --text TEXT` finds,
+                                                   into routed_words.json
+    python scripts/pictures.py --report OUT        report.png: the top of OUT's report page, in Chromium
+                                                   (needs playwright, pillow)
 
-`modekit demo --quick`, then `modekit inspect OUT` and `modekit report OUT` for its lexical mixture, make such an OUT.
+`modekit demo --quick`, then `modekit inspect OUT` and `modekit report OUT` for its lexical mixture, make
+such an OUT for the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import shutil
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 TABLE = ROOT / "benchmarks" / "demo.md"
+WORDS = ROOT / "benchmarks" / "routed_words.json"
 INK, SOFT, LINE, BLUE, GREY = "#1b2128", "#55606b", "#c4ccd4", "#0a6aa8", "#b5bdc4"
 _ROW = re.compile(r"^\| \**([^|*]+?)\** \| [^|]+ \| \**([-\d.]+)(?: ± [\d.]+)?\** \|", re.MULTILINE)
 _LEFT, _WIDTH, _STEP = 250, 440, 30  # of the bars: where they begin, how long 1 is, height of a row
@@ -101,7 +109,56 @@ def gaps() -> str:
     return drawing.svg()
 
 
-PICTURES = {"gaps.svg": gaps}
+_COLOURS = ("#ffd9a0", "#b7dcf7", "#c9ecc0", "#e3cdf5", "#f7c6cc", "#e4e7ea")
+_CHARACTER = 8.0  # width of a letter of the routed words
+_LINE_STEP, _RIGHT = 34, 740  # height of a line of them, and where it ends
+
+
+def routed() -> str:
+    """A text in which every word has the colour of the expert that leads it."""
+    found = json.loads(WORDS.read_text(encoding="utf-8"))
+    colours = dict(zip(found["experts"], _COLOURS, strict=False))
+    drawing = Drawing(760, 0, "One text, word by word, in the colours of the experts that lead.")
+    letters = 'font-family="ui-monospace, monospace" font-size="13"'
+    drawing.text(20, 30, found["title"], anchor="start", look='font-weight="600"')
+    x, y = 20.0, 46
+    for word, expert in found["words"]:
+        width = _CHARACTER * len(word) + 10
+        if x + width > _RIGHT:
+            x, y = 20.0, y + _LINE_STEP
+        drawing.box(x, y, width, 25, colours[expert])
+        look = f'{letters} textLength="{_CHARACTER * len(word):g}"'
+        drawing.text(x + 5, y + 17, escape(word), anchor="start", look=look)
+        x += width + 5
+    x, y = 20.0, y + _LINE_STEP + 12
+    for name, colour in colours.items():
+        drawing.box(x, y, 14, 14, colour)
+        drawing.text(x + 20, y + 12, escape(name), anchor="start", look='font-size="13"')
+        x += 20 + 8 * len(name) + 24
+    drawing.text(20, y + 36, found["note"], SOFT, "start", 'font-size="12"')
+    drawing.height = y + 50
+    return drawing.svg()
+
+
+def read_words(checkpoint: Path, text: str) -> None:
+    """Write which expert leads each word of a text in a mixture."""
+    from modekit.checkpoint.open import open_checkpoint
+    from modekit.evaluation.inspection.inspect import inspect_text
+    from modekit.evaluation.inspection.tokens import words_of
+
+    trace = inspect_text(open_checkpoint(checkpoint), text)
+    words, _ = words_of(trace, len(text))
+    losses = f"{trace.loss:.2f} nats per token, the base {trace.base_loss:.2f}"
+    found = {
+        "title": "Which expert reads what: each word has the colour of the expert that leads",
+        "note": f"{losses}. The router reads the words so far: it changes a few words late.",
+        "experts": list(trace.experts),
+        "words": [[word.text, trace.experts[word.leader]] for word in words],
+    }
+    WORDS.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+PICTURES = {"gaps.svg": gaps, "routed.svg": routed}
 """File name -> what draws it; a test compares both with what is committed."""
 
 
@@ -128,8 +185,11 @@ def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, metavar="OUT", help="take the picture of this mixture's report instead")
+    parser.add_argument("--words", nargs=2, metavar=("OUT", "TEXT"), help="read this text with this mixture first")
     options = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
+    if options.words is not None:
+        read_words(Path(options.words[0]), options.words[1])
     if options.report is not None:
         photograph(options.report)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from peers.training import STEPS
 ADAPTERS = frozenset({"adapters"})
 
 
-def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Made:
+def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real", besides: Sequence[dict[str, Any]] = ()) -> Made:
     """A mixture by a recipe, over the text that peers have: a recipe reads its fit split to fit, its select split to choose."""
     experts: list[dict[str, Any]] = []
     for name, path in pool.experts.items():
         both = write_text([*read_text(pool.text[name]), *read_text(pool.select[name])], out / "text" / f"{name}.jsonl")
         which = "adapter" if is_adapter(path) else "model"
         experts.append({"name": name, which: str(path), **({"text": "self" if text == "self" else str(both)} if text else {})})
-    recipe = parse_recipe({"base_model": str(pool.base), "experts": experts, **said}, where="scoreboard")
+    recipe = parse_recipe({"base_model": str(pool.base), "experts": [*experts, *besides], **said}, where="scoreboard")
     return Made(build(make_plan(recipe, out), out / "mixture").folder)
 
 
@@ -36,6 +37,13 @@ def _plain(pool: Pool, out: Path, text: str = "real", top_k: int = 1) -> Made:
     average = full and not any(map(is_adapter, pool.experts.values()))
     mixture = {"method": "routing", "top_k": top_k, **({"backbone": "average"} if average else {})}
     return built(pool, out, {"mixture": mixture, "output": {"format": "plain", **({"carry": "all"} if full else {})}}, text)
+
+
+def _mixed(pool: Pool, out: Path) -> Made:
+    """What `modekit mix` writes: the base is an expert, too, and the recipe leaves everything open."""
+    home = next(folder for folder in pool.base.parents if (folder / "text" / "general.jsonl").is_file())
+    general = {"name": "general", "model": "base", "text": str(home / "text" / "general.jsonl")}
+    return built(pool, out, {}, besides=[general])
 
 
 def _architecture(pool: Pool, out: Path, top_k: int) -> Made:
@@ -64,6 +72,7 @@ def _fit(fit: str, top_k: int, pool: Pool, out: Path, **router: Any) -> Made:
 
 
 OURS: list[Peer] = [
+    Formula("modekit mix", _mixed, "by default, the base among the experts"),
     Formula("modekit, plain checkpoint", _plain, "modekit mix, top-1"),
     Formula("modekit, plain checkpoint, top-2", partial(_plain, top_k=2), "modekit, two experts a token"),
     Formula("modekit architecture, top-1", lambda pool, out: _architecture(pool, out, 1), "modekit, fit: auto"),

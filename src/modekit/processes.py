@@ -20,7 +20,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes and prints."""
+        """Whether this one writes."""
         return self.rank == 0
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -58,6 +58,11 @@ ALONE = Processes(0, 1)
 def launched() -> int:
     """How many processes a launcher started, from its environment; 1 without one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def prints() -> bool:
+    """Whether this process, by its environment, is the one of all that prints."""
+    return launched() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 @cache

@@ -36,15 +36,19 @@ if TYPE_CHECKING:
 
 
 def recipe(source: str | Path | Mapping[str, object], *, root: str | Path | None = None) -> Recipe:
-    """Read and check a recipe: a YAML file, or a mapping, whose paths are relative to `root`, by default the current folder.
+    """Read and check a recipe: a YAML file, whose paths are relative to its folder, or a mapping.
 
+    Paths of the recipe that is returned are relative to `root`, by default the current folder, as those of a mapping are.
     Raises RecipeError, which lists every problem with its key.
     """
-    from modekit.recipes.paths import spelled_out
+    from modekit.recipes.edit import as_written
+    from modekit.recipes.paths import from_folder, spelled_out
     from modekit.recipes.read import load_recipe, parse_recipe
 
-    folder = Path.cwd() if root is None else _real(root)
-    return parse_recipe(spelled_out(dict(source), folder)) if isinstance(source, Mapping) else load_recipe(Path(source))
+    folder = _real("." if root is None else root)
+    if isinstance(source, Mapping):
+        return parse_recipe(spelled_out(dict(source), folder))
+    return parse_recipe(from_folder(as_written(load_recipe(Path(source))), _real(source).parent, folder))
 
 
 def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path | None = None, run: Run = QUIET) -> Plan:
@@ -54,11 +58,13 @@ def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path
     Raises RecipeError, SourceError, MismatchError or UnsupportedError; nothing is written.
     """
     from modekit.planning.make import make_plan
-    from modekit.recipes.recipe import Recipe
+    from modekit.recipes.read import load_recipe
 
-    if root is None:
-        root = _real(source).parent if isinstance(source, (str, Path)) else Path.cwd()
-    return make_plan(source if isinstance(source, Recipe) else recipe(source, root=root), _real(root), run=run)
+    if isinstance(source, (str, Path)):
+        root = _real(source).parent if root is None else root
+        return make_plan(load_recipe(Path(source)), _real(root), run=run)
+    root = _real("." if root is None else root)
+    return make_plan(recipe(source, root=root) if isinstance(source, Mapping) else source, root, run=run)
 
 
 def build(

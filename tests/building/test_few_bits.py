@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import save, tiny_model
+from conftest import save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -87,6 +87,19 @@ def test_a_forced_expert_is_the_base_plus_its_difference(tmp_path: Path, model_t
         torch.testing.assert_close(logits(loaded, expert["name"]), wanted, atol=1e-4, rtol=0)
         assert (wanted - logits(made["base"])).abs().max() > 0.1
     assert is_proven(verify(checkpoint))
+
+
+@pytest.mark.parametrize("mixture", [{}, {"router": {"fit": "lexical"}}], ids=["left out", "lexical"])
+def test_all_that_a_model_changes_is_kept_where_the_recipe_names_no_modules(
+    tmp_path: Path, short_tables: None, mixture: dict[str, Any]
+) -> None:
+    made, texts = models(tmp_path, num_hidden_layers=1), write_text(tmp_path / "text")
+    said = [{**experts(8)[0], "text": str(texts["law"])}, {"name": "general", "model": "base", "text": str(texts["code"])}]
+    recipe = parse_recipe({"base_model": "./base", "experts": said, "mixture": mixture})
+    plan = make_plan(recipe, tmp_path)
+    assert not any("lost" in note for note in plan.notes)
+    loaded = load_model(build(plan, tmp_path / "out").folder)
+    torch.testing.assert_close(logits(loaded, "one"), logits(kept_of(made["base"], made["one"], 8)), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, lost_by, lost_of
 from modekit.checkpoint.open import open_checkpoint
+from modekit.errors import UnsupportedError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.forced import force_experts
 from modekit.planning.make import make_plan
@@ -27,13 +29,21 @@ from modekit.recipes.read import parse_recipe
 from refusal import tree
 
 
-def full_shop(root: Path, directions: int | None, dtype: torch.dtype = torch.float32, **more: int) -> Workshop:
-    """A base and a full model per domain that differs from it in every weight in few directions, or, FFNs aside, in all."""
+def full_shop(
+    root: Path, directions: int | None, dtype: torch.dtype = torch.float32, stream: float | None = None, **more: int
+) -> Workshop:
+    """A base and a full model per domain that differs from it in every weight in few directions, or, FFNs aside, in all.
+    `stream`: the root mean square of embeddings.
+    """
     sizes = {**SIZES, **more}
-    save(tiny_model(**sizes).to(dtype), root / "base")
+    base = tiny_model(**sizes)
+    embedding = base.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.mul_(1.0 if stream is None else stream / embedding.square().mean().sqrt())
+    save(base.to(dtype), root / "base")
     write_text(root / "text", documents=200)
     for seed, name in enumerate(DOMAINS):
-        model, generator = tiny_model(**sizes), torch.Generator().manual_seed(seed)
+        model, generator = copy.deepcopy(base).float(), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if parameter.ndim == 1 or (directions is None and "mlp" in key):
@@ -67,7 +77,7 @@ def check_measure(out: Path) -> None:
     checkpoint = open_checkpoint(out)
     said = dict(zip(checkpoint.names, lost_of(out), strict=True))
     forced = [row for row in force_experts(checkpoint).rows if row.lost is not None and row.text == row.expert]
-    apart = [said[row.expert] - (row.lost or 0) for row in forced]
+    apart = [said[row.expert].share - (row.lost or 0) for row in forced]
     assert apart and len(lost_of(out)) == len(checkpoint.names)
     assert abs(np.mean(apart)) < 0.02 and max(map(abs, apart)) < 0.03, (said, forced)
 
@@ -78,7 +88,7 @@ def test_what_channels_hold_becomes_plain(tmp_path: Path) -> None:
     checkpoint, (note, *notes) = built(shop, tmp_path / "OUT")
     assert any("lexical router adds" in each for each in notes) and not any("the build measures" in each for each in notes)
     assert checkpoint.shape.plain and "this plain checkpoint loses" in note and lost_by(checkpoint) == [note]
-    assert max(lost_of(checkpoint.folder)) < 0.05 and is_proven(verify(checkpoint))
+    assert max(lost_of(checkpoint.folder)).share < 0.05 and is_proven(verify(checkpoint))
     check_measure(checkpoint.folder)
     assert note in evaluate(checkpoint, tokens_per_domain=200).notes
 
@@ -87,7 +97,7 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two in a hundred, here: little models have few directions."""
-    monkeypatch.setattr("modekit.building.build.MOST_LOST", 0.01)
+    monkeypatch.setattr("modekit.checkpoint.carried.MOST_LOST", 0.01)
     checkpoint, (note, *more) = built(shop, tmp_path / "OUT")
     before = make_plan(parse_recipe(shop.recipe), shop.root).notes
     assert not any("channels" in each for each in (*before, *more))  # of the form that was not built
@@ -101,10 +111,10 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
 
 
 def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.building.build.MOST_LOST", 0.01)
+    monkeypatch.setattr("modekit.checkpoint.carried.MOST_LOST", 0.01)
     checkpoint, (note,) = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
     assert checkpoint.shape.plain and "this plain checkpoint loses" in note
-    assert max(lost_of(checkpoint.folder)) > 0.01 and is_proven(verify(checkpoint, reload=False))
+    assert max(lost_of(checkpoint.folder)).share > 0.01 and is_proven(verify(checkpoint, reload=False))
     again, _ = built(shop, tmp_path / "AGAIN", **as_written(checkpoint.record.recipe))
     assert tree(again.folder) == tree(checkpoint.folder)
     check_measure(checkpoint.folder)
@@ -121,7 +131,7 @@ def test_a_small_adapter_is_rounded_away_and_a_large_one_unseen_by_a_norm(
     save_file({key: generator.normal(0, size, each.shape).astype(np.float32) for key, each in load_file(file).items()}, file)
     experts = [{"name": DOMAINS[0], "adapter": "./small", "text": shop.recipe["experts"][0]["text"]}, shop.recipe["experts"][1]]
     checkpoint, _ = built(shop, tmp_path / "OUT", experts=experts, output={"format": "plain"})
-    assert 0.03 < lost_of(checkpoint.folder)[0] < 0.08
+    assert 0.03 < lost_of(checkpoint.folder)[0].share < 0.08
     check_measure(checkpoint.folder)
 
 
@@ -131,3 +141,25 @@ def test_a_change_of_the_mixture_says_it_too(shop: Workshop, tmp_path: Path) -> 
     model, text = (str(shop.root / last[key]) for key in ("model", "text"))
     said = modekit("add", str(tmp_path / "OUT"), "--name", last["name"], "--model", model, "--text", text, "--no-measure")
     assert "this plain checkpoint loses" in said
+
+
+@pytest.mark.parametrize("stream", [0.1, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_plain_checkpoint_is_built_in_every_dtype_and_for_every_size_of_stream(
+    tmp_path: Path, dtype: torch.dtype, stream: float
+) -> None:
+    """Gates and units are beyond float16, which is written as bfloat16."""
+    shop = full_shop(tmp_path, 2, dtype, stream, tie_word_embeddings=False)
+    plan = make_plan(parse_recipe({**shop.recipe, "output": {"format": "plain"}}), shop.root)
+    wide = dtype == torch.float16
+    assert any("float16 is written as bfloat16" in note for note in plan.notes) == wide
+    build(plan, tmp_path / "OUT")
+    checkpoint = open_checkpoint(tmp_path / "OUT")
+    assert {ref.dtype for ref in checkpoint.tensors.values()} == {"F32" if dtype == torch.float32 else "BF16"}
+    for row in force_experts(checkpoint, tokens_per_domain=200).rows:
+        assert row.kl < (1e-4 if dtype == torch.float32 else 5e-3), row
+
+
+def test_float16_that_is_asked_for_is_refused_before_anything_is_written(shop: Workshop) -> None:
+    with pytest.raises(UnsupportedError, match="no gates in float16"):
+        make_plan(parse_recipe({**shop.recipe, "output": {"format": "plain", "dtype": "float16"}}), shop.root)

@@ -37,7 +37,9 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(small_workshop.root, root, dirs_exist_ok=True)
     for seed, name in enumerate(("fever-lora", "court-lora"), 1):
         write_adapter(root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
-    shutil.copytree(root / "base", root / "base-copy")
+    for name in ("base", "law"):
+        shutil.copytree(root / name, root / f"{name}-copy")
+    shutil.copytree(root / "fever-lora", root / "fever-copy")
     shutil.copytree(root / "base", root / "mute")
     shutil.copytree(root / "base", root / "other")
     (root / "other" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 48}')
@@ -102,6 +104,22 @@ def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: p
     assert recipe["output"] == {"format": "plain"} and recipe["mixture"]["router"] == {"fit": "lexical"}
     assert [each.get("adapter") for each in recipe["experts"]] == ["../fever-lora", "../court-lora"]
     assert "MixtralForCausalLM" in printed and not (shop / "OUT" / "self-text").exists()
+
+
+def test_a_refit_goes_into_the_recipe_that_lies_in_the_mixture(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a build of it makes the same again."""
+    said = [*texts(**{"fever-lora": "medicine", "court-lora": "law"}), "--without-base"]
+    mix(shop, monkeypatch, "fever-lora", "court-lora", *said)
+    modekit("fit", "OUT", "temperature=2.0")
+    recipe = yaml.safe_load((shop / "OUT" / "recipe.yaml").read_text())
+    assert recipe["mixture"]["router"]["temperature"] == 2.0
+    modekit("build", "OUT/recipe.yaml", "AGAIN", "--overwrite")
+    ours, theirs = alike(shop / "OUT", shop / "AGAIN")
+    assert ours["recipe_digest"] == theirs["recipe_digest"] and ours["router"] == theirs["router"]
+    own = (shop / "OUT" / "recipe.yaml").read_text().replace("2.0", "3.0")
+    (shop / "OUT" / "recipe.yaml").write_text(own)
+    modekit("fit", "OUT", "temperature=4.0")
+    assert (shop / "OUT" / "recipe.yaml").read_text() == own  # the user's by now
 
 
 def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +236,18 @@ def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkey
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "the base by its path": (("law", "./base"), "an expert is the base model itself"),
     "a copy of the base": (("law", "base-copy"), "an expert is the base model itself"),
+    "a copy of an expert": (("law", "law-copy"), "an expert is the same as law"),
+    "a copy of an adapter": (("fever-lora", "more=fever-copy"), "an expert is the same as fever-lora"),
     "a model of another family": (("law", "other"), "the expert is of another family than the base model"),
     "a model of other settings": (("law", "rounded"), "(rounded)"),
     "the base twice": (("law", "base", "more=base"), "a mixture needs two experts"),
     "one alone": (("law", "--without-base"), "a mixture needs two experts"),
     "a folder that is not there": (("lwa",), "model folder does not exist"),
     "text of nobody": (("law", *texts(lwa="law")), "did you mean 'law'?"),
+    "text of the base, which is left out": (
+        ("law", "code", "--without-base", *texts(general="law")),
+        "the base is left out, and the experts are law, code",
+    ),
     "text that is not there": (("law", "code", *texts(law="law", code="cod")), "the text does not exist"),
     "the name of a row": (("oracle=law",), "an expert cannot be named 'oracle'"),
     "a name twice": (("a=law", "a=code"), "two experts are named 'a'"),

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.progress as progress_module
+from modekit.cli.printing import console_for, print_json
 from modekit.cli.progress import Lines, drawn_progress
 from modekit.run import DETAIL
 from refusal import run_python
@@ -139,3 +140,15 @@ def test_libraries_are_loaded_where_a_sign_is_given() -> None:
         f"import sys\nfor name in {sorted(found)!r}:\n    __import__(name)\n    assert 'torch' not in sys.modules, name"
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "done"), ("1", "")])
+def test_of_processes_that_share_a_command_the_first_prints(
+    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    console_for().print("done")
+    assert capsys.readouterr().out.strip() == said
+    print_json("done")
+    assert capsys.readouterr().out.strip().strip('"') == said

@@ -158,6 +158,8 @@ def test_without_a_template_a_text_is_continued(tmp_path: Path) -> None:
     )
     code, _, stderr = ended_with("the heart\n", "chat", checkpoint.folder, "--max-tokens", "3")
     assert code == 0 and "no chat template: what you write is continued, not answered" in stderr
+    code, _, stderr = ended_with("", "serve", checkpoint.folder, "--port", "0", "--context", "100000")
+    assert code == 2 and "no chat template" in stderr and "longer than the model's" in stderr
     one, two = answered(checkpoint, "the heart", "the court")
     tokenizer = load_tokenizer(checkpoint.folder)
     assert [list(one.prompt), list(two.prompt)] == [tokenizer(text)["input_ids"] for text in ("the heart", "the court")]

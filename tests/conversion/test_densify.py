@@ -172,7 +172,7 @@ def test_of_experts_whose_gain_is_noise_no_gap_is_shown(tmp_path: Path) -> None:
     shop.build()
     record = made(shop, "OUT", "average")
     assert set(record.gap_closed.values()) == {None} and record.kept is None
-    assert any("no more than the noise, in nats per token: medicine" in note for note in record.notes)
+    assert any("two standard errors: medicine" in note for note in record.notes)
 
 
 def test_of_a_mixture_that_says_nan_nothing_is_written(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import families_table
+import size_table
 from command_line import modekit
 from conftest import QUICK_DEMO
 from modekit.recipes.read import parse_recipe
@@ -52,7 +53,7 @@ def test_the_tutorial_and_the_python_page_run(tmp_path: Path, quick_demo: Path, 
             shutil.copytree(quick_demo, "demo") if line == QUICK_DEMO else run_line(line)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/labels.md"])
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/labels.md"])
 def test_every_recipe_shown_is_a_recipe(page: str) -> None:
     recipes = [text for kind, text in blocks(page) if kind == "yaml" and "# file: training.yaml" not in text]
     assert recipes
@@ -92,6 +93,10 @@ def test_every_setting_of_a_training_is_explained() -> None:
 
 def test_the_table_of_families_is_up_to_date() -> None:
     assert families_table.PAGE.read_text(encoding="utf-8") == families_table.page(), "run python scripts/families_table.py"
+
+
+def test_the_table_of_sizes_is_what_the_planner_says() -> None:
+    assert size_table.PAGE.read_text(encoding="utf-8") == size_table.page(), "run python scripts/size_table.py"
 
 
 def test_no_page_has_a_gap_left() -> None:

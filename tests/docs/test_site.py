@@ -42,6 +42,11 @@ def test_the_site_is_built_and_fetches_nothing_from_elsewhere(tmp_path: Path) ->
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > len(list((ROOT / "docs").glob("*.md")))
     assert {address for page in pages for address in fetched.findall(page.read_text(encoding="utf-8"))} == set()
+    # An item of a list that Markdown took for a line of a paragraph.
+    literal = re.compile(r"(?:\n|<p>)(?:\*|\d+\.) ")
+    code = re.compile(r"<(pre|code|script|style)\b.*?</\1>", re.DOTALL)
+    prose = {page.name: code.sub("", page.read_text(encoding="utf-8")) for page in pages}
+    assert [name for name, text in prose.items() if literal.search(text)] == []
     assert "benchmarks/auto.html" in (tmp_path / "routers.html").read_text(encoding="utf-8")
     assert (tmp_path / "images" / "gaps.svg").is_file()
 
@@ -61,7 +66,7 @@ def test_pictures_are_small_and_shown() -> None:
 
 def test_the_readme_is_short_and_has_one_picture() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.split()) <= 400
+    assert len(text.split()) <= 620
     assert text.count("![") == 1
 
 

@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import asking
 from command_line import ended
@@ -31,7 +32,7 @@ from modekit.engines.child import KEY
 from modekit.engines.registry import ENGINES, EngineName, ServeSettings
 from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context_of, key_of_clients, serving
 from modekit.engines.transformers_process import _refuse_what_is_not_done
-from modekit.errors import UnsupportedError
+from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from refusal import refuse
 
@@ -173,12 +174,14 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
 
 
 def test_a_chat_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = pytest.importorskip("transformers.cli.serving.utils").BaseHandler
+    handlers = pytest.importorskip("transformers.cli.serving.chat_completion")
+    handler = handlers.BaseHandler
     monkeypatch.setattr(handler, "_validate_request", lambda *_: None)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", None)
     _refuse_what_is_not_done(chats=False)
-    handler._validate_request(None, {"prompt": "hi"})
+    handler(None, None)._validate_request({"prompt": "hi"})
     with pytest.raises(Exception, match="no chat template"):
-        handler._validate_request(None, {"messages": [{"role": "user", "content": "hi"}]})
+        handlers.ChatCompletionHandler(None, None)._validate_request({"messages": [{"role": "user", "content": "hi"}]})
 
 
 def test_what_transformers_would_pass_over_is_refused_by_name(running: tuple[ServedMixture, Checkpoint]) -> None:
@@ -211,10 +214,33 @@ def test_what_is_malformed_is_refused_by_name(running: tuple[ServedMixture, Chec
         pytest.skip("the others do so by themselves")
     good = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     wrong = [{"max_tokens": "x"}, {"max_tokens": 0}, {"temperature": "x"}, {"temperature": -1}, {"top_p": 2}, {"seed": [1]}]
-    wrong += [{"stop": 5}, {"stop": [5]}, {"messages": 7}, {"messages": ["hi"]}, {"messages": {"role": "user"}}]
+    wrong += [{"stop": 5}, {"stop": [5]}, {"stop": ""}, {"stop": []}, {"frequency_penalty": "x"}, {"frequency_penalty": -1}]
+    wrong += [{"frequency_penalty": [1]}, {"stream": "x"}, {"tools": 5}, {"chat_template_kwargs": None}, {"messages": []}]
+    wrong += [{"messages": each} for each in (None, 7, [7], {"role": "user"}, [{"content": "hi"}], [{"role": 5}])]
+    contents = (5, {"text": "hi"}, [5], [{"type": "text"}], [{"text": "hi"}])
+    wrong += [{"messages": [{"role": "user", "content": content}]} for content in contents]
+    calls = (5, [5], [{"function": {"arguments": "{"}}], [{"function": {"name": "x"}}], [{"name": "x", "arguments": "{}"}])
+    wrong += [{"messages": [{"role": "assistant", "tool_calls": each}]} for each in calls]
     for more in wrong:
         status, said = asked(served, "/v1/chat/completions", {**good, **more})
-        assert status == 400 and f"{next(iter(more))} must be" in said, (more, status, said)
+        error = json.loads(said)["error"]
+        assert status == 400 and next(iter(more)) in error["message"], (more, status, said)
+        assert error["type"] == "invalid_request_error"
+    text = {"model": checkpoint.folder.name, "max_tokens": 2}
+    for path, body in (
+        ("/v1/chat/completions", {key: good[key] for key in ("model", "max_tokens")}),
+        ("/v1/chat/completions", {**good, "messages": [good["messages"][0]] * 10}),  # which the template refuses
+        ("/v1/chat/completions", {**good, "chat_template_kwargs": {"name": "\ud800"}}),
+        ("/v1/chat/completions", {**good, "messages": [{"role": "user", "content": "\ud800"}]}),
+        ("/v1/chat/completions", b"[1]"),
+        ("/v1/completions", {**text, "prompt": "\ud800"}),
+        ("/v1/completions", {**text, "prompt": ["a"]}),
+        ("/v1/completions", {**text, "prompt": "a", "frequency_penalty": "x"}),
+        ("/v1/completions", {**text, "prompt": "a", "unknown": 1}),
+    ):
+        status, said = asked(served, path, body)
+        assert status in (400, 422) and json.loads(said)["error"]["message"], (path, body, status, said)
+    assert asked(served, "/v1/completions", {**text, "prompt": "a", "temperature": 1e-300})[0] == 200
     fine = {"max_tokens": 2.0, "temperature": 0.5, "top_p": 1, "seed": 3, "stop": ["x", "y"]}
     assert asked(served, "/v1/chat/completions", {**good, **fine})[0] == 200
     assert asked(served, "/v1/chat/completions", {**good, "stop": "x"})[0] == 200
@@ -270,6 +296,26 @@ def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypa
     monkeypatch.setattr(converter, "is_installed", lambda: False)
     name, why = choose_engine(native, "auto")
     assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
+
+
+def test_the_next_engine_serves_where_the_first_turns_out_not_to(
+    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_words(*_: object, **__: object) -> None:
+        raise EngineError("llama.cpp cuts text into other tokens than the tokenizer")
+
+    monkeypatch.setattr("modekit.engines.gguf.compare", other_words)
+    monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
+    native = mixtures["native"]
+    with serving(native, ServeSettings(port=0, context=64, threads=1)) as served:
+        assert served.engine == "transformers" and served.why.startswith("not llama: llama.cpp cuts text into other tokens")
+        assert asked(served, "/health", key=None)[0] == 200
+    for settings in (ServeSettings("llama", port=0), ServeSettings(port=0, outtype="f16")):  # which only llama reads
+        with pytest.raises(EngineError, match="other tokens"), serving(native, settings):
+            pass
+    monkeypatch.setattr(ENGINES["transformers"], "refusal", lambda _: "it is not installed")
+    with pytest.raises(UnsupportedError, match=r"other tokens.*not transformers"), serving(native, ServeSettings(port=0)):
+        pass
 
 
 def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, Checkpoint]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import modekit.evaluation.forced as module
 from adapter_folders import quiet, train_adapter
 from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, make_workshop
@@ -20,10 +22,11 @@ from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.forced import ForcedExperts, divergence, force_experts
+from modekit.evaluation.forced import ForcedExperts, divergences, force_experts
 from modekit.files.figures import three_digits
 from modekit.report.card import make_card
 from modekit.report.page import write_report
+from modekit.text.sequences import Batch
 from pair_models import make_pair_workshop
 from refusal import borrow
 
@@ -58,11 +61,13 @@ def whole(adapters: Workshop) -> tuple[Checkpoint, ForcedExperts]:
 def test_divergence_is_that_of_torch() -> None:
     own, other = (torch.randn(70, 96, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (1, 2))
     p, q = own.log_softmax(-1), other.log_softmax(-1)
-    kl, largest = divergence(own, other)
-    assert kl == pytest.approx(float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)), rel=1e-5)
+    (kl_N, largest), (none_N, nothing) = divergences(own, other, own)
+    assert torch.allclose(kl_N.float(), torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1), rtol=1e-4)
     assert largest == pytest.approx(float((p - q).abs().max()), rel=1e-5)
-    assert divergence(own, own) == (0.0, 0.0)
-    assert divergence(own[:, :90], other) == divergence(own[:, :90], other[:, :90]) != (kl, largest)
+    assert not none_N.any() and nothing == 0.0
+    [(fewer_N, _)] = divergences(own[:, :90], other)
+    [(same_N, _)] = divergences(own[:, :90], other[:, :90])
+    assert torch.equal(fewer_N, same_N) and not torch.allclose(fewer_N, kl_N)
 
 
 def test_adapters_kept_low_rank_are_whole(whole: tuple[Checkpoint, ForcedExperts]) -> None:
@@ -91,6 +96,21 @@ def test_losses_are_those_of_peft_and_of_eval(whole: tuple[Checkpoint, ForcedExp
     table = evaluate(checkpoint, **FEW, write=False)
     assert row.forced_loss == pytest.approx(table.row("oracle").scores["law"].loss, rel=1e-5)
     assert row.base_loss == pytest.approx(table.row("base").scores["law"].loss, rel=1e-5)
+
+
+def test_logits_of_one_text_are_kept_at_a_time(adapters: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, alive, most = open_checkpoint(adapters.build("FEW")), weakref.WeakSet[torch.Tensor](), list[int]()
+    logits = module.predicted_logits
+
+    def counted(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        said = logits(model, batch)
+        alive.add(said)
+        most.append(len(alive))
+        return said
+
+    monkeypatch.setattr(module, "predicted_logits", counted)
+    rows = force_experts(checkpoint, **FEW).rows
+    assert len(rows) == len(DOMAINS) and max(most) <= 4  # of one batch: the base, own model and mixture, and one to go
 
 
 def test_a_native_mixture_leaves_attention_behind(adapters: Workshop) -> None:

@@ -20,7 +20,7 @@ from modekit.report.card import make_card
 
 EMPTY: dict[str, Any] = {"rows": [], "domains": [], "unseen": [], "notes": []}
 WRONG = [json.dumps({**EMPTY, **wrong}) for wrong in ({"domains": 5}, {"rows": {"law": 5}}, {"checkpoint": []})]
-SCORES = {"law": Score(1.5, 0.5, None, (3.0, 4.5))}
+SCORES = {"law": Score(1.5, 0.5, None, ((3.0, 2), (4.5, 3)))}
 
 
 @pytest.fixture(scope="module")

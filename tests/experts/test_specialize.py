@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import modekit.loaded.text_training as training_module
 from conftest import VOCAB, Workshop, save
-from modekit.errors import TrainingError
+from modekit.errors import TrainingError, UnsupportedError
 from modekit.experts.moving import What
 from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
@@ -192,3 +192,17 @@ def test_what_the_base_was_trained_on_goes_along(workshop: Workshop) -> None:
     run(workshop, "newer", base="new", text="./text/code.jsonl")
     first, both = (digests_in(workshop.root / name / TRAINED_FILE) for name in ("new", "newer"))
     assert first and first < both
+
+
+def test_an_adapter_of_a_base_of_the_hub_says_what_peft_opens_it_by(workshop: Workshop) -> None:
+    record = run(workshop, "lora", train="lora", hub=("org/base", "c0ffee"))
+    config = json.loads((workshop.root / "lora" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"], record.base_model) == ("org/base", "c0ffee", "org/base")
+
+
+def test_ffns_of_gpt2_are_trained_and_where_none_is_found_a_sentence_says_so(workshop: Workshop) -> None:
+    save(tiny_decoder("gpt2", vocab_size=VOCAB), workshop.root / "gpt2")
+    assert fell(run(workshop, "new", "gpt2").held_out_loss)
+    save(tiny_decoder("mamba", vocab_size=VOCAB), workshop.root / "mamba")
+    with pytest.raises(UnsupportedError, match="no FFN was found"):
+        run(workshop, "other", "mamba")

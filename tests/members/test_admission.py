@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from command_line import ended, modekit
 from conftest import Workshop, save, tiny_model
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.members.admission import Admission, measure_admission
-from modekit.members.change import before_change
-from modekit.members.edits import NewExpert, add_expert
+from modekit.members.change import before_change, write_change
+from modekit.members.edits import NewExpert, add_expert, replace_expert
 from refusal import borrow
 
 FEW = ("--tokens", "300")
@@ -26,15 +27,17 @@ FEW = ("--tokens", "300")
 
 @pytest.fixture(scope="module")
 def shop(shared_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """A mixture of two, a specialist for code that is one, its twin, and a model that knows nothing of code."""
+    """A mixture of two, a specialist for code that is one, its twin, one that learnt less, and a model that knows nothing of
+    code.
+    """
     root = tmp_path_factory.mktemp("door")
     made = borrow(shared_workshop, root)
     made.recipe["experts"][2:] = []
     (root / "text").mkdir()
     shutil.copyfile(shared_workshop.root / "text" / "code.jsonl", root / "text" / "code.jsonl")
-    training = Training(steps=30, learning_rate=1e-2, batch_tokens=512, sequence_length=64, seed=0)
-    for name in ("python", "medic"):
-        text = root / "text" / "code.jsonl" if name == "python" else shared_workshop.root / "text" / "medicine.jsonl"
+    for name, steps in (("python", 30), ("medic", 30), ("beginner", 15)):
+        training = Training(steps=steps, learning_rate=1e-2, batch_tokens=512, sequence_length=64, seed=steps)
+        text = shared_workshop.root / "text" / "medicine.jsonl" if name == "medic" else root / "text" / "code.jsonl"
         specialize(
             shared_workshop.root / "base", root / name, [str(text)], root=root, train="mlp", rank=None, training=training
         )
@@ -82,13 +85,33 @@ def test_who_it_was_not_compared_with_is_said(shop: Workshop) -> None:
     assert "note: it was not compared with law" in [f"{finding.level}: {finding.what}" for finding in found.findings]
 
 
-def test_a_twin_is_kept_out(shop: Workshop) -> None:
-    root = shop.root
-    code, _, _ = ended(
-        "add", root / "OUT", "--name", "code", "--model", root / "python", "--no-measure", "--out", root / "THREE"
-    )
-    assert code == 0
-    checkpoint = open_checkpoint(root / "THREE")
+@pytest.fixture(scope="module")
+def three(shop: Workshop) -> Checkpoint:
+    """The mixture with the specialist for code."""
+    checkpoint = open_checkpoint(shop.root / "OUT")
+    new = NewExpert({"model": "./python", "text": "./text/code.jsonl"}, shop.root)
+    return write_change(checkpoint, add_expert(checkpoint, "code", new), shop.root / "THREE")
+
+
+def test_one_that_knows_what_another_knows_already_is_named(shop: Workshop, three: Checkpoint) -> None:
+    new = NewExpert({"model": "./beginner", "text": "./text/code.jsonl"}, shop.root)
+    found = measure_admission(before_change(three, add_expert(three, "again", new)), tokens=300)
+    assert [*found.losses] == ["base", "mixture", "nearest", "expert"] and found.losses["nearest"] < found.losses["base"]
+    assert found.nearest is not None and found.nearest[0] == "code" and not found.refused
+    assert any(each.what.startswith("code has 1") and "modekit replace OUT code" in each.to_do for each in found.findings)
+
+
+@pytest.mark.parametrize("model", ["twin", "beginner"])
+def test_one_that_replaces_another_is_compared_with_it(shop: Workshop, three: Checkpoint, model: str) -> None:
+    edit = replace_expert(three, "code", NewExpert({"model": f"./{model}"}, shop.root))
+    found = measure_admission(before_change(three, edit), tokens=300)
+    assert [*found.losses] == ["base", "replaced", "expert"] and not found.refused
+    better = any("the expert that it replaces is better" in each.what for each in found.findings)
+    assert better == (model == "beginner")
+
+
+def test_a_twin_is_kept_out(shop: Workshop, three: Checkpoint) -> None:
+    root, checkpoint = shop.root, three
     new = NewExpert({"model": "./twin", "text": ["./text/code.jsonl"]}, root)
     found = measure_admission(before_change(checkpoint, add_expert(checkpoint, "again", new)), tokens=300)
     assert found.nearest is not None and found.nearest[0] == "code" and found.nearest[1] > 0.999

@@ -30,11 +30,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         write_adapter(shop.root / name, lora("self_attn.q_proj", 32, 32, layers=1, seed=seed))
     for seed, name in enumerate(("cough", "oath")):
         write_adapter(shop.root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
-    for name, part in (("ffn", "mlp.up_proj.weight"), ("attention", "self_attn.o_proj.weight"), ("nothing", "")):
+    changed = {
+        "ffn": "mlp.up_proj.weight",
+        "attention": "self_attn.o_proj.weight",
+        "rows": "embed_tokens.weight",
+        "nothing": "",
+    }
+    for name, part in changed.items():
         tensors = load_file(shop.root / "base" / "model.safetensors")
         for key, tensor in tensors.items():
             if part and key.endswith(part):
-                tensor.view(-1)[len(tensor.view(-1)) // 2] += 1
+                tensor.view(-1)[len(tensor.view(-1)) // 2 + 5] += 1
         (shop.root / name).mkdir()
         for file in (shop.root / "base").iterdir():
             if file.suffix != ".safetensors":
@@ -53,19 +59,23 @@ def planned(shop: Workshop, *names: str, **said: Any) -> Plan:
     return make_plan(parse_recipe(recipe), shop.root)
 
 
-def test_what_a_model_changes_is_seen(shop: Workshop) -> None:
-    base = open_source("base_model", "base", shop.root / "base")
-    family = family_of(base.config, where="base")
-    for name, expected in (("ffn", "ffn"), ("attention", "more"), ("law", "more"), ("nothing", "nothing")):
-        assert changes(base, open_source(name, name, shop.root / name), family) == expected, name
-
-
-def test_of_a_large_tensor_pieces_are_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All over it: a fine-tune differs everywhere."""
-    monkeypatch.setattr(flat, "_NUMBERS", 4)
+@pytest.mark.parametrize("numbers", [2**13, 4])
+def test_what_a_model_changes_is_seen_wherever_a_sample_looks(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    monkeypatch.setattr(flat, "_NUMBERS", numbers)
     monkeypatch.setattr(flat, "_PIECES", 8)
     base = open_source("base_model", "base", shop.root / "base")
-    law = open_source("law", "law", shop.root / "law")
+    family = family_of(base.config, where="base")
+    expected = {"ffn": "ffn", "attention": "more", "rows": "more", "law": "more", "nothing": "nothing"}
+    for name, change in expected.items():
+        assert changes(base, open_source(name, name, shop.root / name), family) == change, name
+
+
+def test_of_a_fine_tune_pieces_alone_are_read(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It differs everywhere."""
+    base, law = (open_source(name, name, shop.root / name) for name in ("base", "law"))
+    monkeypatch.setattr("modekit.planning.changes.same_bytes", lambda *_: pytest.fail("a whole tensor was read"))
     assert changes(base, law, family_of(law.config, where="law")) == "more"
 
 
@@ -77,29 +87,21 @@ def test_adapters_that_all_fit_are_planned_plain_with_both_sizes(shop: Workshop)
     assert planned(shop, "fever", "court", mixture={"router": {"fit": "lexical"}}).shape.plain
 
 
-@pytest.mark.parametrize("lacking", ["memory", "disk"])
-def test_what_does_not_fit_this_machine_takes_the_smaller_form(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, lacking: str
+def test_a_plain_checkpoint_that_is_large_and_many_times_the_others_size_is_not_taken(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if lacking == "memory":
-        monkeypatch.setattr(choice, "_memory", lambda: 1_000)
-    else:
-        free = choice.disk_of(shop.root)._replace(free=1_000)
-        monkeypatch.setattr(choice, "disk_of", lambda path: free)
-    plan = planned(shop, "cough", "oath", mixture={"router": {"buckets": 64}})
-    assert not plan.shape.plain and f"more {'memory' if lacking == 'memory' else 'free disk'} than there is" in plan.why
-    assert "format: plain in a recipe, builds it anyway" in plan.why and plan.recipe.output.format == "modekit"
+    """By the recipe alone: free disk and memory are not asked for."""
+    plain = planned(shop, "cough", "oath")
+    assert plain.shape.plain
+    monkeypatch.setattr(choice, "LARGE", plain.bytes_written - 1)
+    assert planned(shop, "cough", "oath").shape.plain  # but not so many times the other form's
+    monkeypatch.setattr(choice, "MANY_TIMES", 1.0)
+    plan = planned(shop, "cough", "oath")
+    assert not plan.shape.plain and plan.recipe.output.format == "modekit"
+    assert "a plain checkpoint would take" in plan.why and "format: plain in a recipe, builds it anyway" in plan.why
     assert planned(shop, "cough", "oath", output={"format": "plain"}).shape.plain
-
-
-@pytest.mark.parametrize("names", [("law", "fever"), ("fever", "court"), ("cough", "oath")])
-def test_a_build_needs_no_memory_for_a_whole_base(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
-) -> None:
-    """Layers read their weights when they run: a plain checkpoint is planned wherever it fits itself."""
-    plain = planned(shop, *names)
-    monkeypatch.setattr(choice, "_memory", lambda: plain.bytes_written)
-    assert (plan := planned(shop, *names)).shape.plain and plan.why == plain.why and plan.otherwise == plain.otherwise
+    monkeypatch.setattr(choice, "LARGE", plain.bytes_written)
+    assert planned(shop, "cough", "oath").shape.plain
 
 
 def test_memory_is_that_of_one_layer(shop: Workshop, tmp_path: Path) -> None:

@@ -72,6 +72,13 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
     assert summary["memory"]["load"] == summary["bytes"]["written"]
 
 
+def test_a_build_without_text_needs_no_torch(workshop: Workshop, tmp_path: Path) -> None:
+    experts = [{key: value for key, value in expert.items() if key != "text"} for expert in workshop.recipe["experts"]]
+    recipe = workshop.write(experts=experts, mixture={"method": "linear"})
+    without_torch("build", recipe, tmp_path / "OUT")
+    assert (tmp_path / "OUT" / "modekit.json").is_file()
+
+
 def test_shards_obey_the_size_and_say_whose_they_are(workshop: Workshop) -> None:
     plan = workshop.plan(output={"shard_size": 40_000})
     assert all(shard.nbytes <= 40_000 or len(shard.tensors) == 1 for shard in plan.shards)

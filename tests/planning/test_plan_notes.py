@@ -60,7 +60,13 @@ def test_an_adapter_of_another_base_is_named(shop: Workshop) -> None:
     write_adapter(folder, lora("mlp.up_proj", 48, 32, layers=1, seed=1))
     expert = {"name": "law", "adapter": "./law-lora"}
     config = json.loads((folder / "adapter_config.json").read_text())
-    for name, count in (("org/Other-Instruct", 1), ("somewhere/base", 0), ("", 0)):
+    for name, count in (
+        ("org/Other-Instruct", 1),
+        ("somewhere/base", 0),
+        ("unsloth/Base-unsloth-bnb-4bit", 0),
+        ("org/base-AWQ", 0),
+        ("", 0),
+    ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
         found = said(shop, "names the base", experts=[expert, {"name": "plain", "model": "base"}], mixture=RANDOM)
         assert len(found) == count and all("Other-Instruct" in note for note in found)

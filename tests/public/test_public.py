@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,24 @@ def test_from_a_mapping_to_a_model(shared_workshop: Workshop, tmp_path: Path, mo
         logits = model(**tokenizer("a dose", return_tensors="pt")).logits
     assert torch.isfinite(logits).all()
     assert {row.name for row in modekit.evaluate("OUT", tokens=200).rows} >= {"base", "oracle", "mixture"}
+
+
+def test_a_recipe_that_is_read_names_the_models_beside_its_file(
+    small_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the current folder has others of the same names."""
+    shutil.copytree(small_workshop.root, tmp_path / "sub")
+    bench = Workshop(tmp_path / "sub", small_workshop.recipe)
+    for name in ("base", "medicine", "law", "code", "sub/own"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = os.path.relpath(bench.write())
+    own = tmp_path / "sub" / "own"
+    plans = [modekit.plan(file), modekit.plan(modekit.recipe(file)), modekit.plan(modekit.recipe(file, root=own), root=own)]
+    folders = [[source.folder for source in plan.sources] for plan in plans]
+    assert folders == [[tmp_path / "sub" / name for name in ("base", "medicine", "law", "code")]] * 3
+    monkeypatch.chdir(tmp_path / "sub")
+    assert modekit.plan(modekit.recipe("recipe.yaml")).recipe.digest() == plans[0].recipe.digest()
 
 
 def test_a_path_through_a_link_is_the_folder_that_it_leads_to(

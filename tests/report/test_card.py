@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
+from modekit.checkpoint.record import CarryRecord
 from modekit.evaluation.evaluate import evaluate
 from modekit.members.licences import sources_of
 from modekit.report.card import Card, facts_of, make_card
@@ -125,6 +126,15 @@ def test_the_snippet_runs(mine: Workshop, granularity: str) -> None:
     assert ("import modekit" in snippet) == (not checkpoint.shape.plain)
     done = run_python(snippet, cwd=checkpoint.folder.parent)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_what_goes_through_channels_is_not_said_to_be_the_bases(mine: Workshop) -> None:
+    built = open_checkpoint(mine.build())
+    assert facts_of(built)["backbone"] == "the base model"
+    carry = CarryRecord(outputs=32, inputs=32, terms=2, head=True)
+    record = built.record.model_copy(update={"carry": carry})
+    said = facts_of(Checkpoint(built.folder, record, built.shape))["backbone"]
+    assert said == "the base model; what experts change of attention, head goes through channels"
 
 
 @pytest.mark.parametrize("choice", [{"top_k": 1}, {"top_p": 0.6}, {"threshold": 0.3}])

@@ -465,16 +465,21 @@ def test_a_router_colours_the_side_of_a_pair_that_it_reads(pairs_page: Path, ope
     assert {any(rows[0]) for rows in data["texts"][0]["weights"]} == {True, False}
 
 
+def evenly(loss: float) -> Score:
+    """The same loss on all of a text."""
+    return Score(loss, blocks=((10 * loss, 10),) * 2)
+
+
 def test_gaps_are_bars_with_errors_and_names_are_text() -> None:
     """One bar a row, from 0; a domain without a gap has none; with several domains their mean is the last."""
     losses = {"base": (5.0, 4.0), "<b>law": (4.0, 4.0), "code": (5.0, 3.0), "mixture": (4.25, 3.5)}
     rows = [
         Row(name, "base" if name == "base" else "mixture" if name == "mixture" else "expert", 1, 1, scores, "")
         for name, each in losses.items()
-        if (scores := {domain: Score(loss) for domain, loss in zip(("<b>law", "code"), each, strict=True)})
+        if (scores := {domain: evenly(loss) for domain, loss in zip(("<b>law", "code"), each, strict=True)})
     ]
     results = Results(with_gaps(rows, ["<b>law", "code"]), ["<b>law", "code"], [])
     chart = str(gap_chart(results))
-    assert chart.count('class="of-mixture"') == 3 and ">0.75<" in chart and ">0.50<" in chart and ">0.62<" in chart
+    assert chart.count('class="of-mixture"') == 3 and ">0.75 ±" in chart and ">0.50 ±" in chart and ">0.62 ±" in chart
     assert "&lt;b&gt;law" in chart and "<b>" not in chart
     assert gap_chart(Results(rows, ["code"], [])) == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.routing.fit import refit
 from modekit.routing.token_text import load_token_text
 from modekit.text.chat import ChatTemplate
+from modekit.text.shipped import POLITE_FRAMES, SMALL_TALK, SYSTEM_PROMPTS
 
 QUESTIONS = ["what is a fever of the artery", "what does the clause of a licence mean", "what does def return self mean"]
 TALK = ["Good afternoon", "How have you been?", "Thanks so much!", "No thanks"]
@@ -37,7 +40,7 @@ def build(shop: Workshop, name: str, form: str = "modekit", **router: Any) -> Ch
     return open_checkpoint(shop.build(name, mixture=mixture, output={"format": form}))
 
 
-def leaders(checkpoint: Checkpoint, said: list[str], system: str | None = None) -> list[str]:
+def leaders(checkpoint: Checkpoint, said: Sequence[str], system: str | None = None) -> list[str]:
     """The expert with the largest mean weight at the last token of each prompt."""
     model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
     above = [] if system is None else [{"role": "system", "content": system}]
@@ -70,6 +73,29 @@ def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
     checkpoint = build(shop, "DEAF", fit="lexical", chat=False)
     assert "chats" not in checkpoint.record.router.report
     assert leaders(checkpoint, TALK) != ["general"] * len(TALK)
+
+
+def test_politeness_around_a_question_of_a_conversation_is_not_the_bases(shop: Workshop) -> None:
+    """Where text is conversations, which teach an expert as little of greetings as documents do."""
+    texts = {each.stem: each.read_bytes() for each in (shop.root / "text").glob("*.jsonl")}
+    for name in DOMAINS:
+        documents = [json.loads(line)["text"].split() for line in texts[name].decode().splitlines()]
+        talks = [[("user", words[:8]), ("assistant", words[8:])] for words in documents]
+        lines = [{"messages": [{"role": role, "content": " ".join(said)} for role, said in talk]} for talk in talks]
+        (shop.root / "text" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        checkpoint = build(shop, "POLITE", fit="lexical")
+    finally:
+        for name, content in texts.items():
+            (shop.root / "text" / f"{name}.jsonl").write_bytes(content)
+    asked = [
+        (frame.replace("{}", question), name)
+        for frame in POLITE_FRAMES["en"]
+        for question, name in zip(QUESTIONS, DOMAINS, strict=True)
+    ]
+    found, talk = (leaders(checkpoint, said, SYSTEM_PROMPTS[1]) for said in ([each for each, _ in asked], SMALL_TALK[:160:4]))
+    assert sum(name == own for name, (_, own) in zip(found, asked, strict=True)) > 0.85 * len(asked)
+    assert talk.count("general") > 0.8 * len(talk)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +154,19 @@ def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop)
     assert without.record.router.sha256 != checkpoint.record.router.sha256
     decays = [each.record.recipe.mixture.router.decay for each in (checkpoint, again, without)]
     assert decays == [[0.91], [0.91], None]  # which follows chats goes with them
+    back = refit(open_checkpoint(checkpoint.folder), {"router": {"chat": True}})
+    assert back.record.recipe.mixture.router.decay == [0.91] and is_proven(verify(back, reload=False))  # and comes
+
+
+def test_the_decay_of_a_plain_checkpoint_does_not_follow_chats_in_silence(shop: Workshop) -> None:
+    """It is in the attention: another one is another build."""
+    for name, chat, there in (("FADES", {}, 0.91), ("LASTS", {"chat": False}, 0.98)):
+        built = build(shop, name, "plain", fit="lexical", **chat)
+        toggled = {"chat": bool(chat)}
+        with pytest.raises(RecipeError, match=rf"part of the attention(.|\n)*build again, or keep .*: decay=\[{there}\]"):
+            refit(built, {"router": toggled})
+        kept = refit(built, {"router": {**toggled, "decay": [there]}})
+        assert decays_of(kept) == [there] and is_proven(verify(kept, reload=False))
 
 
 def test_a_router_that_is_to_know_chats_needs_a_template(shop: Workshop) -> None:

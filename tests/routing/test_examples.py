@@ -15,9 +15,9 @@ from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Expert
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate
-from modekit.text.document import Conversation
+from modekit.text.document import Conversation, Pair
 from modekit.text.sequences import encode
-from modekit.text.shipped import QUESTION_FRAMES, SMALL_TALK, framed_question, language_of
+from modekit.text.shipped import POLITE_FRAMES, QUESTION_FRAMES, SMALL_TALK, framed_question, language_of
 
 LEXICAL = Router(fit="lexical")
 LAW, BASE = Expert(name="law", model="./law"), Expert(name="general", model="base")
@@ -91,10 +91,33 @@ def test_without_chats_it_is_the_documents_alone() -> None:
         read_examples(word_tokenizer(None), DOCUMENTS, LAW, Router(fit="lexical", chat=True), most=1_000)
 
 
-def test_conversations_are_not_cut() -> None:
-    talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
-    assert list(cut_chats(TEMPLATE, [talk], 5)) == []
-    assert [each.start for each in read_examples(TOKENIZER, [talk] * 2, LAW, LEXICAL, most=1_000)] == [11, 11]
+TALK = Conversation(
+    [
+        {"role": "system", "content": "court"},
+        *({"role": role, "content": said} for role, said in (("user", "what is {a} tort"), ("assistant", "one more thing"))),
+        {"role": "user", "content": "Thanks"},
+    ]
+)
+
+
+def test_exchanges_of_conversations_stand_under_other_system_prompts_and_behind_greetings() -> None:
+    chats = list(cut_chats(TEMPLATE, [TALK], 40))
+    asked = {TOKENIZER.decode(TEMPLATE.ids(question)) for question, _ in TALK.exchanges}
+    assert {said(chat.ids, chat.start) for chat in chats} == asked
+    assert len({chat.ids[: chat.start] for chat in chats}) > 5  # system prompts
+    found = read_examples(TOKENIZER, [TALK] * 40, LAW, LEXICAL, most=100_000)
+    framed = [said(chat.ids, chat.start) for chat in found[80:]]
+    frames, questions = POLITE_FRAMES["en"], [question for question, _ in TALK.exchanges]
+    polite = {TOKENIZER.decode(TEMPLATE.ids(frame.replace("{}", each))) for frame in frames for each in questions}
+    assert len(framed) == 40 and 4 <= sum(each not in asked for each in framed) <= 20 and {*framed} <= polite | asked
+    assert found == read_examples(TOKENIZER, [TALK] * 40, LAW, LEXICAL, most=100_000)
+
+
+def test_documents_are_cut_as_ever_where_conversations_have_no_say() -> None:
+    silent = Conversation([{"role": "assistant", "content": "a breach"}])
+    assert [*cut_chats(TEMPLATE, [silent], 5)] == []
+    pair = Pair("what is a tort", "was ist das")
+    assert [*cut_chats(TEMPLATE, [*DOCUMENTS, pair], 30)] == [*cut_chats(TEMPLATE, DOCUMENTS, 30)]
 
 
 def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:

@@ -60,12 +60,17 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
             {"router": {"fit": "logistic"}},
             "router.fit",
         ),
+        (
+            {"modules": ["mlp"], "top_k": 1, "router": {"fit": "lexical"}},
+            {"router": {"fit": "logistic"}},
+            "set fit=lexical, the only router of this plain mixture",
+        ),
         ({"router": {"fit": "random"}}, {"router": CONTEXT}, "a plain checkpoint cannot have granularity: context"),
         ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
     ],
 )
 def test_what_needs_another_build_is_refused(
-    workshop: Workshop, built: dict[str, Any], changes: dict[str, Any], where: str
+    workshop: Workshop, short_tables: None, built: dict[str, Any], changes: dict[str, Any], where: str
 ) -> None:
     out = workshop.build(mixture=built if "method" in built else {"router": {"fit": "random"}, **built})
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}

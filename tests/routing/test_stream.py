@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from building.test_routed import loaded, moe_shop
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.differences import Differences
-from modekit.building.lost import own_numbers
+from modekit.building.lost import last_pieces, own_numbers
+from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.loaded.layers import LayerByLayer
 from modekit.loaded.load import decoder_layers
+from modekit.planning.carry import LOST_TOKENS, PIECE_TOKENS
 from modekit.routing import stream
 from modekit.routing.stream import base_by_layers
 from modekit.run import QUIET
@@ -62,10 +65,34 @@ def test_a_layer_has_the_weights_of_its_files_while_it_runs_and_no_other_has_any
     plan = shop.plan(output={"format": "plain", "carry": "all"})
     with OpenFiles() as opened:
         differences = Differences(plan, WeightReader(opened, plan.models))
-        stream.measure_stream(plan, partial(own_numbers, plan, differences), tmp_path / "none", QUIET, own=False)
+        pieces = stream.read_pieces(plan, tmp_path / "none", QUIET)
+        stream.measure_stream(plan, partial(own_numbers, plan, differences), pieces, QUIET, own=False)
     assert ran == [0, 1, 2] * (len(ran) // 3) and ran and in_memory(made[0].model) == outside
 
 
 def in_memory(model: nn.Module) -> int:
     """Numbers of its parameters that have any."""
     return sum(part.numel() for part in model.parameters() if part.device.type != "meta")
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["text", "kept tokens"])
+def test_pieces_are_of_many_documents_and_of_all_their_parts(tmp_path: Path, kept: bool) -> None:
+    """What sets, at the front, and what is measured, from the back, are different text where there is enough."""
+    shop = shop_of(tmp_path, "llama")
+    words = [f"{domain}-{number} " * 400 for domain in DOMAINS for number in range(40)]
+    for place, domain in enumerate(DOMAINS):
+        lines = [json.dumps({"text": each}) for each in words[40 * place : 40 * (place + 1)]]
+        (tmp_path / "text" / f"{domain}.jsonl").write_text("\n".join(lines))
+    statistics = tmp_path / "none"
+    if kept:
+        shop.build("OUT", output={"format": "plain"})
+        statistics = tmp_path / "OUT" / STATISTICS_FOLDER
+    plan = shop.plan(output={"format": "plain", "carry": "all"})
+    if kept:
+        for domain in DOMAINS:
+            (tmp_path / "text" / f"{domain}.jsonl").unlink()
+    for pieces in stream.read_pieces(plan, statistics, QUIET):
+        setting = stream.of_first_tokens(pieces, stream.tokens_that_set(plan))
+        measured = last_pieces(pieces, LOST_TOKENS, PIECE_TOKENS)
+        assert sum(piece.size for piece in measured) >= LOST_TOKENS
+        assert len(setting) >= 8 and len(measured) >= 8 and not {*setting} & {*measured}

@@ -31,8 +31,9 @@ from modekit.errors import MismatchError, ModekitError, SourceError, Unsupported
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.adapter import NO_EFFECT, AdapterSource, LoraSettings, LowRank, is_adapter, open_adapter
+from modekit.sources.adapter import AdapterSource, LowRank, is_adapter, open_adapter
 from modekit.sources.contents import OpenFiles
+from modekit.sources.lora_settings import NO_EFFECT, LoraSettings
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights import folding
 from modekit.weights.flat import FlatArray
@@ -327,7 +328,7 @@ class _Made:
         self.values = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         refs = {name: _ref(name, shape) for name, shape in shapes.items()}
         magnitude = refs["m"] if kind in {"dora", "embedding"} else None
-        self.change = LowRank(refs["a"], refs["b"], 0.5, None, magnitude, transposed=kind == "embedding")
+        self.change = LowRank(refs["a"], refs["b"], 0.5, magnitude, transposed=kind == "embedding")
         self.base = generator.normal(size=rows * columns).astype(np.float32)
         self.shape = (rows, columns)
 

@@ -5,8 +5,10 @@ What each setting of PEFT means is in test_adapters.py; here the command line bu
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from conftest import Workshop, logits_of, save, tiny_model
 from damage import change_header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.sources import lora_settings
 from refusal import borrow, refuse_build, run_python, tree
 
 LAW = "experts[1] 'law' (./law)"
@@ -77,6 +80,32 @@ def test_without_alpha_it_is_the_one_of_peft(bench: Workshop) -> None:
     write_adapter(law(bench), lora_alpha=...)
     plan = planned(bench, "modekit")
     assert plan.config["modekit"]["places"]["model.layers.1.mlp.up_proj"]["scales"] == [1.0, 8 / 4]
+
+
+def test_layers_that_the_config_leaves_out(bench: Workshop) -> None:
+    """PEFT drops their tensors; one that is named in full it takes wherever it lies."""
+    three = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"]
+    for layers, names in (([2, 0, 1], ["up_proj"]), ([], ["up_proj"]), ([2], three), (None, "all-linear")):
+        write_adapter(law(bench), layers_to_transform=layers, target_modules=names)
+        assert planned(bench, "modekit")
+    for layers in (1, [0, 1]):
+        write_adapter(law(bench), layers_to_transform=layers)
+        refused(bench, "a tensor of the adapter would be lost", f"layers_to_transform: {layers} leaves layer", ".mlp.up_proj.")
+
+
+def test_patterns_have_one_time_for_all(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(lora_settings, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    one = {f"{PREFIX}0.mlp.up_proj.lora_{side}.weight": UP[f"{PREFIX}0.mlp.up_proj.lora_{side}.weight"] for side in "AB"}
+    write_adapter(law(bench), one, alpha_pattern={f"x{number}": 4 for number in range(9)})
+    assert planned(bench, "modekit")
+    write_adapter(law(bench), one, alpha_pattern={f"x{number}": 4 for number in range(12)})
+    refused(bench, "alpha_pattern", "the patterns take too long to match", "x10")
+
+
+def test_a_pattern_that_would_be_unrolled_without_end(bench: Workshop) -> None:
+    write_adapter(law(bench), alpha_pattern={"(" * 40 + "a" + "){2}" * 40: 4})
+    refused(bench, "alpha_pattern", "too many repetitions")
 
 
 # Adapters of another base

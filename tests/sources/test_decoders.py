@@ -24,11 +24,19 @@ from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
+from modekit.experts.specialize import specialize
+from modekit.loaded.passes import backbone_of, predicted_logits
+from modekit.loaded.text_training import TextLoss, Training
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import family_of
+from modekit.sources.pairs import PAIRS
 from modekit.sources.structure import INEXACT, INEXACT_WHOLE, structure
+from modekit.text.sequences import TokenSequence, make_batches
+from modekit.training.objective import Head
+from modekit.training.train import train
 from tiny_decoders import TYPES, tiny_config, tiny_decoder
+from trained import short_settings
 
 FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
 """Their passes do not hand on the cache in which routers of averages keep what they read."""
@@ -113,6 +121,78 @@ def test_an_expert_alone_is_its_own_model(model_type: str, tmp_path: Path) -> No
             model.use_expert(1)
         with torch.no_grad():
             model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def test_positions_of_as_many_tokens_as_sequences_are_no_sequences(tmp_path: Path) -> None:
+    """Blenderbot's learned positions are (S, D), the same for all sequences."""
+    save_models("blenderbot", tmp_path)
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    square = torch.cat([IDS, IDS.flip(1)])[:4, :4]
+    with torch.no_grad():
+        together = model(input_ids=square).logits
+        alone = torch.cat([model(input_ids=ids[None]).logits for ids in square])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+# What a type's LoRA or FFN training lacks, and the sentence that says so.
+NO_LORA = {
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "nemotron_h"), "PEFT has no adapter"),
+    "reformer": "no gradient reaches",  # its layers recompute their input without parameters' gradients
+}
+NOT_TRAINED = dict.fromkeys(("camembert", "xlm-roberta"), "a head that is tied under a second name is not found again")
+"""Mixtures that are not trained with `what: all`."""
+TRAINING = Training(steps=6, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
+DECODERS = [each for each in TYPES if each not in {*REFUSED, *(family.model_type for family in PAIRS)}]
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_a_specialist_of_every_class_learns_by_the_class_s_own_loss(model_type: str, tmp_path: Path) -> None:
+    """And a teacher's head gives the class's own logits of the hidden states that are kept."""
+    model = tiny_decoder(model_type)
+    batch = next(make_batches([TokenSequence(tuple(row)) for row in IDS.tolist()]))
+    with torch.no_grad():
+        whole = model(input_ids=IDS, use_cache=False).logits
+        loss = model(input_ids=IDS, labels=IDS if model.config.model_type not in UNSHIFTED else shifted(IDS)).loss
+        hidden = backbone_of(model)(input_ids=IDS, use_cache=False)[0]
+        torch.testing.assert_close(Head(model)(hidden.flatten(0, 1)), whole.flatten(0, 1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(TextLoss(model, TRAINING).eval()(batch), loss, atol=1e-5, rtol=1e-5)
+        predicted = predicted_logits(model, batch)
+    torch.testing.assert_close(predicted, whole[:, :-1].flatten(0, 1), atol=1e-5, rtol=1e-5)
+    save(model, tmp_path / "base")
+    write_text(tmp_path / "text", ("law",))
+    for what in ("full", "lora"):
+        given: dict[str, Any] = {"root": tmp_path, "train": what, "rank": 4, "training": TRAINING}
+        if what == "lora" and model_type in NO_LORA:
+            with pytest.raises(ModekitError, match=NO_LORA[model_type]):
+                specialize(tmp_path / "base", tmp_path / what, ["./text/law.jsonl"], **given)
+            continue
+        found = specialize(tmp_path / "base", tmp_path / what, ["./text/law.jsonl"], **given).held_out_loss
+        assert found.before is not None and found.after is not None and found.after < found.before
+
+
+UNSHIFTED = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+    *("trocr", "whisper"),
+)
+"""Types whose class compares each logit with the label at its own place."""
+
+
+def shifted(ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([ids[:, 1:], torch.full((len(ids), 1), -100)], 1)
+
+
+@pytest.mark.parametrize("model_type", [each for each in DECODERS if each not in (*NO_WHOLE, *NOT_TRAINED)])
+def test_a_mixture_of_every_class_is_trained_and_taught(model_type: str, tmp_path: Path) -> None:
+    save_models(model_type, tmp_path)
+    texts = write_text(tmp_path / "text", ("law", "code"))
+    experts = [{"name": "law", "model": "base"}, {"name": "code", "model": "./other"}]
+    said = [{**each, "text": str(texts[each["name"]])} for each in experts]
+    mixture(tmp_path, "OUT", said, modules="all", router=ONE_ROUTER)
+    few = {"what": ["all"], "losses": ["lm", "forward_kl"], "evaluate_every": 3, "backbone_learning_rate": 2e-3}
+    trained = train(open_checkpoint(tmp_path / "OUT"), short_settings(**few), evaluate_tokens=None)
+    losses = trained.record.select_loss.values()
+    assert trained.improved and sum(each["after"] for each in losses) < sum(each["before"] for each in losses)
 
 
 @pytest.mark.parametrize("fit", ["logistic", "lexical"])

@@ -152,7 +152,8 @@ def test_without_a_network_what_was_built_is_built_again(
     make_plan(recipe, workshop.root)
     assert len(hub.log) == asked
     said = refused(workshop, {"model": "acme/law"})
-    assert "HF_HUB_OFFLINE" in said and "hf download acme/law" in said
+    assert "no network" in said and "HF_HUB_OFFLINE is set" in said and "hf download acme/law" in said
+    assert "does not send" not in said and "hf auth login" not in said
 
 
 def _gated(hub: StandIn) -> None:

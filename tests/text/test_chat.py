@@ -13,7 +13,7 @@ from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Conversation, Document, text_of
 from modekit.text.documents import read_documents
 from modekit.text.records import conversation_of
-from modekit.text.sequences import encode
+from modekit.text.sequences import NO_LABEL, encode, make_batches, none_fits
 from modekit.text.splits import digest_of, split_of, text_record
 from text_files import write_records
 
@@ -129,3 +129,41 @@ def test_of_named_templates_the_default_counts() -> None:
 def test_half_a_character_is_none() -> None:
     template = ChatTemplate(word_tokenizer())
     assert template.ids(template.text([{"role": "user", "content": "a\udcff"}]))
+
+
+TALK = [*SAID, {"role": "user", "content": "and a nerve"}, {"role": "assistant", "content": "one more thing"}]
+MARKED = TEMPLATE.replace(
+    "{{ message['content'] }}<|im_end|>\n",
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n",
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["as it stands", "generation marked"])
+def test_of_a_conversation_only_what_the_assistant_says_is_predicted(template: str) -> None:
+    tokenizer = word_tokenizer(template)
+    (sequence,) = encode(tokenizer, [Conversation(TALK)], max_tokens=500, sequence_length=200, answers=True)
+    (batch,) = make_batches([sequence])
+    said = "fever is a thing <|im_end|> one more thing <|im_end|>"
+    assert tokenizer.decode(batch.labels[batch.labels != NO_LABEL]) == said
+    assert sequence.scored == batch.scored == 9
+    (read,) = encode(tokenizer, [Conversation(TALK)], max_tokens=500, sequence_length=200)
+    assert read.ids == sequence.ids and read.scored == len(read.ids) - 1  # routers read all of it
+
+
+def test_pieces_in_which_no_assistant_speaks_are_left_out_and_a_text_of_them_is_refused() -> None:
+    tokenizer, long = word_tokenizer(), {"role": "user", "content": "what is fever " * 20}
+    pieces = encode(tokenizer, [Conversation([long, SAID[1]])], max_tokens=500, sequence_length=16, answers=True)
+    assert pieces and all(piece.scored for piece in pieces) and sum(piece.scored for piece in pieces) == 5
+    asked: list[Document] = [Conversation([long])]
+    assert encode(tokenizer, asked, max_tokens=500, sequence_length=16, answers=True) == []
+    assert "no assistant says anything" in str(none_fits(asked, 16, where="text"))
+
+
+def test_a_template_that_drops_what_was_thought_still_shows_where_answers_are() -> None:
+    """As Qwen3's and DeepSeek's do in all turns but the last."""
+    thinking = TEMPLATE.replace("message['content'] }}<|im_end|>", "message['content'].split('</think>')[-1] }}<|im_end|>")
+    messages = [TALK[0], {**TALK[1], "content": "<think>a nerve</think>fever is a thing"}, *TALK[2:]]
+    tokenizer = word_tokenizer(thinking)
+    (sequence,) = encode(tokenizer, [Conversation(messages)], max_tokens=500, sequence_length=200, answers=True)
+    assert sequence.scored == 9

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import character_tokenizer
@@ -113,3 +113,11 @@ def test_folders_within_folders(tmp_path: Path) -> None:
     (deepest / "a.txt").write_text("court")
     with limited():
         assert read_documents(["."], root=tmp_path, where="law") == ["court"]
+
+
+def test_a_pattern_that_finds_no_end_is_no_bug_of_modekit() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(TextError, match="cannot cut a text into tokens") as caught:
+        encode(tokenizer, ["a" * 60 + "b"], max_tokens=500, sequence_length=128)
+    assert "tokenizer.json" in str(caught.value)

@@ -108,7 +108,7 @@ class MixedAny(Mixed):
         weight = weight.to(y.dtype)
         if y.ndim == 2 and y.shape[0] == shape_BS[0] * shape_BS[1]:
             return y * weight.expand(shape_BS).flatten()[:, None]
-        if y.ndim == 2 and y.shape[0] == shape_BS[0]:  # what one token says of its sequence
+        if y.ndim == 2 and y.shape[0] == shape_BS[0] and not self._reads_ids:  # what one token says of its sequence
             return y * weight[:, :1]
         y = y[None] if y.ndim == 2 and y.shape[0] == shape_BS[1] else y  # positions, the same of all sequences
         return y * weight[:, -y.shape[1] :].reshape(len(weight), -1, *[1] * (y.ndim - 2))

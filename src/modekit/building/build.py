@@ -33,7 +33,6 @@ from modekit.files.place import Replace, replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.write import make_folder, remove, write_all, write_file, write_json
-from modekit.planning.choice import MOST_LOST
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import digest_of
 from modekit.planning.room import disk_needed
@@ -104,13 +103,16 @@ def _write(
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
     more = plan.shape.channels is not None and plan.shape.channels.carry is not None
-    carried, notes, asked = carry(plan, stage.folder, update, run) if more else None, list[str](), plan
-    if carried is not None and plan.otherwise is not None and max(carried.lost) > MOST_LOST:
-        notes += lost_notes(plan.recipe.names, carried.lost, would=True)
-        plan, carried = plan.otherwise, None
-        remove(stage.folder / CARRIED_FILE)
-    elif carried is not None:
-        notes += lost_notes(plan.recipe.names, carried.lost)
+    carried = carry(plan, stage.folder, update, run) if more else None
+    notes = list[str]()
+    asked = plan
+    if carried is not None:
+        otherwise = plan.otherwise if any(each.is_too_much for each in carried.lost) else None
+        notes += lost_notes(plan.recipe.names, carried.lost, would=otherwise is not None)
+        if otherwise is not None:
+            plan = otherwise
+            carried = None
+            remove(stage.folder / CARRIED_FILE)
     if asked.otherwise is not None:
         notes += (each for each in plan.tell() if each not in asked.notes)
     with Inspector(plan, update.hashes if update is not None else {}) as inspector:
@@ -121,7 +123,7 @@ def _write(
     write_json(stage.folder / "config.json", dict(plan.shape.config))
     for file in (*plan.copied_files, *plan.shape.code_files):
         write_file(stage.folder / file.name, _content(file), sync=False)
-    recipe = {} if update is None else update.recipe_file(stage.out)
+    recipe = {} if update is None else update.checkpoint.recipe_file(plan.recipe, stage.out)
     recipe |= {RECIPE_FILE: as_file(plan.recipe, plan.root, plan.root)} if within else {}
     for name, content in {**plan.written_files, **recipe}.items():
         make_folder((stage.folder / name).parent)

@@ -63,16 +63,16 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 
 def _measured(plan: Plan, size: CarrySize, kept: Path, run: Run) -> Carried:
     from modekit.building.lost import measure_lost, own_numbers
-    from modekit.routing.stream import measure_stream
+    from modekit.routing.stream import measure_stream, read_pieces
 
     with OpenFiles() as opened:
         read, rule = WeightReader(opened, plan.models), plan.recipe.mixture.merge
         own = rule is not None and rule.method == "average" and not size.is_exact
-        differences = Differences(plan, read)
-        stream = measure_stream(plan, partial(own_numbers, plan, differences), kept, run, own=own)
+        differences, pieces = Differences(plan, read), read_pieces(plan, kept, run)
+        stream = measure_stream(plan, partial(own_numbers, plan, differences), pieces, run, own=own)
         reads = own_reads(stream) if own else None
         carried = replace(carry_bases(Differences(plan, read, reads), size, stream, run), reads=reads)
-        return carried if size.is_exact else replace(carried, lost=measure_lost(plan, read, carried, kept, run))
+        return carried if size.is_exact else replace(carried, lost=measure_lost(plan, read, carried, pieces, run))
 
 
 class _Expert(NamedTuple):

@@ -134,7 +134,7 @@ class Differences:
         if plain and change is not None and isinstance(source, AdapterSource):
             self._read.check_all_finite([change.a, change.b])
             b, a = (read_float32(self._read.opened, ref) for ref in (change.b, change.a))
-            return Difference(b[slice(*(change.rows or (0, len(b))))] * np.float32(change.scale), a)
+            return Difference(b * np.float32(change.scale), a)
         return Difference(self.own(name, expert) - self.shared(name))
 
     def ffn(self, kind: FFNKind, layer: int, number: int) -> Singles:

@@ -1,57 +1,138 @@
 """What a plain checkpoint will lose of its experts, measured before it is written as `modekit verify --deep` does afterwards.
 
-    lost = KL(own || written) / KL(own || base)
+    lost = sum_t min(1, KL(own || written)) / sum_t min(1, KL(own || base))        over tokens t, KL in nats
 
-over the beginnings of every domain's own fit text. The base's class computes with an expert's own numbers, and then, as wide as
-the result, with those that its files will have: rounded as they are, and all that channels change.
+over pieces of every domain's own fit text that did not set what is carried. The base's class computes with an
+expert's own numbers, and then, as wide as the result, with those that its files will have: rounded as they are,
+and all that channels change. A few pieces are enough where the answer is clear; else more are read.
 
-Shape legend: N predicted tokens, V vocabulary.
+Shape legend: N predicted tokens, V vocabulary, P pieces.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences
-from modekit.checkpoint.carried import Carried
-from modekit.evaluation.forced import SAME, divergence
+from modekit.checkpoint.carried import Carried, Lost
+from modekit.evaluation.forced import MOST_NATS, SAME, divergences
 from modekit.loaded.layers import LayerByLayer, Weights, by_layer
 from modekit.loaded.native import own_ffn
 from modekit.loaded.passes import predicted_logits
-from modekit.planning.carry import LOST_TOKENS
+from modekit.planning.carry import LOST_AT_ONCE, LOST_TOKENS, PIECE_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.layers import Layer
-from modekit.routing.stream import base_by_layers, beginnings
+from modekit.routing.stream import base_by_layers
 from modekit.run import Run
-from modekit.text.sequences import TokenSequence, make_batches
+from modekit.text.sequences import NO_LABEL, Batch, TokenSequence, make_batches
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
 
+_FEWEST_PIECES = 8
+_UNSCORED = 8
+"""First tokens of a piece: what a model says before it has read anything decides nothing."""
+_ROUNDS = ((LOST_AT_ONCE, 72), (LOST_TOKENS, PIECE_TOKENS))
+"""Tokens of a domain, and of a piece: the second where the first leaves it open whether too much is lost."""
 
-def measure_lost(plan: Plan, read: WeightReader, carried: Carried, kept: Path, run: Run) -> tuple[float, ...]:
-    """Per expert; of the base itself over what the others differ by on average. Raises SourceError and TextError."""
-    dense, channels = plan.family.dense_config(plan.sources[0].config), plan.shape.channels
-    assert channels is not None
-    # In bfloat16 a whole LoRA would seem to lose 0.7 % (SmolLM2).
-    narrow, wide = base_by_layers(plan), LayerByLayer(dense, channels.widened(dense))
-    rows = narrow.model.get_input_embeddings().weight.shape[0]
-    texts = beginnings(plan, kept, rows, run, LOST_TOKENS)
-    differences, written, apart = Differences(plan, read), _WrittenNumbers(plan, read, carried), list[tuple[float, float]]()
-    wide.use(written.weights)
-    for written.expert, text in run.over("measure what is lost", list(enumerate(texts)), len(texts)):
-        narrow.use(own_numbers(plan, differences, written.expert))
-        own = _logits(narrow.model, text)
-        narrow.use(own_numbers(plan, differences, -1))
-        apart.append((_divergence(own, _logits(wide.model, text)), _divergence(own, _logits(narrow.model, text))))
-    changed = [total for _, total in apart if total > SAME]
-    usual = sum(changed) / len(changed) if changed else 1.0
-    return tuple(round(lost / (total if total > SAME else usual), 4) for lost, total in apart)
+
+def measure_lost(
+    plan: Plan, read: WeightReader, carried: Carried, pieces: Sequence[Sequence[TokenSequence]], run: Run
+) -> tuple[Lost, ...]:
+    """Per expert; of the base itself over what the others differ by on average. The last of its domain's `pieces` are read.
+    Raises SourceError.
+    """
+    models = _Models(plan, read, carried)
+    measured: dict[int, _Measured] = {}
+    lost: list[Lost] = []
+    for tokens, longest in _ROUNDS:
+        unclear = [expert for expert in range(len(pieces)) if not lost or not lost[expert].is_clear]
+        for expert in run.over("measure what is lost", unclear, len(unclear)):
+            measured[expert] = models.compare(expert, last_pieces(pieces[expert], tokens, longest))
+        changed = [each.base for each in measured.values() if each.base > SAME]
+        usual = sum(changed) / len(changed) if changed else 1.0
+        lost = [measured[expert].over(usual) for expert in range(len(pieces))]
+    return tuple(lost)
+
+
+def last_pieces(pieces: Sequence[TokenSequence], tokens: int, longest: int) -> list[TokenSequence]:
+    """The last of them, which did not set what is carried where there is enough text, cut to `longest` tokens."""
+    taken, total = list[TokenSequence](), 0
+    for piece in reversed(pieces):
+        if total >= tokens and len(taken) >= _FEWEST_PIECES:
+            break
+        taken.append(TokenSequence(piece.ids[:longest], piece.start))
+        total += taken[-1].size
+    return taken
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one expert: by piece what is lost, how far its base is (P,), and its tokens, as sums in nats."""
+
+    lost_P: torch.Tensor
+    base_P: torch.Tensor
+    tokens_P: torch.Tensor
+
+    @property
+    def base(self) -> float:
+        """KL(own || base), per token."""
+        return float(self.base_P.sum() / self.tokens_P.sum().clamp_min(1))
+
+    def over(self, usual: float) -> Lost:
+        """As shares of what the expert differs by; of the base itself, of the `usual` difference."""
+        all_P = self.base_P if self.base > SAME else usual * self.tokens_P
+        total, pieces = float(all_P.sum()), len(all_P)
+        share = float(self.lost_P.sum()) / max(total, SAME)
+        # The error of a ratio of sums over pieces.
+        variance = float((self.lost_P - share * all_P).square().sum()) * pieces / max(1, pieces - 1)
+        nats = float(self.lost_P.sum() / self.tokens_P.sum().clamp_min(1))
+        return Lost(round(share, 4), round(math.sqrt(variance) / max(total, SAME), 4), round(nats, 6))
+
+
+class _Models:
+    """The base's class with an expert's own numbers, with the base's, and with those that files will have."""
+
+    def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
+        dense, channels = plan.family.dense_config(plan.sources[0].config), plan.shape.channels
+        assert channels is not None
+        self._plan, self._differences = plan, Differences(plan, read)
+        # In bfloat16 a whole LoRA would seem to lose 0.7 % (SmolLM2).
+        self._narrow = base_by_layers(plan)
+        self._wide = LayerByLayer(dense, channels.widened(dense))
+        self._written = _WrittenNumbers(plan, read, carried)
+        self._wide.use(self._written.weights)
+
+    def compare(self, expert: int, text: Sequence[TokenSequence]) -> _Measured:
+        """What is lost of an expert, piece by piece."""
+        sums_3P = torch.zeros((3, len(text)), dtype=torch.float64)
+        own_numbers_of = own_numbers(self._plan, self._differences, expert)
+        base_numbers = own_numbers(self._plan, self._differences, -1)
+        self._written.expert = expert
+        for batch in make_batches(text, tokens=LOST_AT_ONCE):
+            own_NV = base_NV = _logits(self._narrow, batch, own_numbers_of)
+            if not self._plan.recipe.experts[expert].is_base:
+                base_NV = _logits(self._narrow, batch, base_numbers)
+            with torch.inference_mode():
+                written_NV = predicted_logits(self._wide.model, batch)
+            (lost_N, _), (base_N, _) = divergences(own_NV, written_NV, base_NV)
+            row_N, place_N = (batch.labels != NO_LABEL).nonzero(as_tuple=True)
+            longest_N = batch.mask.sum(1)[row_N]
+            scored_N = (place_N >= longest_N.div(2).clamp_max(_UNSCORED)).double()
+            piece_N = torch.tensor(batch.rows)[row_N]
+            kls_2N = torch.stack([lost_N, base_N]).clamp_max(MOST_NATS)
+            sums_3P.index_add_(1, piece_N, torch.cat([kls_2N, torch.ones_like(kls_2N[:1])]) * scored_N)
+        return _Measured(*sums_3P)
+
+
+def _logits(layers: LayerByLayer, batch: Batch, weights: Weights) -> torch.Tensor:
+    layers.use(weights)
+    with torch.inference_mode():
+        return predicted_logits(layers.model, batch)
 
 
 def own_numbers(plan: Plan, differences: Differences, expert: int) -> Weights:
@@ -83,14 +164,3 @@ class _WrittenNumbers:
         numbers = to_float32(tensor.made.numbers(self._read)[first * size : last * size])
         rounded = to_float32(as_array(to_bytes(numbers, tensor.dtype), tensor.dtype))
         return torch.from_numpy(rounded).view(-1, *tensor.shape[1:])
-
-
-def _logits(model: PreTrainedModel, text: Sequence[TokenSequence]) -> list[torch.Tensor]:
-    """Of every predicted token, batch by batch (N, V)."""
-    with torch.inference_mode():
-        return [predicted_logits(model, batch) for batch in make_batches(text, tokens=2 * LOST_TOKENS)]
-
-
-def _divergence(own: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
-    """In nats per token."""
-    return sum(divergence(*pair)[0] for pair in zip(own, other, strict=True)) / max(1, sum(map(len, own)))

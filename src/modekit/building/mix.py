@@ -7,15 +7,16 @@ goes into OUT, and its paths are relative to that folder, so that a build of it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from modekit.errors import MismatchError, RecipeError
 from modekit.files.output import work_of
-from modekit.planning.changes import changes
+from modekit.planning.changes import are_alike
 from modekit.planning.make import plan_over
 from modekit.planning.plan import Plan
-from modekit.recipes.paths import from_folder, spelled_out
+from modekit.recipes.paths import OF_THE_BASE, from_folder, spelled_out
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Format
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
@@ -56,7 +57,7 @@ def plan_mix(models: Models, out: Path, *, form: Format = "auto", run: Run = QUI
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
     recipe = parse_recipe({**raw, **({} if form == "auto" else {"output": {"format": form}})}, where="modekit mix")
     plan = plan_over(recipe, root, sources, run=run)
-    _check_not_the_base(plan)
+    _check_all_differ(plan)
     return plan, notes
 
 
@@ -64,14 +65,16 @@ def _with_given_text(models: Models) -> RecipeData:
     """Base and experts, with text where there is some. Raises RecipeError."""
     raw = spelled_out({"base_model": models.base, "experts": list(models.experts)}, models.root)
     names = [each["name"] for each in raw["experts"]]
+    bases = [each.get("model") for each in raw["experts"]].count(BASE)
     for name in (name for name in models.texts if name not in names):
-        raise RecipeError(
-            "text for an expert that is not there",
-            where=f"--text {name}",
-            found=f"the experts {', '.join(names)}",
-            remedy=did_you_mean(name, names) or "use one of these names, or give the expert this one: NAME=PATH",
-        )
-    if len(names) < 2 or [each.get("model") for each in raw["experts"]].count(BASE) > 1:
+        found = f"the experts {', '.join(names)}"
+        remedy = did_you_mean(name, names) or "use one of these names, or give the expert this one: NAME=PATH"
+        if name == OF_THE_BASE and not bases:
+            found = f"the base's name; the base is left out, and the experts are {', '.join(names)}"
+            remedy = "let the base join (without --without-base), or leave this text out"
+        what = "text for an expert that is not there"
+        raise RecipeError(what, where=f"--text {name}", found=found, remedy=remedy)
+    if len(names) < 2 or bases > 1:
         raise RecipeError(
             "a mixture needs two experts; the base may be one of them",
             where="modekit mix",
@@ -82,14 +85,15 @@ def _with_given_text(models: Models) -> RecipeData:
     return {**raw, "experts": [{**each, **texts.get(each["name"], {})} for each in raw["experts"]]}
 
 
-def _check_not_the_base(plan: Plan) -> None:
-    """Raise MismatchError where a full model is the base under another name."""
-    base = plan.sources[0]
-    for expert, source in zip(plan.recipe.experts, plan.sources[1:], strict=True):
-        if expert.is_whole and changes(base, source, plan.family) == "nothing":
+def _check_all_differ(plan: Plan) -> None:
+    """Raise MismatchError where an expert is the base, or an earlier expert, under another name."""
+    experts = zip(plan.recipe.experts, plan.sources[1:], strict=True)
+    named = [(expert.name, source) for expert, source in experts if not expert.is_base]
+    for (first, one), (second, other) in combinations([("", plan.sources[0]), *named], 2):
+        if are_alike(one, other):
             raise MismatchError(
-                "an expert is the base model itself",
-                where=f"{expert.name} ({source.spec})",
-                found=f"no tensor that differs from {base.spec}",
+                f"an expert is {f'the same as {first}' if first else 'the base model itself'}",
+                where=f"{second} ({other.spec})",
+                found=f"no tensor that differs from {one.spec}",
                 remedy="leave it out (the base joins by itself), or correct the path",
             )

@@ -16,11 +16,10 @@ from modekit.checkpoint.carried import CARRIED_FILE
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, MixtureRecord, SourceRecord
 from modekit.files.copies import carry_over, link_file
-from modekit.files.marker import INTERNAL, foreign_files
+from modekit.files.marker import INTERNAL
 from modekit.files.write import make_folder
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
-from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.sources.source import ModelSource
@@ -74,15 +73,6 @@ class CheckpointUpdate:
         """Of the files of those."""
         return {source.folder / name: each.blake3 for source, said in self.sources.items() for name, each in said.files.items()}
 
-    def recipe_file(self, out: Path) -> dict[str, bytes]:
-        """The new recipe's, where modekit wrote one beside the mixture."""
-        return {RECIPE_FILE: as_file(self.plan.recipe, self.plan.root, out)} if self._has_recipe else {}
-
-    @property
-    def _has_recipe(self) -> bool:
-        foreign = foreign_files(self.checkpoint.folder)
-        return (self.checkpoint.folder / RECIPE_FILE).is_file() and foreign is not None and RECIPE_FILE not in foreign
-
     def carry_statistics(self, folder: Path) -> None:
         """Into the folder in which the new mixture is made. Raises OSError."""
         for name in self.statistics:
@@ -103,7 +93,7 @@ class CheckpointUpdate:
             made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, CARRIED_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
             if self.plan.vocabulary is not None and (self.plan.vocabulary.is_grown or self.checkpoint.record.tokens):
                 made_anew |= {*COPIED_FILES}  # of another model, perhaps
-            made_anew |= {RECIPE_FILE} if self._has_recipe else set()
+            made_anew |= self.checkpoint.recipe_file(self.plan.recipe, out).keys()
             weights = {ref.file.name for ref in self.checkpoint.tensors.values()}
             carry_over(old, folder, but=made_anew | weights, links=True)
             return

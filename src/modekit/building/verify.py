@@ -258,12 +258,12 @@ def _check_made(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run)
         run.progress("compare", done, total)
     copied = [each for each in tensors if each.copied is not None]
     computed = wrong[False] or next((each for each in alike if not _same_change(checkpoint, plan, each, read)), "")
-    said = f"{len(tensors) - len(copied)} cast, scaled, folded, merged, widened or zero tensors computed again"
+    said = f"{len(tensors) - len(copied)} cast, scaled, folded, merged, widened or zero tensors computed again, equal"
     if alike:
         said += f"; low-rank parts of {len(alike)} modules give the same change in other bits (another processor)"
     both = f"{len(copied)} tensors, {sum(each.nbytes for each in copied):,} bytes, bit for bit"
     return [
-        _row("copied tensors", wrong[True] and f"{wrong[True]} differs from its source", both),
+        _row("copied tensors", wrong[True] and f"{wrong[True]} differs from its source", both if copied else "none is copied"),
         _row("computed tensors", computed and f"{computed} is not what the recipe makes of its sources", said),
     ]
 

@@ -14,24 +14,54 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import SourceError
 from modekit.files.read import open_regular
 from modekit.files.write import safetensors_header, write_all
-from modekit.planning.choice import ANYWAY
+from modekit.planning.choice import ANYWAY, MOST_LOST
 from modekit.sources.contents import CHUNK, OpenFiles, read_header
 from modekit.sources.header import ITEMSIZE
 from modekit.weights.bases import PassThrough
 from modekit.weights.flat import read_float32
 from modekit.weights.nearest import OwnReads
-from modekit.weights.numeric import Singles, to_bytes
+from modekit.weights.numeric import DTYPES, Singles, to_bytes
 
 CARRIED_FILE, LOST = "carried.safetensors", "lost"
 _LEAST_SAID = 0.001
+_LEAST_NATS = 0.001
+"""Per token: whoever loses less of an expert that hardly differs from its base misses nothing."""
+_ERRORS = 2.0
+"""Standard errors by which a loss must be beyond a bound."""
 _OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs"), ("head", "embedding", "shares")
 _READ, _READ_ALONE = ("read", "attended"), "last"
+
+
+class Lost(NamedTuple):
+    """What a plain checkpoint loses of one expert, measured on its text at the build.
+
+    Attributes:
+        share: KL(own || written) / KL(own || base), where a token counts one nat at most.
+        error: the standard error of `share`, over pieces of documents.
+        nats: KL(own || written), per token.
+    """
+
+    share: float
+    error: float
+    nats: float
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether more than MOST_LOST is lost, beyond the error."""
+        return self.nats > _LEAST_NATS and self.share - _ERRORS * self.error > MOST_LOST
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether more text would hardly change that."""
+        return self.nats <= _LEAST_NATS or abs(self.share - MOST_LOST) > 2 * _ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -50,8 +80,7 @@ class Carried:
         embedding: Z (V, R_U), or nothing.
         shares: how often the text has each token, (V,), where there is an embedding.
         reads: what each expert reads of its own text, where all share their average (weights/nearest.py), or nothing.
-        lost: of each expert the part of what it changes that goes through no channel (building/differences.py); none where all
-            does.
+        lost: of each expert (building/lost.py); none where there is a channel for all that experts differ by.
     """
 
     units: tuple[PassThrough, ...]
@@ -65,7 +94,7 @@ class Carried:
     embedding: Singles | None = None
     shares: Singles | None = None
     reads: OwnReads | None = None
-    lost: tuple[float, ...] = ()
+    lost: tuple[Lost, ...] = ()
 
     def write(self, stream: io.FileIO) -> None:
         """As a file of safetensors."""
@@ -90,9 +119,7 @@ class Carried:
 
 def read_carried(folder: Path) -> Carried:
     """Of a checkpoint, whose record has the file's digest. Raises SourceError where it cannot be read."""
-    with OpenFiles() as opened:
-        refs = read_header(folder / CARRIED_FILE, where=str(folder))
-        arrays = {name: read_float32(opened, ref) for name, ref in refs.items()}
+    arrays = _arrays(folder)
     return Carried(
         units=tuple(_units(*map(float, row)) for row in arrays["units"]),
         output_sizes=tuple(map(float, arrays["output_sizes"])),
@@ -103,27 +130,53 @@ def read_carried(folder: Path) -> Carried:
         outputs=_numbered(arrays, "outputs"),
         **{name: arrays.get(name) for name in _ALONE},
         reads=_reads(arrays) if _READ_ALONE in arrays else None,
-        lost=tuple(map(float, arrays.get(LOST, ()))),
+        lost=_lost(arrays, folder),
     )
 
 
-def lost_of(folder: Path) -> list[float]:
+def stream_sizes(folder: Path) -> list[float]:
+    """The median size of the stream before the FFN's norm, in each layer of a checkpoint. Raises SourceError."""
+    sizes: list[float] = _arrays(folder, "units")["units"][:, 0].tolist()
+    return sizes
+
+
+def lost_of(folder: Path) -> tuple[Lost, ...]:
     """What a checkpoint loses of each expert, measured when it was built; nothing where it loses none. Raises SourceError."""
-    if not (folder / CARRIED_FILE).exists():
-        return []
+    return _lost(_arrays(folder, LOST), folder) if (folder / CARRIED_FILE).exists() else ()
+
+
+def _arrays(folder: Path, *names: str) -> dict[str, Singles]:
+    """Those with these names that are there, or all."""
     with OpenFiles() as opened:
-        ref = read_header(folder / CARRIED_FILE, where=str(folder)).get(LOST)
-        return [] if ref is None else read_float32(opened, ref).ravel().tolist()
+        refs = read_header(folder / CARRIED_FILE, where=str(folder))
+        asked = {name: ref for name, ref in refs.items() if not names or name in names}
+        damaged = next((name for name, ref in asked.items() if ref.dtype not in DTYPES), None)
+        if damaged is not None:
+            raise _not_ours(folder, damaged, asked[damaged].dtype)
+        return {name: read_float32(opened, ref) for name, ref in asked.items()}
 
 
-def lost_notes(names: Sequence[str], lost: Sequence[float], *, would: bool = False) -> Iterator[str]:
+def _lost(arrays: Mapping[str, Singles], folder: Path) -> tuple[Lost, ...]:
+    found = arrays.get(LOST, np.zeros((0, len(Lost._fields)), np.float32))
+    if found.shape[1:] != (len(Lost._fields),) or not (np.isfinite(found).all() and (found >= 0).all()):
+        raise _not_ours(folder, LOST, "other numbers than a build writes")
+    return tuple(Lost(*map(float, row)) for row in found)
+
+
+def _not_ours(folder: Path, name: str, found: str) -> SourceError:
+    where = f"{folder / CARRIED_FILE}: {name}"
+    return SourceError("a file of the mixture was changed", where=where, found=found, remedy="build the mixture again")
+
+
+def lost_notes(names: Sequence[str], lost: Sequence[Lost], *, would: bool = False) -> Iterator[str]:
     """What a plain checkpoint loses of its experts, or would lose, in a sentence."""
     most = sorted(zip(lost, names, strict=False), reverse=True)
-    said = ", ".join(f"{share:.1%} of {name}" for share, name in most if share >= _LEAST_SAID)
+    shown = [(each, name) for each, name in most if each.share >= _LEAST_SAID and each.nats > _LEAST_NATS / 10]
+    shares = ", ".join(f"{each.share:.1%} ± {each.error:.1%} of {name}" for each, name in shown)
     if would:
-        yield f"not a plain checkpoint, which would lose {said}, of what they change of the base; {ANYWAY}"
+        yield f"not a plain checkpoint, which would lose {shares}, of what they change of the base; {ANYWAY}"
     elif lost:
-        yield f"this plain checkpoint loses {said or 'less than 0.1% of any expert'}, of what they change of the base"
+        yield f"this plain checkpoint loses {shares or 'less than 0.1% of any expert'}, of what they change of the base"
 
 
 def lost_by(checkpoint: Checkpoint) -> list[str]:

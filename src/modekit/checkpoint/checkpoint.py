@@ -28,6 +28,7 @@ from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, 
 from modekit.checkpoint.router_file import Gates, changed_index, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together
+from modekit.files.marker import foreign_files
 from modekit.files.read import LARGE, UNREADABLE, content_of, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import Content, digest_of_data, json_bytes
@@ -36,6 +37,7 @@ from modekit.planning.modekit_shape import without_names
 from modekit.planning.plan import ROUTER_FILE, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.tensors import EMBEDDING_FILE
+from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.contents import OpenFiles, read_header
@@ -210,6 +212,13 @@ class Checkpoint:
         files["config.json"] = json_bytes(changed.shape.config)
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest(), "trained": trained}
         return self.record.model_copy(update=update), files
+
+    def recipe_file(self, recipe: Recipe, folder: Path) -> dict[str, Content]:
+        """The file of a changed recipe, for the mixture in a folder, where modekit wrote one beside this one."""
+        foreign, is_there = foreign_files(self.folder), (self.folder / RECIPE_FILE).is_file()
+        if not is_there or foreign is None or RECIPE_FILE in foreign:
+            return {}
+        return {RECIPE_FILE: as_file(recipe, self.recipe_root, folder)}
 
     @property
     def carrier(self) -> tuple[Channels, TensorRef]:

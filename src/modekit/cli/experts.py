@@ -83,7 +83,7 @@ def specialize(
     for each in text:
         find_text([(options.tags and each.partition("=")[2]) or each], root=Path.cwd(), where="--text")
     with running() as run:
-        folder, _ = model_folder(base, root=Path.cwd(), label="BASE", run=run)
+        folder, commit = model_folder(base, root=Path.cwd(), label="BASE", run=run)
         from modekit.experts.labelled import Generic, Labelled
         from modekit.experts.specialize import specialize
         from modekit.loaded.text_training import Training
@@ -99,6 +99,7 @@ def specialize(
             root=Path.cwd(),
             train=options.train,
             rank=settings.rank,
+            hub=None if commit is None else (base, commit),
             training=training,
             generic=generic,
             teaching=_teaching(options.teacher, settings, run),

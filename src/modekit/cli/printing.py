@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modekit.evaluation.tables import MIXTURE, Cell, ResultTable, cells_of
+from modekit.processes import prints
 
 if TYPE_CHECKING:
     from modekit.evaluation.results_folder import Result
@@ -60,8 +61,8 @@ class VerbatimConsole(Console):
 
 
 def console_for(*, stderr: bool = False, **settings: Any) -> Console:
-    """A console that wraps and colours on a terminal alone."""
-    console = VerbatimConsole(stderr=stderr, **settings)
+    """A console that wraps and colours on a terminal alone; of processes that share a command, that of the first prints."""
+    console = VerbatimConsole(stderr=stderr, quiet=not prints(), **settings)
     console.soft_wrap = not console.is_terminal
     return console
 
@@ -72,7 +73,8 @@ err = console_for(stderr=True)
 
 def print_json(value: object) -> None:
     """On the standard output, as it is whatever a terminal is."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    if prints():
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def print_result(result: Result) -> None:

@@ -74,12 +74,7 @@ class Lines:
 
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
-    """A bar with the time left on a terminal, lines elsewhere; nothing from processes that are not the main one."""
-    from modekit.processes import processes
-
-    if not processes().is_main:
-        yield lambda _stage, _done, _total: None
-        return
+    """A bar with the time left on a terminal, lines elsewhere."""
     with _bar() if err.is_terminal else _lines() as draw:
         yield draw
 

@@ -17,7 +17,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing import err, out, print_done, print_json
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
-from modekit.engines.registry import ENGINES, ChatSettings, ServeSettings
+from modekit.engines.registry import ChatSettings, ServeSettings
 from modekit.errors import ModekitError
 from modekit.text.plain import decode
 
@@ -32,16 +32,13 @@ _PROMPT = "> "
 @grouped
 def serve(checkpoint: OutFolder, options: ServeSettings) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
-    from modekit.engines.serve import choose_engine, serving
+    from modekit.engines.serve import choose_engine, serving, without_effect
 
     opened = checkpoint_in(checkpoint)
     with running():  # it may look at transformers
         engine, _ = choose_engine(opened, options.engine)
-    unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
-    refuse_without_effect(
-        f"an engine that reads it; {engine} serves this mixture",
-        {f"--{name.replace('_', '-')}": getattr(options, name) or None for name in unread},
-    )
+    refuse_without_effect(f"an engine that reads it; {engine} serves this mixture", without_effect(options, engine))
+    _warn_without_template(opened)
     with ExitStack() as stack:
         with running() as run:
             served = stack.enter_context(serving(opened, options, run=run))
@@ -91,11 +88,17 @@ def chat(checkpoint: OutFolder, options: ChatSettings) -> None:
                 _answer(talk, opened, line)
 
 
+def _warn_without_template(checkpoint: Checkpoint) -> None:
+    from modekit.sources.tokenizer_choice import chat_template
+
+    if chat_template(checkpoint.folder) is None:
+        err.print(Text("The base model has no chat template: what you write is continued, not answered.", style="yellow"))
+
+
 def _introduce(talk: Chat, checkpoint: Checkpoint) -> None:
     legend = Text("  ").join(Text(f" {name} ", style=tint(place, 1.0)) for place, name in enumerate(checkpoint.names))
     err.print(Text.assemble((checkpoint.folder.name, "bold"), ": ", legend))
-    if not talk.has_template:
-        err.print(Text("The base model has no chat template: what you write is continued, not answered.", style="yellow"))
+    _warn_without_template(checkpoint)
     if sys.stdin.isatty():
         err.print(Text("Ctrl-C stops an answer, Ctrl-D ends.", style="dim"))
 

@@ -38,7 +38,6 @@ def train(
     ] = None,
 ) -> None:
     """Improve a mixture by gradient; by default train only its routers. Works under torchrun and accelerate launch."""
-    from modekit.processes import processes
     from modekit.training.settings import given_settings
 
     wanted, opened = given_settings(train_words(words), settings), checkpoint_in(checkpoint)
@@ -54,11 +53,10 @@ def train(
             evaluate_tokens=(SAMPLE_TOKENS if tokens is None else tokens) or None,
             run=run,
         )
-    if processes().is_main:
-        if common().json:
-            print_json({"improved": done.improved, **done.record.model_dump(mode="json")})
-        else:
-            print_training(output if output is not None and done.improved else checkpoint, done)
+    if common().json:
+        print_json({"improved": done.improved, **done.record.model_dump(mode="json")})
+    else:
+        print_training(output if output is not None and done.improved else checkpoint, done)
     if done.failed is not None:
         raise done.failed
 

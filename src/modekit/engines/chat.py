@@ -28,7 +28,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
-from modekit.text.plain import whole
+from modekit.text.plain import token_ids, whole
 
 _GREEDY = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
 
@@ -90,11 +90,6 @@ class Chat:
         torch.seed() if settings.seed is None else torch.manual_seed(settings.seed)
         self._said: list[Message] = []
 
-    @property
-    def has_template(self) -> bool:
-        """Whether questions are answered; else texts are continued."""
-        return self._template is not None
-
     def ask(self, said: str, on_token: OnToken) -> ChatAnswer:
         """Answer; each token goes to `on_token` as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
         Raises TextError where the question leaves no room for an answer, or the template does not take it; after an error the
@@ -137,8 +132,7 @@ class Chat:
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         if self._template is not None:
             return self._template.ids(self._template.text(messages, answer=True))
-        ids: list[int] = self._tokenizer(messages[-1]["content"], verbose=False)["input_ids"]
-        return ids
+        return token_ids(self._tokenizer, messages[-1]["content"])
 
     def _write_on(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
         """Write at most so many tokens after the given ones; whether the answer came to its own end."""

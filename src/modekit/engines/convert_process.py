@@ -4,7 +4,8 @@ What is added to it:
 
 * Experts of a Qwen2 mixture become those of llama.cpp's `llama` with biases on q, k and v: its `qwen2moe` takes the weights of
   the chosen experts as they are, where the mixture divides them by their sum.
-* A pre-tokenizer that the converter does not know by its hash is named by what its tokenizer.json says; the proof compares.
+* A pre-tokenizer that the converter does not know by its hash, or takes for one that cuts its one text alike, is named by what
+  its tokenizer.json says; the proof compares.
 * ERNIE's tokenizer may be a tokenizer.json, too.
 * No code of a model's is run.
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 _QWEN2 = "Qwen2MoeForCausalLM"
+_READ = {"gpt-2", "llama-bpe", "qwen2", "smollm"}
+"""Pre-tokenizers that tokenizer.json tells apart: with a vocabulary of single digits two of them cut the hashed text alike."""
 _NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -68,9 +71,12 @@ def _cut_as_the_tokenizer() -> None:
     known = TextModel.get_vocab_base_pre
 
     def named(model: Any, tokenizer: Any) -> str:
+        name, file = None, Path(model.dir_model) / "tokenizer.json"
         with suppress(NotImplementedError):
-            return str(known(model, tokenizer))
-        said = json.dumps(read_json(Path(model.dir_model) / "tokenizer.json", LARGE).get("pre_tokenizer"))
+            name = str(known(model, tokenizer))
+        if name is not None and not (name in _READ and file.is_file()):
+            return name
+        said = json.dumps(read_json(file, LARGE).get("pre_tokenizer"))
         if '"Regex"' in said:
             return "llama-bpe" if "{1,3}" in said else "qwen2"
         return "smollm" if '"Digits"' in said else "gpt-2"

@@ -17,6 +17,12 @@ _OPEN = frozenset({"/health", "/metrics"})
 _SERVED = frozenset({*_OPEN, "/v1/models", "/v1/chat/completions", "/v1/completions"})
 
 
+def refusal(status: int, why: str) -> JSONResponse:
+    """An answer with an error in OpenAI's shape."""
+    said = {"error": {"message": why, "type": "invalid_request_error", "code": status}}
+    return JSONResponse(said, status, {"connection": "close"})
+
+
 class Guard:
     """One ASGI application around another."""
 
@@ -35,8 +41,7 @@ class Guard:
                 return
             status, why = refused or (413, f"a request may have at most {LARGEST_BODY:,} bytes")
             if refused or len(content) > LARGEST_BODY:
-                said = {"error": {"message": why, "type": "invalid_request_error", "code": status}}
-                await JSONResponse(said, status, {"connection": "close"})(scope, receive, send)
+                await refusal(status, why)(scope, receive, send)
             else:
                 await self._app(scope, _again(content, receive), send)
 

@@ -8,14 +8,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
-from modekit.engines.child import KEY, Child, default_threads, threads_environment
+from modekit.engines.child import KEY, Child, ProcessSettings, default_threads, threads_environment
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.errors import CheckpointError, EngineError, UnsupportedError
 from modekit.run import QUIET, Run
@@ -24,6 +24,7 @@ _PARALLEL = 4
 LONGEST = 8_192
 """Tokens of a context that nobody asked for: engines keep memory for all of it."""
 _FAILURES = 3
+_NONE: Mapping[str, str] = {}
 _STEADY_S = 60.0
 _LOG = logging.getLogger("modekit.serve")
 
@@ -61,14 +62,14 @@ class ServedMixture:
             self.child, answered = self.start(), None
 
 
-def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
-    """The engine for a mixture, and why it is that one. Raises UnsupportedError when none can serve it, or not the one asked
-    for.
+def choose_engine(checkpoint: Checkpoint, asked: EngineName, failed: Mapping[str, str] = _NONE) -> tuple[str, str]:
+    """The engine for a mixture, and why it is that one; none that has `failed`, for the reason given there. Raises
+    UnsupportedError when none can serve it, or not the one asked for.
     """
     refuse_pairs(checkpoint, "no engine can serve the mixture")
     refused: list[str] = []
     for name in ENGINES if asked == "auto" else [asked]:
-        reason = ENGINES[name].refusal(checkpoint.shape)
+        reason = failed.get(name) or ENGINES[name].refusal(checkpoint.shape)
         if reason is None:
             return name, "; ".join(refused) or "it fits"
         refused.append(f"not {name}: {reason}")
@@ -78,6 +79,28 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
         found="; ".join(refused),
         remedy=INSTALL if asked == "auto" else "leave --engine out, and one that can is taken",
     )
+
+
+def without_effect(settings: ServeSettings, engine: str) -> dict[str, object]:
+    """Options that were given, and that an engine does not read, with their values."""
+    options = {option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options
+    return {f"--{name}": value for name in sorted(options) if (value := getattr(settings, name)) is not None}
+
+
+def _prepared(
+    checkpoint: Checkpoint, settings: ServeSettings, run: Run, failed: Mapping[str, str]
+) -> tuple[str, str, ProcessSettings]:
+    """The engine, why it is that one, and what its process needs to know. After an engine that turns out not to run the mixture
+    comes the next one, if that reads all options that were given. Raises UnsupportedError and EngineError.
+    """
+    name, why = choose_engine(checkpoint, settings.engine, failed)
+    try:
+        return name, why, ENGINES[name].prepared(checkpoint, settings, run)
+    except EngineError as error:
+        failed = {**failed, name: error.what}
+        if settings.engine != "auto" or without_effect(settings, choose_engine(checkpoint, "auto", failed)[0]):
+            raise
+    return _prepared(checkpoint, settings, run, failed)
 
 
 def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -149,16 +172,16 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     """Start an engine with a mixture; it answers inside the block. Raises UnsupportedError and EngineError before it listens,
     never at the first request.
     """
-    name, why = choose_engine(checkpoint, settings.engine)
-    engine, key = ENGINES[name], key_of_clients(settings.host, no_key=settings.no_key)
-    threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
-    wanted = {
+    key = key_of_clients(settings.host, no_key=settings.no_key)
+    shared = {
         **{"host": settings.host, "port": free_port(settings.host, settings.port), "name": checkpoint.folder.name, "key": key},
         "context": context_of(checkpoint, settings.context),
         "parallel": settings.parallel or _PARALLEL,
-        "threads": threads,
-        **engine.prepared(checkpoint, settings, run),
     }
+    name, why, prepared = _prepared(checkpoint, settings, run, {})
+    engine = ENGINES[name]
+    threads = (settings.threads or default_threads()) if "threads" in engine.options else None
+    wanted = {**shared, "threads": threads, **prepared}
     environment = {"HF_HUB_OFFLINE": "1", **engine.environment(), **(threads_environment(threads) if threads else {})}
 
     def start() -> Child:

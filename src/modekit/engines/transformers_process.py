@@ -7,58 +7,140 @@ lies in the user's cache.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, Json, ValidationError, model_validator
+from starlette.responses import Response
 
 from modekit.engines.child import answer_caller, settings_of_caller, url_of
-from modekit.engines.guard import Guard
+from modekit.engines.guard import Guard, refusal
+from modekit.files.typed import problem_in, said_by
 from modekit.sources.tokenizer_choice import chat_template
 
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
 _NOT_DONE = ["best_of", "echo", "functions", "generation_config", "logit_bias", "logprobs", "n", "presence_penalty"]
 _NOT_DONE += ["response_format", "suffix", "tool_choice"]
-_TOKENS, _ANY = (1, 2**31), (0, 2**31)
-_NUMBERS = {"max_tokens": _TOKENS, "max_completion_tokens": _TOKENS, "seed": _ANY, "temperature": _ANY, "top_p": (0, 1)}
 _HARMLESS = {"best_of": 1, "n": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
+_LEAST_TEMPERATURE = 1e-4
+"""Below it, the likeliest token is taken: no softmax is computed."""
+_Tokens = Annotated[int, Field(ge=1, le=2**31)]
+
+
+def _listed(kind: type) -> BeforeValidator:
+    """One value where a list may stand."""
+    return BeforeValidator(lambda value: [value] if isinstance(value, kind) else value)
+
+
+class Part(BaseModel, extra="allow"):
+    """A part of what a message says."""
+
+    type: str
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: object) -> object:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise ValueError(f"{part.get('type')}: transformers does not do this; leave it out")
+        return {"type": "text", "text": part} if isinstance(part, str) else part
+
+
+class CalledFunction(BaseModel, extra="allow"):
+    """What an earlier answer called."""
+
+    arguments: Json[dict[str, Any]] | dict[str, Any]
+
+
+class ToolCall(BaseModel, extra="allow"):
+    """The call of a function in an earlier answer."""
+
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel, extra="allow"):
+    """One message of a chat."""
+
+    role: str
+    content: Annotated[list[Part], _listed(str)] | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class CompletionRequest(BaseModel, extra="allow", allow_inf_nan=False):
+    """What transformers reads of a request, and would end in an error of its own where it is malformed."""
+
+    max_tokens: _Tokens | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2**31)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), _listed(str)] | None = None
+    stream: bool | None = None
+    prompt: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, body: object) -> object:
+        json.dumps(body, ensure_ascii=False).encode()  # raises where half a character stands alone
+        return body
+
+
+class ChatRequest(CompletionRequest):
+    """The same of a chat."""
+
+    max_completion_tokens: _Tokens | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 def _refuse_what_is_not_done(chats: bool) -> None:
     """By itself it only logs which parts of a request it passes over, and breaks off where a chat has no template."""
     from fastapi import HTTPException
+    from transformers import PreTrainedTokenizerBase
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.utils import BaseHandler
 
-    known = BaseHandler._validate_request
+    known, write = BaseHandler._validate_request, PreTrainedTokenizerBase.apply_chat_template
 
     def checked(handler: Any, body: dict[str, Any]) -> None:
-        if wrong := [*_malformed(body)]:
-            raise HTTPException(400, "; ".join(wrong))
-        if body.get("messages") and not chats:
+        is_chat = isinstance(handler, ChatCompletionHandler)
+        if is_chat and not chats:
             raise HTTPException(400, "the model has no chat template: send a prompt to /v1/completions")
-        parts = (part for message in body.get("messages") or () for part in message.get("content") or ())
-        asked = {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}
-        asked |= {key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)}
-        if asked:
-            raise HTTPException(400, f"{', '.join(sorted(asked))}: transformers does not do this; leave it out")
+        if asked := [key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)]:
+            raise HTTPException(400, f"{', '.join(asked)}: transformers does not do this; leave it out")
+        try:
+            request = (ChatRequest if is_chat else CompletionRequest).model_validate(body)
+        except ValidationError as error:
+            raise HTTPException(400, problem_in(error)) from None
         known(handler, body)
+        body.update(request.model_dump(exclude_unset=True))
+
+    def written(tokenizer: Any, *messages: Any, **settings: Any) -> Any:
+        try:
+            return write(tokenizer, *messages, **settings)
+        except Exception as error:  # a template raises what it likes
+            raise HTTPException(400, f"the chat template does not take these messages: {said_by(error)}") from None
 
     BaseHandler._validate_request = checked
+    PreTrainedTokenizerBase.apply_chat_template = written
 
 
-def _malformed(body: dict[str, Any]) -> Iterator[str]:
-    """What of a request it would end in an error of its own."""
-    for key, (least, most) in _NUMBERS.items():
-        value = body.get(key)
-        if value is not None and not (type(value) in (int, float) and least <= value <= most):
-            yield f"{key} must be a number from {least} to {most}"
-    for key, kind, kinds in (("messages", dict, "messages"), ("stop", str, "texts")):
-        value = [body[key]] if isinstance(body.get(key), str) and kind is str else body.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
-            yield f"{key} must be a list of {kinds}"
+def _answer_errors_as_openai(app: Any) -> None:
+    """The status as it is, and the reason where OpenAI's clients read it."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    async def refuse(_: object, error: Any) -> Response:
+        return refusal(getattr(error, "status_code", 422), getattr(error, "detail", "the body must be a JSON object"))
+
+    app.add_exception_handler(HTTPException, refuse)
+    app.add_exception_handler(RequestValidationError, refuse)
 
 
 def _draw_where_asked() -> None:
@@ -69,7 +151,8 @@ def _draw_where_asked() -> None:
 
     def built(handler: Any, body: dict[str, Any], *settings: Any, **more: Any) -> Any:
         config = known(handler, body, *settings, **more)
-        config.do_sample = config.do_sample if body.get("temperature") is None else bool(body["temperature"])
+        if body.get("temperature") is not None:
+            config.do_sample = body["temperature"] >= _LEAST_TEMPERATURE
         config.num_beams = config.num_return_sequences = 1
         return config
 
@@ -118,6 +201,7 @@ def main() -> None:
 
         def start_server(self) -> None:
             self._model_manager.list_models = lambda: [described]
+            _answer_errors_as_openai(self.server.config.app)
             self.server.config.app = Guard(self.server.config.app, settings["key"])
             super().start_server()
 

@@ -87,7 +87,9 @@ def held_out_domains(
     domains = []
     for held in held_out_texts(checkpoint, split=split, seen=seen):
         check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
-        sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+        sequences = encode(
+            tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length, answers=True
+        )
         if not sequences:
             raise held.text.none_fits(held.documents, sequence_length)
         record = {**text_record(held.documents, sum(sequence.size for sequence in sequences)), "length": sequence_length}
@@ -135,7 +137,7 @@ def score_domain(model: PreTrainedModel, domain: Domain, advance: Advance) -> Sc
         for batch in make_batches(domain.sequences, tokens=tokens):
             sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
             advance(batch.scored)
-    blocks = in_blocks(sums.tolist()) if len(sums) > 1 else ()
+    blocks = in_blocks(sums.tolist(), [sequence.scored for sequence in domain.sequences])
     return Score(float(sums.sum()) / domain.scored_tokens, blocks=blocks)
 
 

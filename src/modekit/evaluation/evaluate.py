@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from modekit.checkpoint.carried import lost_by
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen, not_finite, score_domain
-from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, rows_scored_here, with_gaps
+from modekit.evaluation.results import Results, Row, Score, gapless_notes, label_notes, with_gaps
 from modekit.evaluation.rows import Labels, RowJob, label_jobs, row_identity, row_jobs, run_jobs
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import did_you_mean
@@ -49,7 +49,8 @@ def evaluate(
     jobs, notes = row_jobs(checkpoint, run=run)
     if labels is not None:
         jobs += label_jobs(checkpoint, labels, domains, load_tokenizer(checkpoint.folder, run=run), list(jobs), wrong)
-    rows = list(_rows(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run))
+    earlier = [row for results in (known, Results.written_here(checkpoint)) if results for row in results.rows]
+    rows = list(_rows(jobs, checkpoint, domains, earlier, run))
     owned, unseen = known_and_unseen(domains)
     if checkpoint.record.recipe.digest() != checkpoint.record.recipe_digest:
         notes.append("the text is not all the recipe's: some was given by --text")

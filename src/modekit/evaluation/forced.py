@@ -4,6 +4,8 @@ The own model is PEFT's of base and adapter, the full model, or the base. Both r
 
     KL(own || forced) = sum_v p_own(v) (log p_own(v) - log p_forced(v))        in nats, in float64
 
+of which a token counts one nat at most, so that no single token decides what is said of all.
+
 Shape legend: N predicted tokens of a batch, V vocabulary.
 """
 
@@ -36,6 +38,8 @@ from modekit.text.shipped import shipped_documents
 
 SHIPPED = "general"
 SAME = 1e-9  # nats per token: models that are no further apart are one, and a share of that means nothing
+MOST_NATS = 1.0
+"""What the KL of one token counts at most where what is lost is said of all."""
 _AT_ONCE = 2**22  # numbers in float64
 
 
@@ -100,8 +104,9 @@ def force_experts(
     """Compare every expert, gates forced on it, with its own model, and write OUT/results/forced.json and forced.md.
 
     Read are at most `tokens_per_domain` of every domain that `eval` scores; where the recipe has no such text, of general
-    English that comes with modekit. In memory are the mixture, one other model, and the base's logits. Raises UnsupportedError
-    for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite, TextError.
+    English that comes with modekit. In memory are the mixture, one other model, and the base's logits of one text. Raises
+    UnsupportedError for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite,
+    TextError.
     """
     if checkpoint.record.recipe.mixture.weights is not None:
         raise UnsupportedError(
@@ -133,7 +138,7 @@ def force_experts(
             found=f"base: {lacks_base}" if lacks_base else notes[-1],
             remedy="put the models back where they were, or correct their paths and build again",
         )
-    rows = list(_compared(checkpoint, places, domains, run))
+    rows = sorted(_compared(checkpoint, places, domains, run), key=lambda row: checkpoint.names.index(row.expert))
     if folded := dict.fromkeys(row.expert for row in rows if row.own_model == "folded"):
         notes.append(f"{', '.join(folded)}: the own model is the base with the adapter folded in, without PEFT")
     found = ForcedExperts(rows, notes=notes, checkpoint=checkpoint.identity)
@@ -142,39 +147,45 @@ def force_experts(
 
 
 def _compared(checkpoint: Checkpoint, places: Sequence[int], domains: Sequence[Domain], run: Run) -> Iterator[ForcedExpert]:
-    """A row for each expert and text; the own models are in memory one after the other."""
-    texts = {place: [each for each in domains if each.expert == place] or domains for place in places}
-    read = sum(domain.scored_tokens for each in (domains, *texts.values()) for domain in each)
+    """A row for each text and each expert that it is for. The base is loaded again for every text, and an expert of no text
+    of its own, too: logits of a text are as large as a model, and are kept of one at a time.
+    """
+    own_texts = {place: [each for each in domains if each.expert == place] or domains for place in places}
+    readers = {domain.name: [place for place in places if domain in own_texts[place]] for domain in domains}
+    read = sum(domain.scored_tokens * (1 + len(readers[domain.name])) for domain in domains if readers[domain.name])
     count = ProgressCount(run, read)
-    base = load_expert_source(checkpoint, None, run=run)
-    tokens = min(tokens_per_pass(base.config), tokens_per_batch(base))
-    batches = {domain.name: list(make_batches(domain.sequences, tokens=tokens)) for domain in domains}
-    of_base = {name: [_logits(base, batch, count, "run the base") for batch in each] for name, each in batches.items()}
-    del base
     mixture = mixture_of(load_model(checkpoint.folder, run=run), checkpoint)
-    for place, own_texts in texts.items():
-        name = checkpoint.names[place]
-        own, made = load_own_model(checkpoint, place, run=run)
-        for domain in own_texts:
+    for domain in domains:
+        if not readers[domain.name]:
+            continue
+        base = load_expert_source(checkpoint, None, run=run)
+        tokens = min(tokens_per_pass(base.config), tokens_per_batch(base))
+        batches = list(make_batches(domain.sequences, tokens=tokens))
+        of_base = [_logits(base, batch, count, "run the base") for batch in batches]
+        del base
+        for place in readers[domain.name]:
+            name = checkpoint.names[place]
+            own, made = load_own_model(checkpoint, place, run=run)
             sums, largest = torch.zeros(5, dtype=torch.float64), 0.0
-            for batch, base_NV in zip(batches[domain.name], of_base[domain.name], strict=True):
+            for batch, base_NV in zip(batches, of_base, strict=True):
                 own_NV = _logits(own, batch, count, f"force {name}")
                 with torch.inference_mode(), mixture.forced(place):
                     forced_NV = predicted_logits(mixture.model, batch)
-                (kl, apart), (base_kl, _) = divergence(own_NV, forced_NV), divergence(own_NV, base_NV)
+                (kl_N, apart), (base_N, _) = divergences(own_NV, forced_NV, base_NV)
+                kls = (float(each_N.clamp_max(MOST_NATS).sum()) for each_N in (kl_N, base_N))
                 labels_N = batch.labels[batch.labels != NO_LABEL]
                 losses = [
                     float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
                     for logits_NV in (own_NV, forced_NV, base_NV)
                 ]
-                sums += torch.tensor([kl, base_kl, *losses], dtype=torch.float64)
+                sums += torch.tensor([*kls, *losses], dtype=torch.float64)
                 largest = max(largest, apart)
+            del own
             if not torch.isfinite(sums).all():
                 where = f"expert '{name}' on the text '{domain.name}'"
                 raise not_finite("the output of an expert or of its own model is", where)
             means = (sums / domain.scored_tokens).clamp(min=0.0).tolist()
             yield ForcedExpert(name, domain.name, made, domain.scored_tokens, largest, *means)
-        del own
 
 
 def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: str) -> torch.Tensor:
@@ -186,15 +197,20 @@ def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: s
     return logits_NV
 
 
-def divergence(own_NV: torch.Tensor, other_NV: torch.Tensor) -> tuple[float, float]:
-    """Of logits (N, V) of two models, over the vocabulary that both have: the sum over tokens of KL(own || other) in nats, and
-    the largest |difference| of log-probabilities; in float64.
+def divergences(own_NV: torch.Tensor, *others_NV: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+    """Of logits (N, V) of a model and others, over the vocabulary that all have: per other the KL(own || other) of every token
+    (N,) in nats, and the largest |difference| of log-probabilities; in float64.
     """
-    kl, largest = 0.0, 0.0
-    width = min(own_NV.shape[1], other_NV.shape[1])
+    width = min(each.shape[1] for each in (own_NV, *others_NV))
+    kl_by_other: list[list[torch.Tensor]] = [[] for _ in others_NV]
+    largest = [0.0] * len(others_NV)
     step = max(1, _AT_ONCE // width)
     for start in range(0, len(own_NV), step):
-        own, other = (each[start : start + step, :width].double().log_softmax(-1) for each in (own_NV, other_NV))
-        kl += float((own.exp() * (own - other)).sum())
-        largest = max(largest, float((own - other).abs().max()))
-    return kl, largest
+        rows = slice(start, start + step)
+        own = own_NV[rows, :width].double().log_softmax(-1)
+        probabilities = own.exp()
+        for number, other_NV in enumerate(others_NV):
+            apart = own - other_NV[rows, :width].double().log_softmax(-1)
+            kl_by_other[number].append((probabilities * apart).sum(-1))
+            largest[number] = max(largest[number], float(apart.abs().max()))
+    return [(torch.cat(parts), most) for parts, most in zip(kl_by_other, largest, strict=True)]

@@ -7,42 +7,45 @@ Standard errors are over parts of the text (delete-a-group jackknife).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.results_folder import Result, results_path
+from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import Cell, ResultTable
 from modekit.files.figures import count_of, or_dash
-from modekit.files.json import parse_json
-from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import Count, Label, Number
-from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.recipes.strict import BASE
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
 """Of a row; `label`: the mixture, or the base, that read a label with every text."""
 _BLOCKS = 20
-SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
+_SMALLEST_GAP = 0.01  # nats: a share of less is hundreds where a mixture loses a little
+Block = tuple[Number, Count]
+"""Of a part of a text: the sum of the loss in nats, and how many tokens it is of."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on one domain: mean loss per token in nats, share of the gap closed with its standard error.
+    """Mean loss of one model on one domain in nats per token, and share of the gap closed with its standard error.
 
-    `blocks` are the sums of loss, in nats, over up to 20 consecutive parts of the text, the same parts in every row.
+    `blocks`: up to 20 consecutive parts of the text, the same parts in every row.
     """
 
     loss: Number
     gap_closed: Number | None = None
     gap_error: Number | None = None
-    blocks: tuple[Number, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+    @property
+    def sums(self) -> list[float]:
+        """Sum of the loss of each block."""
+        return [loss for loss, _ in self.blocks]
 
     @property
     def perplexity(self) -> float:
@@ -68,7 +71,7 @@ class Row:
         return sum(self.scores[domain].loss for domain in domains) / len(domains)
 
     def mean_gap(self, domains: Sequence[str]) -> float | None:
-        """Mean gap closed over the domains that have a gap."""
+        """Mean gap closed over the domains that have a gap, the same in every row; None unless all domains were scored."""
         gaps = [gap for gap, _ in self._gaps(domains)]
         return sum(gaps) / len(gaps) if gaps else None
 
@@ -79,7 +82,9 @@ class Row:
         return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
     def _gaps(self, domains: Sequence[str]) -> list[tuple[float, float | None]]:
-        scores = [self.scores[domain] for domain in domains if domain in self.scores]
+        if any(domain not in self.scores for domain in domains):
+            return []
+        scores = [self.scores[domain] for domain in domains]
         return [(score.gap_closed, score.gap_error) for score in scores if score.gap_closed is not None]
 
 
@@ -99,19 +104,20 @@ class Results(Result):
         """A row by its name."""
         return next(row for row in self.rows if row.name == name)
 
+    @property
+    def averaged(self) -> str:
+        """How many domains a mean gap closed is of: those that have a gap."""
+        scores = [row.scores[name] for name in self.domains for row in self.rows[:1] if name in row.scores]
+        return f"{sum(score.gap_closed is not None for score in scores)} of {len(self.domains)} domains"
+
     def of_kind(self, kind: Kind) -> Row | None:
         """The first row of a kind."""
         return next((row for row in self.rows if row.kind == kind), None)
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Write eval.json and eval.md, and remember that this file is this user's own."""
-        super().write(checkpoint)
-        keep_proven(_claim(self.as_json()))
-
     def tables(self) -> list[ResultTable]:
         """Loss and perplexity per domain, means, gap closed, parameters; in detail gap closed per domain."""
         every, unseen = [*self.domains, *self.unseen], [f"{name}\nunseen" for name in self.unseen]
-        header = ["model", *self.domains, *unseen, "mean loss", "gap closed", "total\nactive"]
+        header = ["model", *self.domains, *unseen, "mean loss", f"gap closed\n({self.averaged})", "total\nactive"]
         of_base = {} if (base := self.of_kind("base")) is None else base.scores
         apart = {
             (row.name, name): score.loss - of_base[name].loss
@@ -143,31 +149,13 @@ def _with_error(score: Score | None) -> str:
     return f"{score.gap_closed:.2f}" + ("" if score.gap_error is None else f" ± {score.gap_error:.3f}")
 
 
-def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
-    """The rows of eval.json, if this user's modekit wrote that very file, as this version does; else none.
-
-    A file that somebody else brought is shown as what it says (`modekit report`), but no row of it stands for a score.
-    """
-    try:
-        content = read_bytes(results_path(checkpoint, Results.file), LARGE)
-        return Results.from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
-    except UNREADABLE:
-        return ()
-
-
-def _claim(content: bytes) -> str:
-    return f"{Results.file} {hashlib.sha256(content).hexdigest()}"
-
-
 def difference(one: Score, other: Score) -> tuple[float, float | None]:
-    """One mean loss less another on the same text, nats per token, and its standard error; None when it is not known. Parts of
-    the text count as equally long.
-    """
+    """One mean loss less another on the same text, nats per token, and its standard error; None when it is not known."""
     apart = one.loss - other.loss
-    if not len(one.blocks) == len(other.blocks) > 1 or not one.loss:
+    if not len(one.blocks) == len(other.blocks) > 1:
         return apart, None
-    tokens = sum(one.blocks) / one.loss / len(one.blocks)
-    return apart, mean_error([a - b for a, b in zip(one.blocks, other.blocks, strict=True)], [tokens] * len(one.blocks))
+    changes = [ours - theirs for ours, theirs in zip(one.sums, other.sums, strict=True)]
+    return apart, mean_error(changes, [tokens for _, tokens in one.blocks])
 
 
 def _references(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, tuple[Score, Score]]:
@@ -179,9 +167,9 @@ def _references(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, tuple[
 
 
 def is_gap(base: Score, own: Score) -> bool:
-    """Whether the own expert gains more over the base than nothing, and than two standard errors."""
+    """Whether the own expert gains more over the base than next to nothing, and than two standard errors, which are known."""
     gain, error = difference(base, own)
-    return gain > max(SMALLEST_GAP, 2 * (error or 0.0))
+    return error is not None and gain > max(_SMALLEST_GAP, 2 * error)
 
 
 def with_gaps(rows: Sequence[Row], domains: Sequence[str]) -> list[Row]:
@@ -194,20 +182,24 @@ def with_gaps(rows: Sequence[Row], domains: Sequence[str]) -> list[Row]:
             return replace(score, gap_closed=None, gap_error=None)
         base, own = references[name]
         share = (base.loss - score.loss) / (base.loss - own.loss)
-        return replace(score, gap_closed=share, gap_error=gap_error(base.blocks, own.blocks, score.blocks))
+        return replace(score, gap_closed=share, gap_error=gap_error(base.sums, own.sums, score.sums))
 
     return [replace(row, scores={name: closed(row, name) for name in row.scores}) for row in rows]
 
 
 def gapless_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
-    """Why domains have no share of a gap."""
-    none = {name: difference(*each)[0] for name, each in _references(rows, domains).items() if not is_gap(*each)}
-    if none:
+    """Which domains have no share of a gap, and why."""
+    references = _references(rows, domains)
+    gains = {name: difference(*each) for name, each in references.items() if not is_gap(*each)}
+    if gains:
+        said = [f"{name} {gain:+.3f}{'' if error is None else f' ± {error:.3f}'}" for name, (gain, error) in gains.items()]
         yield (
-            "no gap closed is shown, and none in its mean, where the own expert gains nothing over the base, or no more than "
-            f"the noise, in nats per token: {', '.join(f'{name} {gain:.3f}' for name, gain in none.items())}; train the expert "
-            "longer, or give more held-out text"
+            "gap closed leaves out domains whose own expert gains over the base less than "
+            f"{_SMALLEST_GAP} nats per token or two standard errors: {', '.join(said)}; train the expert longer, or give more "
+            "held-out text"
         )
+    if unknown := [name for name in domains if name not in references]:
+        yield f"gap closed leaves out {', '.join(unknown)}: base and own expert were not both scored"
 
 
 def label_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
@@ -225,10 +217,11 @@ def label_notes(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
         yield f"{row.name}: a gain of {gain:+.3f}{error} nats per token over none, mean over the domains"
 
 
-def in_blocks(values: Sequence[float]) -> tuple[float, ...]:
-    """Sums over at most 20 consecutive parts: the pieces of a document stand side by side, and depend on each other."""
-    count = min(_BLOCKS, len(values))
-    return tuple(sum(values[len(values) * i // count : len(values) * (i + 1) // count]) for i in range(count))
+def in_blocks(losses: Sequence[float], tokens: Sequence[int]) -> tuple[Block, ...]:
+    """At most 20 consecutive parts: the pieces of a document stand side by side, and depend on each other."""
+    count = min(_BLOCKS, len(losses))
+    bounds = pairwise(len(losses) * place // count for place in range(count + 1))
+    return tuple((sum(losses[start:stop]), sum(tokens[start:stop])) for start, stop in bounds)
 
 
 def mean_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:

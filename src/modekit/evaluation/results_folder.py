@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from pydantic import JsonValue
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.tables import ResultTable, markdown_page
 from modekit.files.change import change_together
-from modekit.files.read import LARGE, UNREADABLE, read_json
+from modekit.files.json import parse_json
+from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
 from modekit.files.typed import adapter_of, as_kind, shortened
+from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
@@ -71,14 +74,27 @@ class Result(ABC):
         return found
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write both files, together. Raises OSError and OutputError."""
-        page = Path(self.file).with_suffix(".md").name
-        write_results(checkpoint, {self.file: self.as_json(), page: self.markdown().encode()})
+        """Write both files, together, and keep that they are this user's own. Raises OSError and OutputError."""
+        page, content = Path(self.file).with_suffix(".md").name, self.as_json()
+        write_results(checkpoint, {self.file: content, page: self.markdown().encode()})
+        keep_proven(_claim(self.file, content))
 
     @classmethod
     def read(cls: type[_Kind], checkpoint: Checkpoint) -> _Kind:
         """What lies in the checkpoint, whatever it was made of. Raises OSError and ValueError."""
         return cls.from_data(read_json(results_path(checkpoint, cls.file), LARGE))
+
+    @classmethod
+    def written_here(cls: type[_Kind], checkpoint: Checkpoint) -> _Kind | None:
+        """What lies in the checkpoint, if this user's modekit wrote that very file, as this version does.
+
+        A file that somebody else brought is shown as what it says (`modekit report`), but no score of it is taken over.
+        """
+        try:
+            content = read_bytes(results_path(checkpoint, cls.file), LARGE)
+            return cls.from_data(parse_json(content.decode())) if is_proven_here(_claim(cls.file, content)) else None
+        except UNREADABLE:
+            return None
 
     @classmethod
     def find(cls: type[_Kind], checkpoint: Checkpoint, problems: list[str] | None = None) -> _Kind | None:
@@ -98,6 +114,10 @@ class Result(ABC):
             changed = "models, router, recipe, tokenizer or training changed since"
             said.append(f"{cls.file} is of another state of this mixture ({changed}): run `{cls.command}` again")
         return None
+
+
+def _claim(file: str, content: bytes) -> str:
+    return f"{file} {hashlib.sha256(content).hexdigest()}"
 
 
 def results_path(checkpoint: Checkpoint, file: str) -> Path:

@@ -32,12 +32,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import UnsupportedError
 from modekit.evaluation.domains import tokens_per_pass
-from modekit.evaluation.forced import divergence as divergence_of
+from modekit.evaluation.forced import divergences
 from modekit.experts.labelled import Material
 from modekit.experts.settings import DistillSettings, Mix
 from modekit.loaded.engine import Loop
 from modekit.loaded.load import load_model
-from modekit.loaded.passes import check_text, predicted_logits
+from modekit.loaded.passes import check_text, inputs_of, logits_at, predicted_logits
 from modekit.loaded.states import History
 from modekit.loaded.text_training import Training
 from modekit.run import Run
@@ -70,8 +70,8 @@ class Lesson:
     def beside(self, student_NV: torch.Tensor, item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of a student's logits at the predicted tokens of a batch, and of the teacher there."""
         with torch.no_grad():
-            output = self.teacher(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False)
-            teacher_NV = output.logits[:, :-1][predicted_in(item)]
+            inputs = {"input_ids": item["input_ids"], "attention_mask": item["real"].long()}
+            teacher_NV = logits_at(self.teacher, inputs, predicted_in(item))
         compared = (each[:, : self.vocabulary] for each in (student_NV, teacher_NV))
         student, teacher = (tempered(each, self.settings.temperature) for each in compared)
         return student, teacher
@@ -88,9 +88,8 @@ class Student(JudgedModule):
 
     def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cross-entropy and distillation."""
-        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
         predicted = predicted_in(item)
-        logits_NV = logits[:, :-1][predicted]
+        logits_NV = logits_at(self.model, inputs_of(self.model, batch), predicted)
         cross_entropy = language_model(logits_NV, batch.input_ids[:, 1:][predicted])
         settings = self._lesson.settings
         both = self._lesson.beside(logits_NV, item)
@@ -133,7 +132,8 @@ def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[
     for batch in make_batches(sequences, tokens=min(2_048, tokens_per_pass(student.config))):
         with torch.inference_mode():
             both = (predicted_logits(model, batch)[:, : lesson.vocabulary] for model in (lesson.teacher, student))
-            total += divergence_of(*both)[0]
+            [(kl_N, _)] = divergences(*both)
+            total += float(kl_N.sum())
     return total / sum(sequence.scored for sequence in sequences)
 
 

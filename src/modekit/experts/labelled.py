@@ -128,7 +128,9 @@ def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: 
     bounds = {"max_tokens": training.held_out_tokens, "sequence_length": training.sequence_length}
     into.fit.extend(fit)
     into.corpora.append(DomainSequences(label or where, len(into.corpora), sequences))
-    into.held_out.append(Domain(label or where, None, encode(reading.tokenizer, written(text.split("report")), **bounds)))
+    into.held_out.append(
+        Domain(label or where, None, encode(reading.tokenizer, written(text.split("report")), answers=True, **bounds))
+    )
 
 
 def generic_share(

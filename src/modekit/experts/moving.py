@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
+from modekit.files.typed import said_by
 from modekit.files.write import remove
 from modekit.loaded.load import without_bars
 from modekit.loaded.passes import has_encoder
@@ -26,14 +27,22 @@ from modekit.sources.source import ModelSource
 
 What = Literal["mlp", "lora", "full"]
 """See specialize.py."""
+_OTHER = "use --train full"
 Save = Callable[[Path], object]
 """Writes what came of a training into a folder."""
 
 
-def make_trainable(model: PreTrainedModel, source: ModelSource, train: What, rank: int, new: Sequence[int] = ()) -> Save:
-    """Freeze what does not move, give an adapter its rank, and `new` token ids their rows."""
+def make_trainable(
+    model: PreTrainedModel,
+    source: ModelSource,
+    train: What,
+    rank: int,
+    new: Sequence[int] = (),
+    hub: tuple[str, str] | None = None,
+) -> Save:
+    """Freeze what does not move, give an adapter its rank, and `new` token ids their rows. `hub`: as in specialize.py."""
     if train == "lora":
-        return _adapter(model, source.folder, rank)
+        return _adapter(model, hub or (source.folder.name, None), rank)
     if new:
         add_rows(model, new)
     save = _weights(model, train, source)
@@ -59,7 +68,7 @@ def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
     return save
 
 
-def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
+def _adapter(model: PreTrainedModel, base: tuple[str, str | None], rank: int) -> Save:
     """LoRA on every linear layer of the decoder, and on experts that a class keeps in one tensor. PEFT puts its layers into the
     model itself, which trains as it is.
     """
@@ -72,13 +81,27 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
         if hasattr(module, "_apply_gate") and each.ndim == 3
     }
     task = "SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM"
-    parameters = sorted(fused) or None
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", target_parameters=parameters, task_type=task)
+    routers = [  # which give several tensors
+        name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear) and "Router" in type(each).__name__
+    ]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules="all-linear",
+        exclude_modules=routers or None,
+        target_parameters=sorted(fused) or None,
+        task_type=task,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of PEFT: parameters do follow them
-        adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = base.name
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            what = "PEFT has no adapter on all linear modules of this model"
+            raise UnsupportedError(what, where="--train lora", found=said_by(error), remedy=_OTHER) from None
+    written = adapted.peft_config["default"]
+    written.base_model_name_or_path, written.revision = base
 
     def save(folder: Path) -> None:
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
@@ -90,7 +113,7 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
     """The parameters that move. For mlp they are all that the family's FFN holds, biases included: what a build copies.
 
-    Raises UnsupportedError when mlp is asked of a family that is not in the table.
+    Raises UnsupportedError when mlp is asked of a family that cannot be mixed, or whose FFNs are not known.
     """
     named = dict(model.named_parameters())
     if train == "full":
@@ -99,10 +122,13 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
     try:
         family = family_of(config, where="--train mlp")
     except UnsupportedError as error:
-        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
-    stacks = ((layer, family.stack_of(layer)) for layer in family.layers(config))
+        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy=_OTHER) from None
+    stacks = ((layer, family.stack_of(layer)) for layer in family.layers(family.with_sizes(config)))
     modules = tuple(f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in stack.ffn_modules)
-    return [parameter for name, parameter in named.items() if name.startswith(modules)]
+    moving = [parameter for name, parameter in named.items() if name.startswith(modules)]
+    if not moving:
+        raise UnsupportedError("no FFN was found in its layers", where="--train mlp", found=family.model_type, remedy=_OTHER)
+    return moving
 
 
 def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:

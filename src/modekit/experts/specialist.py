@@ -39,7 +39,7 @@ class SpecialistRecord(BaseModel, frozen=True):
 
     Attributes:
         specialist: what moved.
-        base_model: name of the folder that it was made from.
+        base_model: hub id of the model that it was made from, or the name of its folder.
         rank: of an adapter.
         teacher: its name and digest, `losses` with their weights, `weights` of the text against it (or "adaptive").
         distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone; the weight is the mean over the steps.

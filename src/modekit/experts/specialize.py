@@ -54,6 +54,7 @@ def specialize(
     root: Path,
     train: What = "mlp",
     rank: int = 16,
+    hub: tuple[str, str] | None = None,
     training: Training | None = None,
     generic: Generic | None = None,
     teaching: Teaching | None = None,
@@ -62,9 +63,10 @@ def specialize(
 ) -> SpecialistRecord:
     """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
 
-    `rank` is that of the adapter, and so is its alpha: scale 1. `texts` with labels are read with their tags (labelled.py): the
-    tokenizer gets those that it does not have, and the model rows for them, which move whatever else does. With a teacher
-    (distill.py), which knows no tags, `training.by_length` and `autocast` have no effect.
+    `rank` is that of the adapter, and so is its alpha: scale 1. `hub`: id and commit of a base that is the hub's.
+    `texts` with labels are read with their tags (labelled.py): the tokenizer gets those that it does not have, and the model
+    rows for them, which move whatever else does. With a teacher (distill.py), which knows no tags, `training.by_length` and
+    `autocast` have no effect.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Of those `training.held_out_tokens` per
     domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist.py).
@@ -101,12 +103,13 @@ def specialize(
             lesson = teaching.lesson(source, teacher, reading.tokenizer, run)
         model = load_model(base, run=run)
         with seeded(training.seed, model.device):  # a new adapter's first weights
-            save = make_trainable(model, source, train, rank, new)
+            save = make_trainable(model, source, train, rank, new, hub)
         before = folder.recall("before", lambda data: as_kind(data, Measured)) or work.measured(model, lesson, "before")
         folder.keep("before", before.model_dump(mode="json"))
         said, log = work.learned(model, read, teaching, lesson, digests[-1])
         after = work.measured(model, lesson, "after")
-        about = {"specialist": train, "base_model": base.name, **({"rank": rank} if train == "lora" else {})}
+        name = base.name if hub is None else hub[0]
+        about = {"specialist": train, "base_model": name, **({"rank": rank} if train == "lora" else {})}
         record = SpecialistRecord.model_validate({**about, **said, **material.record, **before.until(after)})
         work.write(record, save, log, replaced_by(overwrite))
     return record

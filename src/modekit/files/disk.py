@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modekit.errors import OutputError
 from modekit.files.output import NEW, OLD, work_of
-from modekit.files.write import files_below
+from modekit.files.write import FULL, files_below
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -31,18 +31,24 @@ def check_room(out: Path, needed: int) -> None:
 
 def disk_of(out: Path) -> shutil._ntuple_diskusage:
     """Size and free bytes of the disk that OUT will be on."""
-    return shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
+    return shutil.disk_usage(_nearest(out))
+
+
+def _nearest(out: Path) -> Path:
+    """The innermost of the folders around OUT that is there."""
+    return next(parent for parent in out.parents if parent.exists())
 
 
 def failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
     """What is said of an output that cannot be written, and of what is left of it."""
-    free = disk_of(out).free
-    return OutputError(
-        f"the output folder cannot be written; {left_of(out, finished=finished)}",
-        where=str(out),
-        found=f"{error.strerror or error} ({free:,} bytes free)",
-        remedy=None if finished else "free space, or choose a folder that can be written",
-    )
+    place, found, remedy = _nearest(out), f"{error.strerror or error}", "choose a folder that can be written"
+    if error.errno in FULL:
+        found += f" ({disk_of(out).free:,} bytes free)"
+        remedy = "free space, or choose a folder on another disk"
+    elif not place.is_dir():
+        found = f"{place} is a file"
+    what = f"the output folder cannot be written; {left_of(out, finished=finished)}"
+    return OutputError(what, where=str(out), found=found, remedy=None if finished else remedy)
 
 
 def left_of(out: Path, *, finished: bool) -> str:

@@ -9,14 +9,13 @@ batch without padding, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -25,35 +24,6 @@ from modekit.sources.family import Reads
 from modekit.sources.names import in_decoder
 from modekit.text.document import other_kind
 from modekit.text.sequences import NO_LABEL, Batch, TokenSequence
-
-
-@dataclass
-class Head:
-    """What turns last hidden states into logits: a linear layer, and the factor and soft cap that some families apply."""
-
-    linear: nn.Module
-    scale: float
-    cap: float | None
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D)."""
-        logits: torch.Tensor = self.linear(hidden)
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
-
-    def equals(self, other: Head) -> bool:
-        """Whether both give the same logits."""
-        ours, theirs = dict(self.linear.state_dict()), dict(other.linear.state_dict())
-        same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-        return same and (self.scale, self.cap) == (other.scale, other.cap)
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model."""
-    config = model.config
-    scaling = getattr(config, "logits_scaling", None)
-    scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
-    return Head(model.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 @contextmanager
@@ -126,23 +96,53 @@ def run_backbone(model: PreTrainedModel, batch: Batch) -> Any:
     return runs(**inputs_of(model, batch), use_cache=False)
 
 
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model within a causal language model that gives the last hidden states: the innermost that holds the embedding."""
+    embedding = model.get_input_embeddings()
+    models = (each for each in model.modules() if isinstance(each, PreTrainedModel))
+    *_, found = (each for each in models if any(module is embedding for module in each.modules()))
+    return found
+
+
 def losses_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Loss of every predicted token, (B, P) float32 in nats, on the model's device; 0 where nothing is predicted."""
-    logits = _logits(model, batch)
-    labels = batch.labels.to(logits.device)
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return losses.view_as(labels)
+    return losses_by_label(model, inputs_of(model, batch), batch.labels)
+
+
+def losses_by_label(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """The same of what a model is given, and of labels (B, P) as `Batch` has them."""
+    labels = labels.to(model.device)
+    places, logits = _kept_logits(model, inputs, labels != NO_LABEL)
+    wanted = labels[:, places]
+    kept = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+    losses = torch.zeros(labels.shape, device=labels.device)
+    losses[:, places] = kept.view_as(wanted)
+    return losses
 
 
 def predicted_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """What a model says of every predicted token, (N, V) float32 on the CPU, in the order of `batch.labels`."""
-    logits = _logits(model, batch)
-    return logits[(batch.labels != NO_LABEL).to(logits.device)].float().cpu()
+    return logits_at(model, inputs_of(model, batch), batch.labels != NO_LABEL).float().cpu()
 
 
-def _logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    logits: torch.Tensor = model(**inputs_of(model, batch), use_cache=False).logits
-    return logits if batch.target is not None else logits[:, :-1]
+def logits_at(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], predicted: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V), as the model's own class computes them, at the places (B, P) where a token is predicted."""
+    predicted = predicted.to(model.device)
+    places, logits = _kept_logits(model, inputs, predicted)
+    kept = predicted[:, places]
+    return logits.flatten(0, 1) if bool(kept.all()) else logits[kept]  # without a copy where that can be
+
+
+def _kept_logits(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], predicted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places (K,) at which any row predicts a token, and the logits there, (B, K, V). Of others there are none in memory,
+    unless the class computes all of them at once, as those with an encoder do.
+    """
+    places = predicted.any(0).nonzero().squeeze(-1)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return places, model(**inputs, use_cache=False, logits_to_keep=places).logits
+    return places, model(**inputs, use_cache=False).logits[:, places]
 
 
 def _check_length(model: PreTrainedModel, batch: Batch) -> None:

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modekit.errors import TrainingError
 from modekit.loaded.engine import Loop, LoopSettings, TrainedModule
-from modekit.loaded.passes import check_text, head_of, inputs_of
+from modekit.loaded.passes import check_text, inputs_of, losses_by_label
 from modekit.run import QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.document import Document
-from modekit.text.sequences import NO_LABEL, Batch, TokenSequence, encode, make_batches
+from modekit.text.sequences import Batch, TokenSequence, encode, make_batches
 
 _SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
 _LEAST_RATE = 0.02  # of its peak
@@ -34,7 +35,7 @@ class Training:
 
     Attributes:
         steps: optimiser steps; None passes once over the text.
-        batch_tokens: tokens per step, pads included.
+        batch_tokens: tokens per step; with pads at most twice as many.
         sequence_length: longest piece of a document, or side of a pair, in tokens.
         learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
         by_length: sequences of similar length share a step, and attention is not told which tokens are pads: on the right of
@@ -77,6 +78,7 @@ def training_sequences(
         max_tokens=training.max_tokens,
         sequence_length=training.sequence_length,
         shortest_rest=training.sequence_length // 4,
+        answers=True,
     )
 
 
@@ -108,8 +110,8 @@ def train_on_text(
 class TextLoss(TrainedModule):
     """`model` with the cross-entropy of a batch's next tokens, or of its targets, in nats.
 
-    Pads are not predicted, and those of a causal model never reach the head. Unless `by_length`, attention is told which
-    tokens are pads; encoders, which read to the right, too, always are.
+    Pads are not predicted. Unless `by_length`, attention is told which tokens are pads; encoders, which read to the right, too,
+    always are.
     """
 
     def __init__(self, model: PreTrainedModel, training: Training) -> None:
@@ -120,16 +122,14 @@ class TextLoss(TrainedModule):
     def forward(self, batch: Batch) -> torch.Tensor:
         """The mean over all predicted tokens."""
         inputs = inputs_of(self.model, batch)
-        labels = batch.labels.to(self.model.device)
-        keep = labels != NO_LABEL
+        if batch.target is None and self._training.by_length:
+            del inputs["attention_mask"]
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16):
-            if batch.target is not None:  # some families scale or shift between decoder and logits
-                logits = self.model(**inputs, use_cache=False).logits[keep]
-            else:
-                mask = None if self._training.by_length else inputs["attention_mask"]
-                hidden = self.model.model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
-                logits = head_of(self.model)(hidden[:, :-1][keep])  # (real tokens, V)
-        return torch.nn.functional.cross_entropy(logits.float(), labels[keep])
+            losses = losses_by_label(self.model, inputs, batch.labels)
+        if self.training and not losses.requires_grad:
+            what = "no gradient reaches what is to be trained"
+            raise TrainingError(what, where=self.config.model_type, remedy="train all parameters (--train full)")
+        return losses.sum() / batch.scored
 
     def groups(self) -> list[dict[str, Any]]:
         """One for all."""
@@ -162,11 +162,11 @@ class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
     def __init__(self, sequences: Sequence[TokenSequence], training: Training, read: ReadInPass | None = None) -> None:
         self._sequences = sequences
         self._read = read or (lambda _, place: sequences[place])
-        longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
-        self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
+        self._tokens = training.batch_tokens
         self._generator = torch.Generator().manual_seed(training.seed)
-        steps = training.steps or -(-len(sequences) // self.rows)
-        self._steps = list(islice(self._planned(_SORTED_TOGETHER if training.by_length else 1), steps))
+        passes = count(step=len(sequences)) if training.steps else [0]
+        together = _SORTED_TOGETHER if training.by_length else 1
+        self._steps = list(islice(self._planned(passes, together), training.steps))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -179,22 +179,32 @@ class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
         """How much a step reads."""
         return f"{len(self._steps[number])} sequences"
 
-    def _planned(self, sorted_together: int) -> Iterator[list[int]]:
-        """Rows of every step without end, counted on from pass to pass; of several steps that are drawn together each takes
-        sequences of similar length, in a drawn order.
+    def _planned(self, passes: Iterable[int], sorted_together: int) -> Iterator[list[int]]:
+        """Rows of every step, counted on from pass to pass, `passes` being the first row of each; of several steps that are
+        drawn together each takes sequences of similar length, in a drawn order.
         """
-        pending: list[int] = []
-        count, begun, drawn = len(self._sequences), 0, self.rows * sorted_together
-        while True:
-            while len(pending) < drawn:
-                pending += [begun + row for row in self._permutation(count)]
-                begun += count
-            rows, pending = pending[:drawn], pending[drawn:]
-            starts = list(range(0, drawn, self.rows))
-            if len(starts) > 1:
-                rows = sorted(rows, key=lambda row: self._sequences[row % count].size)
-                starts = [starts[place] for place in self._permutation(len(starts))]
-            yield from (rows[start : start + self.rows] for start in starts)
+        drawn = self._filled(begun + row for begun in passes for row in self._permutation(len(self._sequences)))
+        while steps := list(islice(drawn, sorted_together)):
+            if sorted_together > 1:
+                steps = list(self._filled(sorted(chain(*steps), key=self._size)))
+                steps = [steps[place] for place in self._permutation(len(steps))]
+            yield from steps
+
+    def _filled(self, rows: Iterable[int]) -> Iterator[list[int]]:
+        """Rows in their order, as many in a step as have `batch_tokens`, and twice as many with pads, or one that has more."""
+        step, tokens, longest = list[int](), 0, 0
+        for row in rows:
+            size = self._size(row)
+            tokens, longest = tokens + size, max(longest, size)
+            if step and (tokens > self._tokens or longest * (len(step) + 1) > 2 * self._tokens):
+                yield step
+                step, tokens, longest = [], size, size
+            step.append(row)
+        if step:
+            yield step
+
+    def _size(self, row: int) -> int:
+        return self._sequences[row % len(self._sequences)].size
 
     def _permutation(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self._generator).tolist()

@@ -1,6 +1,7 @@
 """What is measured before an expert is added: what it brings on its own text, whom it resembles, what its licence says.
 
-    loss of base, mixture and expert on the expert's held-out text (select split), in nats per token
+    loss of base, mixture, the nearest expert that is there and the new one, on the new one's held-out text
+              (select split), in nats per token; where it replaces an expert, of that one in place of mixture and nearest
     drift     |D| / |base|        cosine, distance    of D to that of each expert that is there        (likeness.py)
 
 D is the difference from the base, here in the tensors of the first, the middle and the last layer; of encoder and decoder
@@ -13,8 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from modekit.building.text import write_texts
 from modekit.building.update import CheckpointUpdate
@@ -23,7 +23,7 @@ from modekit.checkpoint.sources import changed_weights
 from modekit.errors import ModekitError, TextError, some_of
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
-from modekit.evaluation.results import SMALLEST_GAP, Score, is_gap
+from modekit.evaluation.results import Score, is_gap
 from modekit.members.change import opened_expert
 from modekit.members.licences import facts, licence_of, sources_of
 from modekit.recipes.layers import layer_at
@@ -35,7 +35,10 @@ from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
 
-_SERVED = 0.9  # of the expert's gain that the mixture has already
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SERVED = 0.9  # of the expert's gain that the mixture, or one of its experts, has already
 _NEAR_COSINE = 0.95  # of two differences from the base: above it, two experts are nearly one
 _SEQUENCE_LENGTH = 512
 
@@ -52,8 +55,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Admission:
-    """What was found: losses of base, mixture and expert (nats per token; none without text) and the tokens read for them, the
-    way from the base, name, cosine and distance of the nearest expert whose model is there, and what follows.
+    """What was found: losses (nats per token; none without text) and the tokens read for them, the way from the base, name,
+    cosine and distance of the nearest expert whose model is there, and what follows.
     """
 
     expert: str
@@ -80,18 +83,19 @@ def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, 
     others = _models_that_are_there(before, place, run)
     drift, nearest = _likeness(before, place, others, run)
     missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
-    scores, read = _scores(before, place, tokens, run)
+    scores, read = _scores(before, place, None if nearest is None else nearest[0], tokens, run)
     losses = {row: score.loss for row, score in scores.items()}
-    findings = [*_of_scores(scores), *_of_likeness(drift, nearest, missed), *_of_licences(before, place)]
+    findings = [*_of_scores(scores, nearest), *_of_likeness(drift, nearest, missed), *_of_licences(before, place)]
     return Admission(name, losses, read, drift, nearest, findings)
 
 
-def _scores(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, Score], int]:
+def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: int, run: Run) -> tuple[dict[str, Score], int]:
     from modekit.experts.specialist import held_out_scores
     from modekit.loaded.experts import give_rows, load_expert
     from modekit.loaded.load import load_model, load_tokenizer
+    from modekit.loaded.shapes import mixture_of
 
-    plan, mixture = before.plan, before.checkpoint.folder
+    plan, checkpoint, mixture = before.plan, before.checkpoint, before.checkpoint.folder
     base, source, expert = plan.sources[0], plan.sources[1 + place], plan.recipe.experts[place]
     texts = RecipeTexts(plan.recipe, plan.root, models=[base.folder, source.folder], mixture=mixture)
     try:
@@ -106,17 +110,21 @@ def _scores(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tupl
         return {}, 0
     count = sum(len(sequence.ids) for sequence in sequences)
     domain = Domain(expert.name, place, sequences)
-    loads = {
-        "base": partial(load_model, base.folder, run=run),
-        "mixture": partial(load_model, mixture, run=run),
-        "expert": partial(load_expert, base.folder, source.folder, run=run),
-    }
-    found = {}
-    for name, load in loads.items():
-        model = load()
-        if name != "mixture":
-            give_rows(model, source if name == "expert" else base, base)
-        found[name] = held_out_scores(model, [domain], name, run)[domain.name]
+
+    def score(model: PreTrainedModel, row: str, source: ModelSource | None = None) -> None:
+        if source is not None:
+            give_rows(model, source, base)
+        found[row] = held_out_scores(model, [domain], row, run)[domain.name]
+
+    found: dict[str, Score] = {}
+    score(load_model(base.folder, run=run), "base", base)
+    model, replaces = load_model(mixture, run=run), expert.name in checkpoint.names
+    if not replaces:
+        score(model, "mixture")
+    if (rival := expert.name if replaces else nearest) is not None:
+        with mixture_of(model, checkpoint).forced(checkpoint.names.index(rival)):
+            score(model, "replaced" if replaces else "nearest")
+    score(load_expert(base.folder, source.folder, run=run), "expert", source)
     return found, count
 
 
@@ -153,20 +161,33 @@ def _likeness(
     return found.drift, max(((name, *pair) for name, pair in pairs if pair), key=lambda each: each[1], default=None)
 
 
-def _of_scores(scores: Mapping[str, Score]) -> Iterator[Finding]:
+def _of_scores(scores: Mapping[str, Score], nearest: tuple[str, float, float] | None) -> Iterator[Finding]:
     if not scores:
         to_do = "give --text, a few hundred documents"
         yield Finding("note", "what it brings was not measured", "no held-out text of its own", to_do)
         return
-    base, mixture, expert = (scores[row].loss for row in ("base", "mixture", "expert"))
-    found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
-    if not base - expert > SMALLEST_GAP:  # nor where it is no number
+    base, expert = scores["base"].loss, scores["expert"].loss
+    found = f"{', '.join(f'{row} {score.loss:.3f}' for row, score in scores.items())} nats per token"
+    if not expert < base:  # nor where it is no number
         what, to_do = "it is not better than the base model on its own text", "check that model and text belong together"
         yield Finding("error", what, found, to_do)
-    elif not is_gap(scores["base"], scores["expert"]):
-        yield Finding("warning", "what it gains over the base model is within the noise", found, "give more text to measure on")
-    elif base - mixture >= _SERVED * (base - expert):
-        what = f"the mixture has {(base - mixture) / (base - expert):.0%} of its gain without it"
+        return
+    shares = {row: (base - score.loss) / (base - expert) for row, score in scores.items()}
+    if not is_gap(scores["base"], scores["expert"]):
+        yield Finding(
+            "warning",
+            "what it gains over the base model is next to nothing, or within the noise",
+            found,
+            "give more text to measure on",
+        )
+    elif is_gap(scores["expert"], scores.get("replaced", scores["expert"])):
+        what = "the expert that it replaces is better on this text"
+        yield Finding("warning", what, found, "keep that one, or train this one longer")
+    elif nearest is not None and shares.get("nearest", 0.0) >= _SERVED:
+        what = f"{nearest[0]} has {shares['nearest']:.0%} of its gain: text of either may go to the other, which costs both"
+        yield Finding("warning", what, found, f"modekit replace OUT {nearest[0]} --model ... puts it in that one's place")
+    elif shares.get("mixture", 0.0) >= _SERVED:
+        what = f"the mixture has {shares['mixture']:.0%} of its gain without it"
         yield Finding("warning", what, found, "an expert for another domain would bring more")
 
 

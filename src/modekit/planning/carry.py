@@ -19,11 +19,15 @@ from modekit.sources.names import EMBEDDING, HEAD, in_layer, weight_of
 from modekit.sources.source import ModelSource
 
 STREAM_TOKENS = 4_096
-"""Of all domains together: the beginnings of their text, which the base reads at a build that carries more than FFNs."""
+"""Of all domains together: pieces of their text, which the base reads at a build that carries more than FFNs."""
+PIECE_TOKENS = 136
+"""The most of one piece of a document that is measured on."""
 SAMPLE_TOKENS, SAMPLE_BYTES = 1_024, 2**28
 """The most of a sample of what its layers read."""
-LOST_TOKENS = 512
-"""Of every domain, on which is measured what of full models is carried."""
+LOST_TOKENS = 2_304
+"""The most of every domain on which is measured what full models lose."""
+LOST_AT_ONCE = 576
+"""Tokens of these whose logits are in memory, of three models."""
 BLOCK = 32
 """Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
 TERMS, EXACT_TERMS = 2, 3
@@ -46,6 +50,11 @@ class CarrySize(BaseModel, extra="forbid", frozen=True):
     terms: int = Field(ge=1, le=4)
     head: bool = False
     embedding: bool = False
+
+    @property
+    def parts(self) -> str:
+        """What of the experts is carried, in words."""
+        return ", ".join(["attention", *(["head"] if self.head else []), *(["embedding"] if self.embedding else [])])
 
     @property
     def is_exact(self) -> bool:

@@ -1,8 +1,8 @@
-"""What a full model changes of its base, by a sample of every tensor, and what an adapter does, by its own."""
+"""What a full model changes of its base, by the numbers of both, and what an adapter does, by its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from modekit.files.read import UNREADABLE, read_json
@@ -11,7 +11,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Family
 from modekit.sources.names import natural_key
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.weights.flat import pieces_differ
+from modekit.weights.flat import pieces_differ, same_bytes
 
 Change = Literal["more", "ffn", "nothing"]
 """Its FFNs, more than these, or nothing."""
@@ -24,12 +24,30 @@ def is_gone(model: ModelSource) -> bool:
 
 
 def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
-    """What a full model changes of its base, by a sample of every tensor: its FFNs, more than these, or nothing."""
+    """What a full model changes of its base: its FFNs, more than these, or nothing.
+
+    A sample of each tensor finds most differences; where it finds none, all numbers are compared.
+    """
     ffn, gone = f".{family.decoder.ffn}.", is_gone(model)
     with OpenFiles() as opened:
         if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"
         return "ffn" if gone or _differ(opened, base, model, lambda name: ffn in name) else "nothing"
+
+
+def are_alike(one: ModelSource, other: ModelSource) -> bool:
+    """Whether two models, or two adapters, hold the same numbers."""
+    if _scales(one) != _scales(other):
+        return False
+    with OpenFiles() as opened:
+        return not _differ(opened, one, other, lambda name: True)
+
+
+def _scales(source: ModelSource) -> tuple[frozenset[str], Mapping[str, float]] | None:
+    """Names of an adapter's tensors, and the scale of each change; None of a full model."""
+    if not isinstance(source, AdapterSource):
+        return None
+    return frozenset(source.tensors), {name: each.scale for name, each in source.changes.items()}
 
 
 def _changed_ffn_alone(source: ModelSource) -> bool:
@@ -44,11 +62,13 @@ def _changed_ffn_alone(source: ModelSource) -> bool:
 def _differ(opened: OpenFiles, base: ModelSource, model: ModelSource, among: Callable[[str], bool]) -> bool:
     """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
     names = [name for name in base.tensors.keys() & model.tensors.keys() if among(name)]
-    for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):
-        one, other = base.tensors[name], model.tensors[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or pieces_differ(opened, one, other):
-            return True
-    return False
+    names.sort(key=lambda name: (".layers." not in name, natural_key(name)))
+    pairs = [(base.tensors[name], model.tensors[name]) for name in names]
+    return (
+        any((one.dtype, one.shape) != (other.dtype, other.shape) for one, other in pairs)
+        or any(pieces_differ(opened, *pair) for pair in pairs)
+        or not all(same_bytes(opened, *pair) for pair in pairs)
+    )
 
 
 def touched(source: ModelSource, name: str) -> bool:

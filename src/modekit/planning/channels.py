@@ -145,6 +145,10 @@ class Channels:
         """By which the weights of norms over all channels are multiplied, so that the base's channels come out as before."""
         return math.sqrt(self.hidden / (self.hidden + self.spare))
 
+    def gate_factor(self, size: float) -> float:
+        """By which a gate multiplies the averages where the stream before its norm has a size, to have those of the table."""
+        return size / (_AVERAGED * self.eps)
+
     @property
     def row_scale(self) -> MeasuredColumn:
         """How r of an embedding's row is measured."""

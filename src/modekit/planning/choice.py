@@ -1,52 +1,39 @@
 """The form of a result where a recipe leaves it open: a plain checkpoint wherever it carries what the experts know.
 
 Of adapters of small rank a plain checkpoint carries all, and sizes decide. Of full models it carries the largest part: how much
-is measured at a build (building/lost.py), which takes the modekit architecture where too little is left of an expert.
+is measured at a build (building/lost.py), which takes the modekit architecture where too little is left of an expert. The same
+recipe takes the same form on every machine.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
-from modekit.files.disk import disk_of
 from modekit.files.figures import bytes_of
-from modekit.files.read import UNREADABLE, read_text
 from modekit.planning.changes import Changed, is_gone
 from modekit.planning.plan import Plan
-from modekit.planning.room import disk_needed
 from modekit.recipes.recipe import Recipe
 from modekit.sources.source import ModelSource
 
 MOST_LOST = 0.05
 """Of what an expert changes: a plain checkpoint that loses more of one is not taken."""
+LARGE, MANY_TIMES = 8 * 10**9, 2.5
+"""Bytes, and times the modekit architecture's: a plain checkpoint that takes more than both is not taken."""
 ANYWAY = "--format plain, or format: plain in a recipe, builds it anyway"
-_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 def choose_form(plain: Plan, other: Plan) -> Plan:
     """Of a plan in each form that which is built, with `otherwise` where the build must measure first."""
-    channels = plain.shape.channels
-    sizes = f"{bytes_of(plain.bytes_written)}; {bytes_of(other.bytes_written)} in the modekit architecture"
-    free, fits = disk_of(plain.root / "OUT").free, plain.bytes_written <= _memory()
-    lacking = "memory" if not fits else "free disk" if disk_needed(plain) > free > 0 else None
-    if lacking and other.bytes_written < plain.bytes_written:
-        return replace(other, why=f"a plain checkpoint would need more {lacking} than there is ({sizes}); {ANYWAY}")
+    channels, size, other_size = plain.shape.channels, plain.bytes_written, other.bytes_written
+    if size > max(LARGE, MANY_TIMES * other_size):
+        why = f"a plain checkpoint would take {bytes_of(size)} in place of {bytes_of(other_size)}; {ANYWAY}"
+        return replace(other, why=why)
+    sizes = f"{bytes_of(size)}; {bytes_of(other_size)} in the modekit architecture"
     if channels is None or channels.carry is None or channels.carry.is_exact:
         return replace(plain, why=f"{plain.why} ({sizes})")
     measured = f"a plain checkpoint, if the build finds that it keeps {1 - MOST_LOST:.0%} of every expert ({sizes})"
     return replace(plain, why=measured, otherwise=other)
-
-
-def _memory() -> int:
-    """Bytes of this machine, or of the part of it that this process may have."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(*UNREADABLE):
-        memory = min(memory, int(read_text(_MEMORY)))
-    return memory
 
 
 def whole_models(recipe: Recipe, sources: Sequence[ModelSource], changed: Changed) -> int:

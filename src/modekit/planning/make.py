@@ -122,7 +122,7 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
 def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, changed: Changed, run: Run) -> Plan:
     (form, why), sources = laid, vocabulary.sources
     recipe = form.shape.recipe
-    tensors = [*_backbone(sources, form, partial(_code_of, recipe.output.dtype)), *form.experts()]
+    tensors = [*_backbone(sources, form), *form.experts()]
     notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried, changed)
     return Plan(
         recipe=recipe,
@@ -144,7 +144,7 @@ def _code_of(dtype: str, ref: TensorRef) -> str:
     return ref.source_dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
 
-def _backbone(sources: tuple[ModelSource, ...], form: Form, code_of: CodeOf) -> Iterable[PlannedTensor]:
+def _backbone(sources: tuple[ModelSource, ...], form: Form) -> Iterable[PlannedTensor]:
     """What the result has of the base, in its order.
 
     Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
@@ -154,7 +154,7 @@ def _backbone(sources: tuple[ModelSource, ...], form: Form, code_of: CodeOf) -> 
     refs |= {name: base.tensor(original) for name, original in form.unties.items()}
     for name, ref in refs.items():
         made = Copy(ref) if name in form.mixed else merged(ref)
-        yield from form.backbone(PlannedTensor(name, code_of(ref), ref.shape, "backbone", made))
+        yield from form.backbone(PlannedTensor(name, form.code_of(ref), ref.shape, "backbone", made))
 
 
 def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[TensorRef], Made]:

@@ -20,7 +20,6 @@ from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import HEAD, LOGITS_BIAS, split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
-from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Delta, Join, Made, as_in
 
@@ -36,7 +35,7 @@ class ModekitForm:
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
-        self._recipe, self._sources, self._family, self._code_of = recipe, sources, family, code_of
+        self._recipe, self._sources, self._family, self.code_of = recipe, sources, family, code_of
         self._base, self.unties = sources[0], untied(recipe, sources[0], family)
         self._places = Places(recipe, sources, family).all()
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
@@ -78,7 +77,7 @@ class ModekitForm:
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
                     made = as_in(self._sources[1 + expert], self._original(ref))
-                    yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
+                    yield PlannedTensor(name, self.code_of(ref), ref.shape, "expert", made, expert)
             yield from self._low_rank_tensors(place)
             kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
             for number, (expert, bits) in enumerate(kept):
@@ -147,7 +146,7 @@ class ModekitForm:
         for expert, (change, rank) in enumerate(zip(place.changes, place.ranks, strict=True)):
             if change is not None:
                 a[expert] = Copy(change.a)
-                b[expert] = Copy(change.b if change.rows is None else rows_of(change.b, *change.rows))
+                b[expert] = Copy(change.b)
             elif rank:
                 pair = self._pair(expert, place.weight)
                 a[expert], b[expert] = Delta(*pair, "A", rank), Delta(*pair, "B", rank)
@@ -198,7 +197,7 @@ class ModekitForm:
     def _adapter_code(self, parts: list[Made]) -> str:
         """Their own dtype, so that adapters stay bit for bit; float32 when they differ."""
         if self._recipe.output.dtype != "source":
-            return self._code_of(parts[0].refs[0])
+            return self.code_of(parts[0].refs[0])
         codes = {_dtype(part) for part in parts}
         return codes.pop() if len(codes) == 1 else "F32"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, cast
 
 from modekit.errors import UnsupportedError
@@ -30,7 +31,8 @@ class NativeForm:
 
     Attributes:
         shape: of the result.
-        router_dtype: safetensors dtype of the gates.
+        code_of: safetensors dtype of what comes of a tensor.
+        router_dtype: that of the gates.
         mixed: tensors of the base of which every expert has its own.
         unties: head -> embedding, where they are one tensor in the base and two in the result.
         mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
@@ -39,7 +41,7 @@ class NativeForm:
     kind: ClassVar[type[NativeShape]] = NativeShape
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
-        self._recipe, self._sources, self._native, self._code_of = recipe, sources, native, code_of
+        self._recipe, self._sources, self._native, self.code_of = recipe, sources, native, code_of
         self._family, self._base = native.family, sources[0]
         self._dense = self._family.dense_config(self._base.config)
         self._inner = 1 if native.routed is None else native.routed.count(self._dense)
@@ -53,7 +55,10 @@ class NativeForm:
         paths = self._family.decoder.mlp.values() if native.routed is None else native.routed.own
         self.mixed = {in_layer(layer, path) for layer in range(self._layers) for path in paths}
         gate = self._in_base(0, "gate")
-        self.router_dtype, self._sizes = code_of(gate), gate.shape
+        if self._channels is not None:
+            self.code_of = partial(_code_beside_channels, code_of)
+            self._check_dtype()
+        self.router_dtype, self._sizes = self.code_of(gate), gate.shape
         top_k = recipe.top_k if native.routed is None else whole(self._dense, native.top_k_key)
         sizes = {"experts": self._count, "top_k": top_k, "expert_hidden": gate.shape[0]}
         config = native.config(self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
@@ -62,6 +67,16 @@ class NativeForm:
         self._carry = None if self._channels is None else self._channels.carry
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
+
+    def _check_dtype(self) -> None:
+        if self._recipe.output.dtype == "float16":
+            raise UnsupportedError(
+                "a plain checkpoint has no gates in float16: they would be beyond 65,504",
+                where="output.dtype",
+                found="float16",
+                expected="bfloat16 or float32",
+                remedy="leave output.dtype out, or write output: {format: modekit}",
+            )
 
     def _carried_size(self) -> CarrySize | None:
         """What is carried besides the experts' own."""
@@ -85,6 +100,8 @@ class NativeForm:
         if self._recipe.output.rank is not None and self._carry is None:
             yield "output.rank has no effect: no expert changes more than FFNs"
         if self._channels is not None:
+            if self._base.tensor(weight_of(EMBEDDING)).source_dtype == "F16" and self.router_dtype == "BF16":
+                yield "float16 is written as bfloat16: the gates would be beyond float16; the modekit architecture keeps it"
             experts = [each for each in self._sources[1:] if each is not self._base]
             own = {each for each in self._base.tensors if each.startswith(in_layer(0)) and not is_ignored(each)}
             left = sorted(name for name in own - self.mixed - self.carried if any(touched(each, name) for each in experts))
@@ -139,7 +156,7 @@ class NativeForm:
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self.mixed and not is_ignored(name):
                 made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in kept else Zeros(ref.shape)
-                yield self._with_channels(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
+                yield self._with_channels(PlannedTensor(name, self.code_of(ref), ref.shape, "backbone", made))
 
     def _of_layer(self, layer: int, made: Mapping[str, Sequence[Made | None]]) -> Iterator[PlannedTensor]:
         """The experts in a layer of the result, by what each has of a part of the FFN; zeros where there is nothing.
@@ -153,11 +170,11 @@ class NativeForm:
                 expert = number // self._inner
                 given = scaled(own or Zeros(ref.shape), factors[expert] if part == "down" else 1.0)
                 name = in_layer(layer, path.format(expert=number))
-                plain = PlannedTensor(name, self._code_of(ref), ref.shape, "expert", given, expert)
+                plain = PlannedTensor(name, self.code_of(ref), ref.shape, "expert", given, expert)
                 yield widened(plain, self._pad(part, layer, number))
         if self._native.fused is not None:
             ref = self._in_base(of_base, "gate")
-            (rows, columns), code = ref.shape, self._code_of(ref)
+            (rows, columns), code = ref.shape, self.code_of(ref)
             both, down = (in_layer(layer, path) for path in self._native.fused)
             gate_up = [each for pair in zip(made["gate"], made["up"], strict=True) for each in pair]
             apart = widened(of_all(both, code, gate_up, (rows, columns), 2 * self._inner), self._pad("gate_up", layer))
@@ -190,6 +207,12 @@ class NativeForm:
                 remedy="leave weights out (all experts equal), or use output: {format: modekit}",
             )
         return factors
+
+
+def _code_beside_channels(code_of: CodeOf, ref: TensorRef) -> str:
+    """Without float16, in which neither gates nor units that pass a stream on are finite."""
+    code = code_of(ref)
+    return "BF16" if code == "F16" else code
 
 
 def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:

@@ -5,6 +5,7 @@ Of full models it says that something may be lost, not how much.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ from modekit.sources.tokenizer_choice import TokenizerChoice
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.flat import stored
 
+_PACKED = re.compile(r"([-_.](unsloth|bnb|[48]-?bit|nf4|fp4|fp8|int[48]|awq|gptq|dynamic|quantized))+$")
 _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a model lies from the base
 
 
@@ -52,11 +54,11 @@ def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[st
     """Experts that may be made from another base: adapters name another, or weights lie further from it than its own size."""
     base = sources[0]
     known = (base.spec, str(base.folder), str(base.config.get("_name_or_path", "")))  # what an adapter may call it
-    names, others = {Path(each).name.lower() for each in known}, dict[str, list[str]]()
+    names, others = {_unpacked(each) for each in known}, dict[str, list[str]]()
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             said = source.config.get("base_model_name_or_path")
-            if isinstance(said, str) and said and Path(said).name.lower() not in names:
+            if isinstance(said, str) and said and _unpacked(said) not in names:
                 others.setdefault(said, []).append(expert.name)
         elif source is not base and (far := _drift(source, base)) is not None and far > 1:
             yield f"{expert.name}: its weights differ from the base's by {far:.1f}x their size; was it made from this base?"
@@ -65,6 +67,11 @@ def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[st
             f"{', '.join(experts)}: adapter_config.json names the base '{said}', and the recipe's is '{base.spec}'. An adapter "
             "of another model gives nonsense (an instruct model is not its base)"
         )
+
+
+def _unpacked(name: str) -> str:
+    """The last part of a model's name, without what quantised twins have behind it."""
+    return _PACKED.sub("", Path(name).name.lower())
 
 
 def _drift(model: ModelSource, base: ModelSource) -> float | None:
@@ -90,9 +97,8 @@ def notes_of_channels(channels: Channels, recipe: Recipe, left: Sequence[str]) -
         f"({channels.spare / channels.hidden:.1%}) and a layer in front; the rest computes the same"
     )
     if channels.carry is not None:
-        kept = {"attention": True, "head": channels.carry.head, "embedding": channels.carry.embedding}
         yield (
-            f"what experts change of {', '.join(name for name, holds in kept.items() if holds)}"
+            f"what experts change of {channels.carry.parts}"
             f"{' (not of ' + ', '.join(left) + ', which all share)' if left else ''} goes through "
             f"{channels.carry.channels} of these channels and {channels.carry.units} more units of every FFN"
             f"{'' if channels.carry.is_exact else ', not all of it'}"
@@ -116,7 +122,8 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
     if mixture.needs_text and mixture.router.chat is not False and tokenizer.has_template:
         whose = "the base's" if tokenizer.number == 0 else "its"
-        yield f"the router is fitted on chats, too: short questions cut from the text, in {whose} chat template"
+        made = "questions cut from documents, or asked in conversations, of the text"
+        yield f"the router is fitted on chats, too: {made}, in {whose} chat template"
 
 
 def _changed(source: AdapterSource) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modekit.planning.carry import LOST_TOKENS, SAMPLE_BYTES, SAMPLE_TOKENS
+from modekit.planning.carry import LOST_AT_ONCE, SAMPLE_BYTES, SAMPLE_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.sources.config import whole
@@ -41,7 +41,7 @@ def bytes_to_carry(plan: Plan) -> int:
         return 0
     sample = SAMPLE_TOKENS * 4 * channels.layers * (channels.hidden + channels.heads * channels.head_dim)
     twice, held = 2 * min(sample, SAMPLE_BYTES), held_by_layers(plan)  # while its parts are put together
-    wide = held * (channels.hidden + channels.spare) // channels.hidden + 6 * words * LOST_TOKENS
+    wide = held * (channels.hidden + channels.spare) // channels.hidden + 4 * words * LOST_AT_ONCE
     return twice + 4 * (held if channels.carry.is_exact else held + wide)
 
 

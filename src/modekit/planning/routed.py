@@ -98,13 +98,10 @@ class RoutedForm(NativeForm):
         if recipe.mixture.top_k is None:
             recipe = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"top_k": 1})})
         super().__init__(recipe, sources, native, code_of)
-        units, dtype = pairs(len(recipe.experts)), self.router_dtype
+        units = pairs(len(recipe.experts))
         if units > self._sizes[0]:
             what = f"experts of {self._sizes[0]} hidden units have no room for {units}, which so many fine-tunes need"
             raise UnsupportedError(what, where="experts", found=len(recipe.experts), remedy=f"name fewer, or write {_MODEKIT}")
-        if dtype == "F16":
-            what = "float16 does not hold the penalties that keep a token to one fine-tune"
-            raise UnsupportedError(what, where="output.dtype", found="float16", remedy="write output: {dtype: bfloat16}")
 
     def _carried_size(self) -> CarrySize | None:
         """Nothing where the weights of the chosen do not sum to one. Raises UnsupportedError where that is asked for."""
@@ -121,7 +118,7 @@ class RoutedForm(NativeForm):
         yield from super().notes()
         base, top_k = self._base, whole(self._dense, self._native.top_k_key)
         refs = [base.tensor(in_layer(layer, path)) for layer in range(self._layers) for path in self._routed.own[:2]]
-        size = bytes_of(sum(ref.numel * ITEMSIZE[self._code_of(ref)] for ref in refs))
+        size = bytes_of(sum(ref.numel * ITEMSIZE[self.code_of(ref)] for ref in refs))
         active = base.parameters - sum(ref.numel for ref in refs) // self._inner * (self._inner - top_k)
         yield (
             f"{len(self._recipe.experts)} x {self._inner} experts in every layer, {size} for each fine-tune; a token "

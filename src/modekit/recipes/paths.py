@@ -44,7 +44,8 @@ def from_folder(recipe: RecipePart, root: Path, folder: Path) -> RecipeData:
     """The recipe with every path on disk, relative to `root`, said relative to another folder. Hub ids stay as they are."""
 
     def moved(spec: str) -> str:
-        is_path = spec.startswith(".") or locate(spec, root) is not None  # also one where nothing is: messages name the place
+        # Also a path where nothing is, as messages name the place; and one that would be another model in the folder.
+        is_path = spec.startswith(".") or any(locate(spec, each) is not None for each in (root, folder))
         if folder == root or not is_path or Path(spec).expanduser().is_absolute():
             return spec
         relative = os.path.relpath(root / spec, folder)

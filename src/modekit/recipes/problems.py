@@ -54,6 +54,9 @@ def _message(problem: RecipeData) -> str:
         return "neither a path nor a mapping of keys; write ./law, or {name: law, model: ./law, text: ./law.jsonl}"
     if problem["type"] == "float_type" and isinstance(found, str) and re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", found):
         return "YAML takes such a number for text; write it with a point and a sign, like 1.0e-4"
+    if problem["type"] == "list_type":
+        entries = "'- ./law' or '- {name: law, model: ./law}' for each" if isinstance(found, dict) else f"[{str(found)[:60]}]"
+        return f"must be a list; write {entries}"
     message = problem_said(str(problem["msg"]))
     if problem["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']*)'", str(context.get("expected"))))

@@ -98,8 +98,8 @@ class Expert(Strict):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a full model that is taken as it is."""
-        return self.model is not None and not self.is_base and not self.is_low_rank
+        """Whether it is a full model of which everything is kept: as it is, or as a difference in a few bits per number."""
+        return self.model is not None and not self.is_base and self.as_ == "full"
 
 
 class Output(Strict):
@@ -203,7 +203,7 @@ class Recipe(Strict):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a plain checkpoint; remove it"
         if "rank" in asked and output.carry == "ffn":
             yield "output.rank has no effect with carry: ffn; remove it"
-        whole = [each.name for each in self.experts if each.is_whole or each.bits is not None]
+        whole = [each.name for each in self.experts if each.is_whole]
         if whole and fit is not None and fit.reads == "changes":
             yield (
                 f"router fit '{fit.name}' scores low-rank changes, and these experts are full models: "

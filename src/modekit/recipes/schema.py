@@ -64,7 +64,7 @@ _MEANINGS = {
     "Router.noise": "Random addition to the logits, in training only.",
     "Router.buckets": "Lexical: rows of a table that n-grams are hashed into.",
     "Router.orders": "Lexical: n-grams that have a table each; [1], the tokens alone, is what plain checkpoints carry.",
-    "Router.chat": "Fit inside the chat template, too, on short questions cut from the text; default: if the base has one.",
+    "Router.chat": "Fit inside the chat template, too, on questions from the text; default: if the base has one.",
     "AlwaysOn.expert": "Name of an expert, or base.",
     "AlwaysOn.weight": "Its share; without one, an expert of the list is always chosen and weighted by its logit.",
     "AlwaysOn.apart": "The base reads the text by itself; its last hidden state is averaged with the experts' (expert: base).",

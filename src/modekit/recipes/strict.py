@@ -37,7 +37,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 def _parse_size(value: object) -> object:
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"([\d.]+)([KMG]?I?B)", value.upper().replace(" ", ""), re.ASCII)
+    found = re.fullmatch(r"([\d.]{1,20})([KMG]?I?B)", value.upper().replace(" ", ""), re.ASCII)
     if found is None or found[2] not in _UNITS or found[1].count(".") > 1:
         raise ValueError(f"'{value[:64]}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -95,8 +95,11 @@ def _licence(sources: Sequence[Source]) -> tuple[str, str | None, str | None]:
     return "other", "of-the-sources", LICENCE_FILE
 
 
-def _backbone(label: str) -> str:
-    return "the base model" if label == BASE else label if label.startswith("expert ") else f"the models merged by {label}"
+def _backbone(record: MixtureRecord) -> str:
+    """Whose the rest is, and what of that the experts change nevertheless."""
+    label = backbone_label(record.recipe)
+    whose = "the base model" if label == BASE else label if label.startswith("expert ") else f"the models merged by {label}"
+    return whose if record.carry is None else f"{whose}; what experts change of {record.carry.parts} goes through channels"
 
 
 def _decides(checkpoint: Checkpoint) -> str:
@@ -127,7 +130,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, object]:
         "architecture": architecture_of(checkpoint.config),
         "dtype": str(checkpoint.config["dtype"]),
         "native": checkpoint.shape.plain,
-        "backbone": _backbone(backbone_label(record.recipe)),
+        "backbone": _backbone(record),
         "decides": _decides(checkpoint),
         "status": record.router.status,
         "version": record.modekit_version,

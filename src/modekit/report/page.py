@@ -76,7 +76,7 @@ def _keys(checkpoint: Checkpoint, content: Content) -> list[tuple[str, str, str]
         gap, error, loss = mixture.mean_gap(domains), mixture.mean_gap_error(domains), mixture.mean_loss(domains)
         if gap is not None:
             spread = "" if error is None else f"±{error:.3f} standard error; "
-            found.append(("Gap closed", f"{gap:.2f}", f"{spread}1 is every domain's own expert"))
+            found.append(("Gap closed", f"{gap:.2f}", f"{spread}mean of {results.averaged}; 1 is every domain's own expert"))
         if loss is not None:
             of_base = base.mean_loss(domains) if base is not None else None
             said = "nats per token" if of_base is None else f"base model {of_base:.3f}, nats per token"

@@ -2,7 +2,8 @@
 
 A router that has seen documents alone takes a template and its system prompt for text of some domain, and a short question has
 little against them. Half of the examples are therefore chats: a few words of a document as what the user says, those that
-follow as the answer, under the template's own system prompt or another. What all domains share so weighs nothing. A base model
+follow as the answer, under the template's own system prompt or another. What all domains share so weighs nothing. An exchange
+of a conversation stands there as it is, and once more, perhaps with greetings or thanks around what the user says. A base model
 that is an expert also takes small talk, of which domains have none. Where it costs no model, chats are read behind those of
 other domains, too.
 """
@@ -20,10 +21,18 @@ from modekit.errors import TextError
 from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Expert
 from modekit.text.chat import ChatTemplate, chat_template_of
-from modekit.text.document import Document, reads_of
+from modekit.text.document import Conversation, Document, Pair, reads_of, text_of
 from modekit.text.plain import WORD
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.shipped import ENGLISH, QUESTION_FRAMES, SMALL_TALK, SYSTEM_PROMPTS, framed_question, language_of
+from modekit.text.shipped import (
+    ENGLISH,
+    POLITE_FRAMES,
+    QUESTION_FRAMES,
+    SMALL_TALK,
+    SYSTEM_PROMPTS,
+    framed_question,
+    language_of,
+)
 
 Tokens = tuple[torch.Tensor, int]
 """Ids of a sequence, int32 (S,), and how many of them stand before the first that says something."""
@@ -35,6 +44,7 @@ _QUESTION = (1, 24)  # words
 _ANSWER = 32  # words
 _SMALL_TALK = 2  # times as much as chats that are cut
 _WITH_ANSWER = 0.5  # of questions with words of asking
+_POLITE = 0.25  # of questions in conversations have greetings or thanks; with more, thanks alone are no longer the base's
 _WINDOW = 2_048  # characters from which words are cut
 
 
@@ -97,8 +107,8 @@ def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Route
 
 
 def cut_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
-    """So many chats of a few words of the documents, which their number decides."""
-    cut = [document for document in documents if isinstance(document, str)]
+    """So many chats of a few words of the documents, or of exchanges of conversations, which their number decides."""
+    cut = [document for document in documents if not isinstance(document, Pair)]
     draw, numbers = random.Random(str(count)), range(count if cut else 0)
     # Every document once before any of them twice, and then at random.
     taken = (cut[number] if number < len(cut) <= count else draw.choice(cut) for number in numbers)
@@ -106,13 +116,21 @@ def cut_chats(template: ChatTemplate, documents: Sequence[Document], count: int)
 
 
 def _framed_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
-    """So many chats that ask for terms of the documents, in English or their own language; every other has an answer."""
-    texts = [document for document in documents if isinstance(document, str)]
-    draw, languages = random.Random(f"framed {count}"), (ENGLISH, language_of(texts))
+    """So many chats that ask for terms of the documents, or politely what conversations ask, in English or their own language;
+    every other has an answer.
+    """
+    texts = [document for document in documents if not isinstance(document, Pair)]
+    draw, languages = random.Random(f"framed {count}"), (ENGLISH, language_of([*map(text_of, texts)]))
 
-    def asked(document: str) -> tuple[str, str]:
-        question = framed_question(document, QUESTION_FRAMES[draw.choice(languages)], draw)
-        return question or "", _words(document, draw)[1] if draw.random() < _WITH_ANSWER else ""
+    def asked(document: str | Conversation) -> tuple[str, str]:
+        language = draw.choice(languages)
+        if isinstance(document, Conversation):
+            question, _ = _words(document, draw)
+            if question and draw.random() < _POLITE:
+                question = draw.choice(POLITE_FRAMES[language]).replace("{}", question)
+        else:
+            question = framed_question(document, QUESTION_FRAMES[language], draw) or ""
+        return question, _words(document, draw)[1] if draw.random() < _WITH_ANSWER else ""
 
     return _chats(template, (asked(texts[number % len(texts)]) for number in range(count if texts else 0)), draw)
 
@@ -137,8 +155,11 @@ def changes_of_domain(template: ChatTemplate, domains: Sequence[Sequence[Tokens]
     return found
 
 
-def _words(document: str, draw: random.Random) -> tuple[str, str]:
-    """A few words from anywhere in a document, more rarely many, and those behind them."""
+def _words(document: str | Conversation, draw: random.Random) -> tuple[str, str]:
+    """A few words from anywhere in a document, more rarely many, and those behind them; an exchange of a conversation."""
+    if isinstance(document, Conversation):
+        said, answer = draw.choice(document.exchanges or [("", "")])
+        return said[:_WINDOW], "".join(WORD.findall(answer[:_WINDOW])[:_ANSWER]).strip()
     place = draw.randrange(max(1, len(document) - _WINDOW // 4))
     if place:
         place = next((at + 1 for at in range(place, min(place + 64, len(document))) if document[at].isspace()), place)

@@ -22,7 +22,7 @@ from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.files.write import json_bytes
 from modekit.planning.make import make_plan
 from modekit.recipes.choices import choices, with_following
-from modekit.recipes.edit import as_written, changed_mixture, with_mixture
+from modekit.recipes.edit import as_written, changed_mixture, omit, with_mixture
 from modekit.recipes.mixture import CHAT_DECAY, Router
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
@@ -148,6 +148,7 @@ def refit(checkpoint: Checkpoint, changes: RecipePart, *, run: Run = QUIET) -> C
     statistics = checkpoint.folder / STATISTICS_FOLDER
     fitted = fit_router(Fitting(checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, statistics, run))
     written, files = checkpoint.router_files(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
+    files |= checkpoint.recipe_file(recipe, checkpoint.folder)
     checkpoint.change({**files, RECORD_FILE: json_bytes(written.model_dump(mode="json"))})
     return Checkpoint(checkpoint.folder, written)
 
@@ -165,11 +166,10 @@ def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> Non
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
     """The checkpoint's recipe with changes; of a router left open the best that its tensors allow. Raises RecipeError."""
     old = as_written(checkpoint.record.recipe)
-    mixture, asked_router = dict(old.get("mixture", {})), changes.get("router", {})
-    if asked_router.get("chat") is False and checkpoint.shape.channels is None:  # in which the decay is built
-        router = dict(mixture.get("router", {}))
-        if router.get("decay") == [CHAT_DECAY]:  # which follows a change of subject in chats
-            mixture["router"] = {key: value for key, value in router.items() if key != "decay"}
+    mixture = dict(old.get("mixture", {}))
+    follows = _decay_follows(checkpoint, mixture.get("router", {}), changes.get("router", {}))
+    if follows:
+        mixture["router"] = omit(mixture["router"], "decay")
     changed = with_mixture(old, changed_mixture(mixture, changes))
     # What a format cannot say is first said of the folder, whose user may build another one, and then of the recipe.
     asked = parse_recipe({**changed, "output": {}}, where=str(checkpoint.folder))
@@ -181,9 +181,29 @@ def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
     if is_new and asked.mixture.is_carried:
         changed["mixture"].setdefault("modules", "auto")  # what is not said would mean whole models now
     recipe = parse_recipe(changed, where=str(checkpoint.folder))
-    if is_new and chat_template(checkpoint.folder):  # else what is not said is what it was
+    if follows or (is_new and chat_template(checkpoint.folder)):  # else what is not said is what it was
         recipe = with_following(recipe)
     return checkpoint.shape.pinned(recipe)
+
+
+def _decay_follows(checkpoint: Checkpoint, router: RecipePart, asked: RecipePart) -> bool:
+    """Whether the decay is the one that chats give, or would give, and chats come or go by what is `asked` for.
+
+    Raises RecipeError where the decay is in the attention of a plain checkpoint.
+    """
+    knew, knows = (each.get("chat") is not False for each in (router, {**router, **asked}))
+    default = [CHAT_DECAY] if knew else None
+    if knew == knows or "decay" in asked or router.get("decay") != default or not chat_template(checkpoint.folder):
+        return False
+    channels = checkpoint.shape.channels
+    if channels is not None and channels.decays != (1.0,):  # where attention cannot fade, chats change nothing
+        raise RecipeError(
+            "without 'decay' it changes with 'chat', and in a plain checkpoint it is part of the attention",
+            where="mixture.router.chat",
+            found=f"built with decay: {[*channels.decays]}",
+            remedy=f"change 'chat' in the recipe and build again, or keep what is there: decay={[*channels.decays]}",
+        )
+    return channels is None
 
 
 def _first_possible(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
@@ -201,11 +221,13 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
             where="mixture",
             remedy="build again with output: {format: modekit}",
         )
+    keeps_lexical = checkpoint.shape.plain and checkpoint.record.recipe.mixture.is_carried
     for key in _other_tensors(checkpoint, recipe):
         raise RecipeError(
             "this change needs other tensors than the gates: a refit changes no expert, backbone or place of a router",
             where=f"mixture.{key}",
-            remedy="change the recipe and build again",
+            remedy=f"{'set fit=lexical, the only router of this plain mixture, or ' * keeps_lexical}change the recipe and "
+            "build again",
         )
 
 
@@ -228,5 +250,5 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
 def _splits_ffn(recipe: Recipe) -> bool:
     """Whether the FFN of full models lies projection by projection, for routers finer than a module."""
     ffn = recipe.mixture.modules == "auto" or "mlp" in recipe.mixture.modules
-    whole = all(expert.is_whole or expert.is_base for expert in recipe.experts)
+    whole = all(expert.adapter is None and not expert.is_low_rank for expert in recipe.experts)
     return ffn and whole and recipe.mixture.router.scope in {"projection", "feature"}

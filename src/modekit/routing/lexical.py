@@ -2,9 +2,9 @@
 
 The table is trained without a model (evidence.py). In the modekit architecture it is the gate of one router before the first
 layer; a native checkpoint carries it in channels besides the base's: evidence in the embedding, gates that read its average.
-The channels of the average pass a norm before each gate, which divides them by the size of the stream there. By how much is
-measured on a little text: the gate of a layer multiplies with the median, over tokens, of what the average is over what
-arrives. docs/lexical.md has the equations.
+The channels of the average pass a norm before each gate, which divides them by the size of the stream there. By how much was
+measured at the build where more than FFNs is carried, else it is on a little text: the gate of a layer multiplies with the
+median, over tokens, of what the average is over what arrives. docs/lexical.md has the equations.
 
 Words that the text has rarely, or not at all, borrow: ridge regression over the tokens that the text has goes from the base's
 embedding to the table, and what it says of a token counts as much as some occurrences of it. How many, and how strong the ridge
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from modekit.architecture.modekit_router import ngram_rows
+from modekit.checkpoint.carried import stream_sizes
 from modekit.checkpoint.evidence import evidence_columns
 from modekit.checkpoint.evidence_file import rows_of
 from modekit.loaded.load import load_tokenizer
@@ -214,6 +215,24 @@ def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.
     columns = evidence_columns(channels, embedding, table_VN.numpy())
     if not fitting.checkpoint.slots:  # gates follow from the sources
         return FittedRouter([], fitted.record, columns)
+    if channels.carry is None:
+        factors = _measured_factors(fitting, texts, table_VN, columns)
+    else:
+        factors = [channels.gate_factor(size) for size in stream_sizes(fitting.checkpoint.folder)]
+    gates = []
+    for slot, factor in zip(fitting.checkpoint.slots, factors, strict=True):
+        gate_ED = np.zeros(slot.shape, np.float32)
+        for number in range(table_VN.shape[1]):
+            gate_ED[number % channels.experts, channels.context.start + number] = factor
+        gates.append(gate_ED)
+    return FittedRouter(gates, fitted.record, columns)
+
+
+def _measured_factors(fitting: Fitting, texts: Sequence[TokenText], table_VN: torch.Tensor, columns: memoryview) -> list[float]:
+    """What each gate multiplies by, where no stream was measured at the build: the median over a little text, read by the
+    experts as they are in the checkpoint.
+    """
+    channels, embedding = fitting.checkpoint.carrier
     view = expert_view(fitting.checkpoint, run=fitting.run)
     fitting.run.begin("read the text with the base", len(texts))
     weight: torch.Tensor = view.model.get_input_embeddings().weight
@@ -234,14 +253,10 @@ def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.
         view.use_expert(place)
         run_with_inputs(view, sequences, GateInput(), compare)
         fitting.run.progress("read the text with the base", place + 1, len(texts))
-    gates = []
-    for slot, found in zip(fitting.checkpoint.slots, map(torch.cat, ratios), strict=True):
-        gate_ED = np.zeros(slot.shape, np.float32)
-        for number in range(table_VN.shape[1]):  # of an expert alone no token says anything
-            factor = float(found.median()) if len(found) else 1.0
-            gate_ED[number % channels.experts, channels.context.start + number] = factor
-        gates.append(gate_ED)
-    return FittedRouter(gates, fitted.record, columns)
+    found_by_slot = map(torch.cat, ratios)
+    return [
+        float(found.median()) if len(found) else 1.0 for found in found_by_slot
+    ]  # of an expert alone no token says anything
 
 
 def _averages(values_SN: torch.Tensor, decays: Sequence[float]) -> torch.Tensor:

@@ -6,9 +6,9 @@ Shape legend: B batch, S sequence, N tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,12 @@ from modekit.errors import SourceError, TextError
 from modekit.loaded.layers import LayerByLayer, Weights
 from modekit.loaded.load import decoder_layers, load_tokenizer, not_loaded
 from modekit.loaded.passes import removed
-from modekit.planning.carry import SAMPLE_BYTES, SAMPLE_TOKENS, STREAM_TOKENS
+from modekit.planning.carry import LOST_TOKENS, PIECE_TOKENS, SAMPLE_BYTES, SAMPLE_TOKENS, STREAM_TOKENS
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.config import whole
-from modekit.sources.names import in_layer
+from modekit.sources.names import EMBEDDING, in_layer, weight_of
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream, principal_rows
@@ -33,17 +33,17 @@ from modekit.weights.bases import LayerStream, Stream, principal_rows
 _LAST = "model.norm"
 
 
-def measure_stream(plan: Plan, weights: Callable[[int], Weights], kept: Path, run: Run, *, own: bool) -> Stream:
-    """Run the base, whose numbers are `weights` of -1, over the beginning of every domain's fit text; where that is gone, over
-    the tokens that `kept` has of it. With `own` each expert reads its own text instead.
-
-    Raises SourceError and TextError.
+def measure_stream(
+    plan: Plan, weights: Callable[[int], Weights], pieces: Sequence[Sequence[TokenSequence]], run: Run, *, own: bool
+) -> Stream:
+    """Run the base, whose numbers are `weights` of -1, over the first of every domain's pieces, STREAM_TOKENS of all domains.
+    With `own` each expert reads its own text instead. Raises SourceError.
     """
     channels = plan.shape.channels
     assert channels is not None
     by_layers = base_by_layers(plan)
     model = by_layers.model
-    texts = beginnings(plan, kept, model.get_input_embeddings().weight.shape[0], run)
+    texts = [of_first_tokens(own_pieces, tokens_that_set(plan)) for own_pieces in pieces]
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
         [in_layer(layer, str(part)) for layer in layers]
@@ -122,32 +122,58 @@ class _Taps:
         self._condensed += 1
 
 
-def beginnings(plan: Plan, kept: Path, rows: int, run: Run, behind: int = 0) -> list[list[TokenSequence]]:
-    """Of every domain's fit text at most so many tokens that there are STREAM_TOKENS of all, all of which the base has: `rows`,
-    perhaps fewer than the mixture's. Or at most so many `behind` them, where there is more text. Raises TextError.
+def tokens_that_set(plan: Plan) -> int:
+    """How many tokens of a domain set what is carried."""
+    return max(64, STREAM_TOKENS // plan.shape.experts)
+
+
+def read_pieces(plan: Plan, kept: Path, run: Run) -> list[list[TokenSequence]]:
+    """Pieces of every domain's fit text, or, where that is gone, of the tokens that `kept` has of it: of many documents, and of
+    all their parts. All tokens are known to the base. Raises TextError.
     """
-    tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
-    share = max(64, STREAM_TOKENS // plan.shape.experts)
-    most, found = share + behind, list[list[TokenSequence]]()
+    tokenizer, vocabulary = load_tokenizer(plan.sources[0].folder, run=run), whole(plan.config, "vocab_size")
+    rows = plan.sources[0].tensor(weight_of(EMBEDDING)).shape[0]
+    most = tokens_that_set(plan) + LOST_TOKENS + 2 * PIECE_TOKENS
+    pieces = list[list[TokenSequence]]()
+    cut = partial(encode, tokenizer, max_tokens=most, sequence_length=PIECE_TOKENS)
     for number, expert in enumerate(plan.recipe.experts):
         try:
             documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
         except TextError:
-            text = load_token_text(kept / f"{expert.name}.safetensors", whole(plan.config, "vocab_size"))
+            text = load_token_text(kept / f"{expert.name}.safetensors", vocabulary)
             if text is None:
                 raise
-            own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(most))
-            read = [TokenSequence(ids) for ids in own if ids]
+            known = (ids[ids < rows] for ids, _ in text.sequences())
+            pieces.append(_in_turn(map(_cut, known), most))
         else:
-            read = encode(tokenizer, documents, max_tokens=most, sequence_length=min(share, settings.sequence_length))
-        found.append(_behind(read, share, behind) if behind else read)
-    return found
+            pieces.append(_in_turn((cut([document]) for document in documents), most))
+    return pieces
 
 
-def _behind(sequences: Sequence[TokenSequence], share: int, most: int) -> list[TokenSequence]:
-    """Those that begin behind `share` tokens, or, where these are fewer than `most`, the last ones; at most so many tokens."""
-    ends = list(accumulate(each.size for each in sequences))
-    first = max(0, min(share, ends[-1] - most))
-    found = [each for each, end in zip(sequences, ends, strict=True) if end - each.size >= first] or sequences[-1:]
-    starts = accumulate((each.size for each in found), initial=0)
-    return [TokenSequence(each.ids[: most - start]) for each, start in zip(found, starts, strict=False) if start < most]
+def _cut(ids: torch.Tensor) -> list[TokenSequence]:
+    parts = [part.tolist() for part in torch.split(ids, PIECE_TOKENS)]
+    return [TokenSequence(tuple(part)) for part in parts if len(part) > 1]
+
+
+def _in_turn(by_document: Iterable[Sequence[TokenSequence]], tokens: int) -> list[TokenSequence]:
+    """So many tokens or somewhat more: a piece of each document, each from another part of it, before there is a second one."""
+    rotated, total = list[Sequence[TokenSequence]](), 0
+    for number, own in enumerate(by_document):
+        first = number % max(1, len(own))
+        rotated.append([*own[first:], *own[:first]])
+        total += sum(piece.size for piece in own[:1])
+        if total >= tokens:
+            break
+    in_turn = [piece for turn in zip_longest(*rotated) for piece in turn if piece is not None]
+    return of_first_tokens(in_turn, tokens)
+
+
+def of_first_tokens(pieces: Sequence[TokenSequence], tokens: int) -> list[TokenSequence]:
+    """The first pieces that have so many tokens together."""
+    taken, total = list[TokenSequence](), 0
+    for piece in pieces:
+        if total >= tokens:
+            break
+        taken.append(piece)
+        total += piece.size
+    return taken

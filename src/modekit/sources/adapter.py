@@ -14,28 +14,25 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Literal
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
-from modekit.files.typed import shortened
 from modekit.sources.adapted import Adapted, Parts, wrapped
-from modekit.sources.config import Config, damaged_model, is_mixture
+from modekit.sources.config import is_mixture
 from modekit.sources.contents import read_header
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.header import TensorRef, check_floats
+from modekit.sources.lora_settings import LoraSettings, Patterns, damaged, lora_settings
 from modekit.sources.names import layers_of, module_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of
 from modekit.sources.weight_files import no_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _SAME_BASE = "use an adapter that was trained on this base model"
 _JOIN = (
@@ -43,8 +40,6 @@ _JOIN = (
     "PeftModel.from_pretrained(BASE_MODEL, ADAPTER).save_pretrained(NEW)"
 )
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
-_Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
-_Pattern = Annotated[str, Field(max_length=1000)]
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\."
@@ -52,18 +47,6 @@ _PART = re.compile(
 )
 _COPIES = (".original_module", ".modules_to_save")
 """With bias: all, PEFT saves biases of modules_to_save three times; these two of the names are never read again."""
-NO_EFFECT = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
-    # which modules, layers and ranks there are, the file says
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("bias", "fan_in_fan_out"),
-    # read only while the matching init_lora_weights initialises; those that change the base are refused there
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-}
-"""Settings that say nothing about what the saved tensors do."""
-_INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
-"""Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +60,21 @@ class LowRank:
         a: A. For an embedding, (R, V).
         b: B. For an embedding, (D, R).
         scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
-        rows: the rows of B and magnitude that belong to this weight, where it is a part of the module's; None means all.
         magnitude: DoRA's m, (O,): W' = m * (W + scale * B A) / norms of its rows. For an embedding, (D,) and columns.
         transposed: an embedding, W (V, D), or fused experts, W (E, I, O): W' = W + scale * (B A)^T.
         experts: E; 0 for a matrix.
         member: of fused experts the one that this is of; None: all.
+        rows: of a member, the rows of B that are for its gate or its up; None: all.
     """
 
     a: TensorRef
     b: TensorRef
     scale: float
-    rows: tuple[int, int] | None = None
     magnitude: TensorRef | None = None
     transposed: bool = False
     experts: int = 0
     member: int | None = None
+    rows: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -132,7 +115,7 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     """
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
-    settings = _settings(config, where=f"{where}: {CONFIG_FILE}")
+    settings = lora_settings(config, where=f"{where}: {CONFIG_FILE}")
     if not (folder / WEIGHTS_FILE).exists():
         raise no_weights([path.name for path in folder.iterdir()], where=where)
     tensors = read_header(folder / WEIGHTS_FILE, where=where)
@@ -142,7 +125,7 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     beside = reading.sort(tensors)
     changes, replaced = reading.changes(), reading.replaced()
     if not changes and not replaced:
-        raise _damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
+        raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, replaced, beside=beside)
 
 
@@ -156,57 +139,10 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
             raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
         raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
     except UNREADABLE as error:
-        raise _damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
+        raise damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SourceError(f"{CONFIG_FILE} names no peft_type", where=where, expected="LORA", remedy=_GIVE_SAVED)
     return config
-
-
-class LoraSettings(BaseModel):
-    """What of the settings of LoRA, rsLoRA and DoRA shapes the weights, with PEFT's defaults."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    r: int = Field(8, ge=1, le=2**20)
-    rank_pattern: dict[_Pattern, Annotated[int, Field(ge=1, le=2**20)]] | None = Field(None, max_length=10_000)
-    lora_alpha: _Alpha = 8.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    alpha_pattern: dict[_Pattern, _Alpha] | None = Field(None, max_length=10_000)
-    init_lora_weights: bool | str | None = True
-    modules_to_save: list[str] | None = Field(None, max_length=10_000)
-    target_parameters: list[str] | None = Field(None, max_length=10_000)
-    ensure_weight_tying: bool = False
-
-
-def _settings(config: Config, *, where: str) -> LoraSettings:
-    """Raises SourceError for values of the wrong kind, UnsupportedError for what is not LoRA, or not known to be."""
-    if config["peft_type"] != "LORA":
-        found = f"peft_type {shortened(config['peft_type'])}"
-        what = "an adapter of this kind cannot be read"
-        raise UnsupportedError(what, where=where, found=found, expected="LORA", remedy=MERGE_FIRST)
-    known = {*LoraSettings.model_fields, *NO_EFFECT}
-    for key, value in config.items():
-        if key not in known and value not in (None, False, [], {}, ""):
-            said = "modekit does not know what this setting does to the weights"
-            raise UnsupportedError(said, where=where, found=f"{key}: {shortened(value)}", remedy=MERGE_FIRST)
-    try:
-        settings = LoraSettings.model_validate(dict(config))
-    except ValidationError as error:
-        key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
-        raise _damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
-    if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
-        raise UnsupportedError(
-            "this initialisation may have changed the base model's weights, which the adapter does not hold",
-            where=where,
-            found=f"init_lora_weights: {shortened(settings.init_lora_weights)}",
-            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + MERGE_FIRST,
-        )
-    return settings
-
-
-_damaged = partial(damaged_model, remedy="download or save the adapter again")
-"""The error of an adapter that contradicts itself."""
 
 
 class _Reading:
@@ -219,6 +155,7 @@ class _Reading:
         self._where, self._settings, self._base, self._naming = where, settings, base, naming
         self._parts: dict[str, dict[str, TensorRef]] = {}  # adapted module -> its adapter tensors by part
         self._whole: dict[str, TensorRef] = {}  # saved modules, biases, embeddings: by their name in the base
+        self._patterns = Patterns()
 
     @cached_property
     def _family(self) -> Family:
@@ -250,7 +187,7 @@ class _Reading:
                 beside[plain] = ref
                 continue
             if (first := taken.setdefault(name, key)) != key:
-                raise _damaged("two tensors of the adapter mean the same", f"{self._where}: {name}", f"{first} and {key}")
+                raise damaged("two tensors of the adapter mean the same", f"{self._where}: {name}", f"{first} and {key}")
             match = _PART.fullmatch(name)
             if match is not None:
                 self._parts.setdefault(match["module"], {})[match["part"]] = ref
@@ -267,9 +204,19 @@ class _Reading:
             if (self._is_tied and module in self._ends) or (self._family.shares and module == self._ends[0]):
                 raise self._tied(first)
             if weight is None:
+                self._check_layer(module, first)
                 weight = self._module(module, first)
             found[weight.name] = self._change(module, parts, weight)
         return found
+
+    def _check_layer(self, module: str, first: TensorRef) -> None:
+        """Raise SourceError for a part of a layer that PEFT would not adapt, and would drop without a word."""
+        layers, (layer, _) = self._settings.layers_to_transform, split_layer(module)
+        if layers in (None, []) or layer is None or self._naming.named(module) in (self._settings.target_modules or ()):
+            return
+        number = int(str(layer).rpartition(".")[2])
+        if number not in (layers if isinstance(layers, list) else [layers]):
+            raise self._unexplained(first, f"layers_to_transform: {layers} leaves layer {number} out")
 
     def _module(self, module: str, first: TensorRef) -> Adapted:
         """The weight of a module that is adapted as a whole."""
@@ -307,7 +254,7 @@ class _Reading:
         missing = sorted(expected.keys() - parts.keys())
         if missing:
             where, there = f"{self._where}: {module}", ", ".join(sorted(parts))
-            raise _damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
+            raise damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
         for part, ref in parts.items():
             if part not in expected:
                 raise self._unexplained(ref, "the config does not ask for it")
@@ -317,19 +264,19 @@ class _Reading:
         alpha = self._said("alpha_pattern", weight.key, self._settings.lora_alpha)
         scale = alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)
         magnitude = parts.get("lora_magnitude_vector")
-        return LowRank(parts[a], parts[b], scale, None, magnitude, weight.turned, weight.experts)
+        return LowRank(parts[a], parts[b], scale, magnitude, weight.turned, weight.experts)
 
     def _said(self, patterns: Literal["rank_pattern", "alpha_pattern"], module: str, default: float) -> float:
         """The first pattern counts that is a module's name or its end (PEFT's `get_pattern_key`)."""
-        import regex  # which stops when it is told to, as `re` does not
+        import regex
 
         for pattern, value in (getattr(self._settings, patterns) or {}).items():
             try:
-                if regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=1.0):
+                if self._patterns.match(pattern, module):
                     return float(value)
             except (regex.error, TimeoutError, MemoryError, OverflowError, RecursionError) as error:
-                what = "a pattern is no regular expression, or takes too long to match"
-                raise _damaged(what, f"{self._where}: {CONFIG_FILE}: {patterns}", f"{pattern[:200]}: {error}") from None
+                what = "a pattern is no regular expression, or the patterns take too long to match"
+                raise damaged(what, f"{self._where}: {CONFIG_FILE}: {patterns}", f"{pattern[:200]}: {error}") from None
         return default
 
     def replaced(self) -> dict[str, TensorRef]:
@@ -389,4 +336,4 @@ class _Reading:
 
     def _unexplained(self, ref: TensorRef, why: str) -> SourceError:
         expected = f"only tensors that {CONFIG_FILE} explains"
-        return _damaged("a tensor of the adapter would be lost", f"{self._where}: {ref.name}", why, expected)
+        return damaged("a tensor of the adapter would be lost", f"{self._where}: {ref.name}", why, expected)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
 from modekit.errors import SourceError
@@ -88,11 +88,12 @@ def _explained(spec: str, where: str) -> Iterator[None]:
         if not of_the_hub(error):
             raise
         first = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        raise SourceError(
-            "no such folder, and the hub does not send a repository of that name",
-            where=where,
-            found=shortened(getattr(first, "server_message", None) or str(first).strip() or type(first).__name__),
-            remedy="correct the path, hub id or revision; for a private or gated repository accept its terms there and log "
-            "in (`hf auth login`, or set HF_TOKEN); else run the command again, which continues, or unset HF_HUB_OFFLINE, or "
-            f"`hf download {spec}` where there is a network",
-        ) from None
+        found = shortened(getattr(first, "server_message", None) or str(first).strip() or type(first).__name__)
+        what = "no such folder, and the hub does not send a repository of that name"
+        remedy = "correct the path, hub id or revision; for a private or gated repository accept its terms there and log in "
+        remedy += "(`hf auth login`, or set HF_TOKEN); else run the command again, which continues"
+        if isinstance(first, LocalEntryNotFoundError):
+            what = "no such folder, and no network to ask the hub for it"
+            found = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else found
+            remedy = f"correct the path; or unset HF_HUB_OFFLINE, or `hf download {spec}` where there is a network"
+        raise SourceError(what, where=where, found=found, remedy=remedy) from None

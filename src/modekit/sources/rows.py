@@ -14,9 +14,10 @@ from functools import cached_property
 from itertools import groupby
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.sources.adapter import MERGE_FIRST, AdapterSource, LowRank
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
 from modekit.sources.header import ITEMSIZE, TensorRef
+from modekit.sources.lora_settings import MERGE_FIRST
 from modekit.sources.names import weight_of
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import Tokens

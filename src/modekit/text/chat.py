@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.document import Message, message_of
-from modekit.text.plain import whole
+from modekit.text.plain import token_ids, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER, _ANSWER = "⁂user⁂", "⁂answer⁂"  # stand for what is said, where only what lies around it is asked for
+
+_GENERATED = re.compile(r"\{%-?\s*generation\b")
 
 
 class ChatTemplate:
@@ -43,8 +47,57 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that the template wrote."""
-        found: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        return token_ids(self._tokenizer, text, special=False)
+
+    def answered(self, messages: Sequence[Message], text: str) -> frozenset[int]:
+        """Which tokens of the text of these messages the assistant says: what the template marks as generated, or else the
+        answers, each with what closes it.
+        """
+        if self._tokenizer.is_fast and _GENERATED.search(self.source):
+            written = self._tokenizer.apply_chat_template(
+                list(messages), return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            )
+            return frozenset(place for place, said in enumerate(written["assistant_masks"]) if said)
+        spans, ids = [*self._answers(messages, text)], self.ids(text)
+        if self._tokenizer.is_fast:
+            offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            begins, ends = ([each[side] for each in offsets["offset_mapping"]] for side in (0, 1))
+            found = ((bisect_right(ends, begin), bisect_left(begins, end)) for begin, end in spans)
+        else:
+            found = ((_in_common(self.ids(text[:begin]), ids), _in_common(self.ids(text[:end]), ids)) for begin, end in spans)
+        return frozenset(place for first, last in found for place in range(first, last))
+
+    def _answers(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
+        """Begin and end of each answer in the text. Where a template changes what is said, it ends with what closes it."""
+        last = 0
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, content = self._before(messages[:place]), message["content"].strip()
+            same = _in_common(before, text)
+            begin = same if 0 < same == len(before) else text.find(content, max(last, same))
+            if begin < 0:
+                continue
+            said = text.find(content, begin)
+            last = begin if said < 0 else said + len(content)
+            end = text.find(self._closing, last)
+            last = last if end < 0 else end + len(self._closing)
+            yield begin, last
+
+    def _before(self, messages: Sequence[Message]) -> str:
+        """What an answer to these messages is behind; nothing where the template does not take them."""
+        try:
+            return self.text(messages, answer=True)
+        except TextError:
+            return ""
+
+    @cached_property
+    def _closing(self) -> str:
+        """What stands behind an answer that is the last message."""
+        try:
+            return self.text([message_of("user", "."), message_of("assistant", _ANSWER)]).rpartition(_ANSWER)[2]
+        except TextError:
+            return ""
 
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""
@@ -73,6 +126,12 @@ class ChatTemplate:
             return None
         between, other, _ = rest.partition(second)
         return (before, between) if one and other else None
+
+
+def _in_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How much both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

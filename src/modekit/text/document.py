@@ -41,6 +41,15 @@ class Conversation:
         """The contents as one text, which decides the split and what the conversation is compared by."""
         return "\n\n".join(message["content"].strip() for message in self.messages).strip()
 
+    @property
+    def exchanges(self) -> list[tuple[str, str]]:
+        """What the user says each time, and what the assistant answers, if anything."""
+        found = list[tuple[str, str]]()
+        for said, then in zip(self.messages, [*self.messages[1:], message_of("", "")], strict=True):
+            if said["role"] == "user" and said["content"].strip():
+                found.append((said["content"].strip(), then["content"].strip() if then["role"] == "assistant" else ""))
+        return found
+
 
 Document: TypeAlias = str | Pair | Conversation
 """Plain text is itself."""

@@ -136,7 +136,8 @@ def _path_of(spec: str, root: Path, where: str) -> Path | None:
     """Where a text lies; None of a hub data set. Raises TextError."""
     path = locate(spec, root)
     if path is None and _is_path(spec):
-        raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
+        remedy = "correct the path; paths of a mixture's recipe begin at its folder: where that was moved, move the text, too"
+        raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
     return path
 
 

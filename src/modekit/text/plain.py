@@ -11,8 +11,13 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
+from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
+from modekit.files.typed import said_by
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LARGEST = 3 * 2**23
 """Bytes of a line, characters of a paragraph: far more than a book has."""
@@ -27,6 +32,22 @@ WORD = re.compile(r"\S{1,24}\s*")
 def whole(text: str) -> str:
     """The text without halves of surrogate pairs, which are no characters."""
     return text.encode("utf-8", "replace").decode()
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Tokens of a text. Raises TextError where a pattern of the tokenizer finds no end in it."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except BaseException as error:  # a library in Rust panics by a class of its own, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TextError(
+            "the tokenizer cannot cut a text into tokens",
+            where=str(tokenizer.name_or_path),
+            found=f"{said_by(error)} (in {text[:60]!r})",
+            remedy="correct the patterns in tokenizer.json, or leave the text out",
+        ) from None
+    return ids
 
 
 def decode(data: bytes, *, where: str, start: int = 0) -> str:

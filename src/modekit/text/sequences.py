@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from modekit.errors import TextError
 from modekit.text.chat import ChatTemplate, chat_template_of, needed_template
 from modekit.text.document import Conversation, Document, Pair, both_kinds, reads_of
+from modekit.text.plain import token_ids
 from modekit.text.tags import opening_ids, place_of_tag, split_tag
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ class TokenSequence:
     `target`: of a pair the tokens that are predicted, with the end token; `ids` are the source's.
     `tag`: where among `ids` a domain's tag stands, if there is one. It is read and never predicted: what counts is what
     would count without it.
+    `unsaid`: places among `ids` behind the first that are not predicted either, as no assistant says what stands there.
     """
 
     ids: tuple[int, ...]
     start: int = 0
     target: tuple[int, ...] = ()
     tag: int | None = None
+    unsaid: frozenset[int] = frozenset()
 
     @property
     def places(self) -> int:
@@ -45,14 +48,14 @@ class TokenSequence:
         return len(self.target) if self.target else len(self.ids) - 1
 
     @property
-    def silent(self) -> int | None:
-        """The one of `ids` that is not predicted besides the first: a tag, or the token behind one that is the first."""
-        return None if self.tag is None or self.target else max(self.tag, 1)
+    def silent(self) -> frozenset[int]:
+        """Those of `ids` that are not predicted besides the first: `unsaid`, a tag, the token behind one that is the first."""
+        return self.unsaid if self.tag is None or self.target else frozenset([max(self.tag, 1)])
 
     @property
     def scored(self) -> int:
-        """How many tokens are predicted: of `places` all but the silent one."""
-        return self.places - (self.silent is not None)
+        """How many tokens are predicted: of `places` all but the silent ones."""
+        return self.places - len(self.silent)
 
     def with_tag(self, tag: int | None, place: int = 0) -> TokenSequence:
         """The same with a tag, a token id, in the place of its own, if it has one, else at `place`; None takes it out."""
@@ -72,7 +75,7 @@ class Batch:
     """Right-padded token ids (B, S) int64 and the mask of real tokens (B, S) bool; `rows` are places in the input.
 
     `target`: of pairs the labels (B, T) int64, -100 behind their end; None for plain text. `silent`: tokens (B, S) bool that
-    tags keep from being predicted; None without tags.
+    are not predicted; None where all are.
     """
 
     input_ids: torch.Tensor
@@ -118,12 +121,14 @@ def encode(
     max_tokens: int,
     sequence_length: int,
     shortest_rest: int = 2,
+    answers: bool = False,
 ) -> list[TokenSequence]:
     """Documents cut into sequences of at most `sequence_length` tokens, until there are `max_tokens`.
 
     A document is never joined to another. Pieces of a single token are dropped (nothing in them can be predicted), and
     so is what is left of a document when it is shorter than `shortest_rest`. A conversation is written by the tokenizer's chat
     template; TextError when there is none, or it does not take the messages. A prompt with its answer is plain text then.
+    `answers`: of a conversation only what the assistant says is to be predicted, and pieces without that are left out.
 
     A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
     no longer fits into `max_tokens`.
@@ -132,7 +137,7 @@ def encode(
     written as it would be without it, and the tag put before.
     """
     sequences: list[TokenSequence] = []
-    writer = _Writer(tokenizer)
+    writer = _Writer(tokenizer, answers)
     total = 0
     for document in documents:
         if isinstance(document, Pair):
@@ -149,8 +154,9 @@ def encode(
             stop = min(start + longest, len(written.ids), start + max_tokens - total - room)
             if stop - start < (shortest_rest if start else 2):
                 continue
-            sequences.append(writer.piece(written, start, stop))
-            total += sequences[-1].size
+            piece = writer.piece(written, start, stop)
+            total += piece.size
+            sequences += [piece] if piece.scored else []
         if total >= max_tokens - 1:
             break
     return sequences
@@ -158,6 +164,9 @@ def encode(
 
 def none_fits(documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None) -> TextError:
     """The error of documents that `encode` has made no sequence of."""
+    if any(isinstance(document, Conversation) for document in documents):
+        what, remedy = "no assistant says anything in these conversations", "give conversations with answers, or plain text"
+        return TextError(what, where=where, found=found, expected="messages of the role assistant", remedy=remedy)
     if "pairs" not in map(reads_of, documents):
         return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
     return TextError(
@@ -171,18 +180,22 @@ def none_fits(documents: Sequence[Document], sequence_length: int, *, where: str
 
 @dataclass(frozen=True)
 class _Written:
-    """A document as tokens; `opening` as `start` of TokenSequence; `tag` the token it began with, if any, not among `ids`."""
+    """A document as tokens; `opening` as `start` of TokenSequence; `tag` the token it began with, if any, not among `ids`;
+    `said`: the places of what the assistant says, None where everything is predicted.
+    """
 
     ids: list[int]
     opening: int = 0
     tag: int | None = None
+    said: frozenset[int] | None = None
 
 
 class _Writer:
     """Documents of many kinds as tokens. What it asks the tokenizer for is the same for all of them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, answers: bool) -> None:
         self.tokenizer = tokenizer
+        self._answers = answers
 
     @cached_property
     def _template(self) -> ChatTemplate | None:
@@ -199,7 +212,9 @@ class _Writer:
     def piece(self, written: _Written, start: int, stop: int) -> TokenSequence:
         """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
         opening = min(max(0, written.opening - start), stop - start - 1)
-        return self._with_tag(TokenSequence(tuple(written.ids[start:stop]), opening), written.tag)
+        said = range(start, stop) if written.said is None else written.said
+        unsaid = frozenset(place - start for place in range(start + 1, stop) if place not in said)
+        return self._with_tag(TokenSequence(tuple(written.ids[start:stop]), opening, unsaid=unsaid), written.tag)
 
     def written(self, document: str | Conversation, wanted: int) -> _Written:
         """Of a long one at least the first `wanted` tokens. Raises TextError for messages without a template."""
@@ -208,7 +223,8 @@ class _Writer:
                 template = self._template or needed_template(self.tokenizer, "messages")
                 text = template.text(document.messages)
                 ids = _tokenise(self.tokenizer, text, wanted, whole=True)
-                return _Written(ids, template.opening(document.messages))
+                said = template.answered(document.messages, text) if self._answers else None
+                return _Written(ids, template.opening(document.messages), said=said)
             document = document.text
         tag, text = split_tag(self.tokenizer, document)
         return _Written(_tokenise(self.tokenizer, text, wanted), tag=tag)
@@ -218,7 +234,7 @@ class _Writer:
         if max(len(pair.source), len(pair.target)) > _LONG:  # longer than any sequence
             return None
         tag, source = split_tag(self.tokenizer, pair.source)
-        ids: list[int] = self.tokenizer(source, verbose=False)["input_ids"]
+        ids = token_ids(self.tokenizer, source)
         target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
         if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
             return None
@@ -230,8 +246,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *,
     `whole` text the tokenizer adds no special tokens.
     """
     beginning = document[: max(_LONG, _CHARACTERS * wanted)]
-    ids: list[int] = tokenizer(beginning, verbose=False, add_special_tokens=not whole)["input_ids"]
-    return ids
+    return token_ids(tokenizer, beginning, special=not whole)
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
@@ -264,7 +279,7 @@ def _padded(sequences: Sequence[TokenSequence], rows: tuple[int, ...], pad_id: i
         raise both_kinds()
     mask = padded(([1] * len(each.ids) for each in sequences), 0).bool()
     silent = None
-    if any(each.silent is not None for each in sequences):
-        silent = padded(([place == each.silent for place in range(len(each.ids))] for each in sequences), 0).bool()
+    if any(each.silent for each in sequences):
+        silent = padded(([place in each.silent for place in range(len(each.ids))] for each in sequences), 0).bool()
     target = padded((each.target for each in sequences), NO_LABEL) if sequences[0].target else None
     return Batch(padded((each.ids for each in sequences), pad_id), mask, rows, target, silent)

@@ -31,6 +31,14 @@ def _lines_of(name: str) -> tuple[str, ...]:
     return tuple(files("modekit.text").joinpath(name).read_text(encoding="utf-8").splitlines())
 
 
+def _by_language(name: str) -> dict[str, list[str]]:
+    frames: dict[str, list[str]] = {}
+    for line in _lines_of(name):
+        language, _, frame = line.partition("\t")
+        frames.setdefault(language, []).append(frame)
+    return frames
+
+
 SYSTEM_PROMPTS = _lines_of("system_prompts.txt")
 """Of no domain; the first one is none at all."""
 SMALL_TALK = _lines_of("small_talk.txt")
@@ -43,10 +51,10 @@ _WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
 _SHORTEST, _LONGEST = 4, 2  # letters of the first word of a term, words of a term
 _WINDOW = 400  # characters of a document in which a term is looked for
 _LOOK_AT = 200, 1_000  # documents, and characters of each, that show a language
-QUESTION_FRAMES: dict[str, list[str]] = {}
+QUESTION_FRAMES = _by_language("question_frames.txt")
 """Language -> frames; each {} is a term."""
-for _line in _lines_of("question_frames.txt"):
-    QUESTION_FRAMES.setdefault(_line.partition("\t")[0], []).append(_line.partition("\t")[2])
+POLITE_FRAMES = _by_language("polite_frames.txt")
+"""Language -> greetings and thanks; {} is what the user says."""
 _WORDS = {
     language: {word.lower() for frame in frames for word in _WORD.findall(frame)}
     for language, frames in QUESTION_FRAMES.items()

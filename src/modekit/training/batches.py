@@ -193,8 +193,8 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Each item: input_ids (B, S) int64; real (B, S) bool; position_ids (B, S) int64, from 0 for every sequence; labels (B, S)
     int64, the expert that the router is to take, GENERIC for none; corpus and position (B, S) int64, where each token stands in
     the corpora; targets, how many tokens the whole step predicts; expert, the label of the step's first sequence. Of pairs, one
-    per row, all this is of the source, and target (B, T) int64 has what is to be written, -100 behind its end. Where text
-    has tags, whether they are asked for or stand in it, silent (B, S) bool has the tokens that these keep from being predicted.
+    per row, all this is of the source, and target (B, T) int64 has what is to be written, -100 behind its end. Where tokens
+    are not predicted (tags, and of conversations what no assistant says), silent (B, S) bool has them.
     """
 
     def __init__(self, corpora: Sequence[DomainSequences], parts: Sequence[BatchPart], pad_id: int) -> None:
@@ -202,7 +202,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self._parts = parts
         self._pad_id = pad_id
         self._starts = [corpus.starts.tolist() for corpus in corpora]
-        self._has_silent = any(sequence.silent is not None for corpus in corpora for sequence in corpus.sequences)
+        self._has_silent = any(sequence.silent for corpus in corpora for sequence in corpus.sequences)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -235,8 +235,8 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 item["labels"][number, here] = draw.label
                 item["corpus"][number, here] = draw.corpus
                 item["position"][number, here] = places
-                if sequence.silent is not None:
-                    item["silent"][number, start + sequence.silent] = True
+                if sequence.silent:
+                    item["silent"][number, torch.tensor(list(sequence.silent)) + start] = True
                 start += len(ids)
             item["position_ids"][number, start:] = torch.arange(length - start)  # pads are a sequence of their own
         return item | self._target(rows)

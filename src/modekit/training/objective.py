@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
@@ -27,7 +28,7 @@ from modekit.files.write import make_folder, remove
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import RouterTrace
-from modekit.loaded.passes import Head, head_of, inputs_of, reads_target, tokens_per_batch
+from modekit.loaded.passes import backbone_of, inputs_of, logits_at, reads_target, tokens_per_batch
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.routing.inputs import to_float16
@@ -37,6 +38,44 @@ from modekit.training.batches import DomainSequences, predicted_in
 from modekit.training.engine import JudgedModule
 from modekit.training.losses import DIVERGENCES, GENERIC, distillation, domain_label, language_model, load_balance, z_loss
 from modekit.training.settings import OF_ROUTERS, TrainSettings
+
+
+class _Output(BaseModelOutput):  # type: ignore[misc]
+    """Of a backbone: whatever else a class asks it for, there is none."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _KeptStates(nn.Module):
+    """Stands where a model had its backbone, and gives the hidden states (1, N, D) that are put here."""
+
+    hidden: torch.Tensor
+
+    def forward(self, *_: object, **_arguments: object) -> _Output:
+        """Whatever is read."""
+        return _Output(last_hidden_state=self.hidden)
+
+
+class Head:
+    """What a model's own class makes of hidden states: a copy of the model that has all but its backbone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._states = _KeptStates()
+        self._model = copy.deepcopy(model, {id(backbone_of(model)): self._states})
+
+    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V)."""
+        self._states.hidden = hidden_ND[None]
+        ids = torch.zeros(1, len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    def equals(self, other: Head) -> bool:
+        """Whether both give the same logits, being of experts of one base."""
+        ours, theirs = self._model.state_dict(), other._model.state_dict()
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @dataclass(frozen=True)
@@ -70,9 +109,9 @@ def make_teachers(
             found.append(None)
             continue
         model = of_all if of_all is not None else _own_model(checkpoint, corpus.expert, run)
-        hidden_ND, head = _read(model, corpus, path, run), head_of(model)
+        hidden_ND, head = _read(model, corpus, path, run), Head(model)
         known = (each.head for each in found if each is not None and each.head.equals(head))
-        head = next(known, None) or Head(copy.deepcopy(head.linear), head.scale, head.cap)  # the base's head is kept once
+        head = next(known, head)  # the base's head is kept once
         found.append(DomainTeacher(corpus.expert if of_all is None else None, hidden_ND, head))
     return found
 
@@ -94,17 +133,19 @@ def _read(model: PreTrainedModel, corpus: DomainSequences, path: Path, run: Run)
     model.requires_grad_(False)
     make_folder(path.parent)
     remove(path)
-    width = int(model.config.hidden_size)
-    hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
     done = 0
     run.begin(f"teacher {corpus.name}", corpus.tokens)
-    with torch.inference_mode():
+    hidden_ND = torch.empty(0)
+    with torch.no_grad():
         for batch in make_batches(corpus.sequences, tokens=tokens_per_batch(model)):
-            mask = batch.mask.to(model.device)
-            output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)
+            states_BSD = backbone_of(model)(**inputs_of(model, batch), use_cache=False)[0]
+            if not done:
+                numbers = corpus.tokens * states_BSD.shape[-1]
+                hidden_ND = torch.from_file(str(path), shared=True, size=numbers, dtype=torch.float16)
+                hidden_ND = hidden_ND.view(corpus.tokens, -1)
             within = torch.arange(batch.mask.shape[1])
             positions = (corpus.starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
-            hidden_ND[positions] = to_float16(output.last_hidden_state[mask].float())
+            hidden_ND[positions] = to_float16(states_BSD[batch.mask.to(states_BSD.device)].float())
             done += len(positions)
             run.progress(f"teacher {corpus.name}", done, corpus.tokens)
     return hidden_ND
@@ -149,10 +190,8 @@ class Objective(JudgedModule):
         with own, mixture.traced() if OF_ROUTERS & names.keys() else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"input_ids": batch.input_ids, "position_ids": item["position_ids"]}
-            inputs = apart if self._packed else inputs_of(self.model, batch)
-            logits = self.model(**inputs, use_cache=False).logits
             predicted, wanted_N = _predicted(item)
-            logits_NV = logits[:, : predicted.shape[1]][predicted]
+            logits_NV = logits_at(self.model, apart if self._packed else inputs_of(self.model, batch), predicted)
             losses = {"lm": language_model(logits_NV, wanted_N)} if "lm" in names else {}
             for name in (name for name in DIVERGENCES if name in names):
                 losses[name] = self._distillation(name, logits_NV, predicted, item)

@@ -117,7 +117,7 @@ def _in_sequences(
     def encoded(documents: Sequence[Document], **bounds: int) -> list[TokenSequence]:
         if corpus.tags:
             documents = all_tagged(documents, corpus.name, where=f"text of {corpus.name}")
-        return encode(tokenizer, documents, sequence_length=settings.sequence_length, **bounds)
+        return encode(tokenizer, documents, sequence_length=settings.sequence_length, answers=True, **bounds)
 
     sequences = encoded(fit, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)
     held_out = encoded(select, max_tokens=settings.select_tokens)

@@ -21,7 +21,7 @@ width of what attention's output projection reads, V vocabulary, K units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,9 @@ _RIDGE = 1e-7
 _ROUNDS, _LEAST_STEP = 60, 1e-4
 _LEAST = 1e-14
 """Of the largest eigenvalue: directions below are rounding."""
+_LEAST_SQUARE = 1e-12
+"""The same where products in float32 were summed."""
+_OVERSAMPLED, _PASSES = 8, 3
 
 
 class LayerStream(NamedTuple):
@@ -80,24 +83,42 @@ def principal_rows(sample_TI: Singles, count: int) -> Singles:
 
 def output_basis(products: Sequence[Singles], rank: int) -> Singles:
     """Q (N, rank), orthonormal: directions of the outputs (N, T) of all experts; zero columns where there are fewer."""
-    both_NX = np.concatenate(products, axis=1).astype(np.float64)
-    if both_NX.shape[0] <= both_NX.shape[1]:
-        values_R, vectors_NR = _top(both_NX @ both_NX.T, rank)
-        return _filled(vectors_NR[:, values_R > 0], rank)
-    values_R, vectors_XR = _top(both_NX.T @ both_NX, rank)
-    return _filled(both_NX @ (vectors_XR[:, values_R > 0] / np.sqrt(values_R[values_R > 0])), rank)
+    return _filled(_principal(products, rank)[0], rank)
 
 
-def input_duals(products: Iterable[Singles], sample_TI: Singles, rank: int) -> Singles:
+def input_duals(products: Sequence[Singles], sample_TI: Singles, rank: int) -> Singles:
     """G (I, rank): the columns of O_e = M_e G, stacked over experts, are orthonormal principal directions of the outputs M_e x
     of all, and sum_e O_e^T M_e reads them: M_e ~ O_e (sum_f O_f^T M_f).
 
     `products`: M_e X^T (N, T) per expert, for the sample X (T, I).
     """
-    gram_TT = sum((each.astype(np.float64).T @ each.astype(np.float64) for each in products), np.zeros((len(sample_TI),) * 2))
-    values_R, vectors_TR = _top(gram_TT, rank)
-    kept = values_R > 0
-    return _filled(sample_TI.astype(np.float64).T @ (vectors_TR[:, kept] / np.sqrt(values_R[kept])), rank)
+    vectors_TR, sizes_R = _principal([each.T for each in products], rank)
+    return _filled(sample_TI.T @ (vectors_TR / sizes_R), rank)
+
+
+def _principal(parts: Sequence[Singles], rank: int) -> tuple[_Doubles, _Doubles]:
+    """Principal directions (N, R) of the columns of all parts (N, X), R at most `rank`, and their singular values (R,).
+
+    Randomised subspace iteration (Algorithm 4.4, arXiv:0909.4061): where the parts have no more than `rank` directions, it
+    spans them all.
+    """
+    random = np.random.default_rng(0)
+    width = min(rank + _OVERSAMPLED, len(parts[0]))
+    basis_NW = np.zeros((len(parts[0]), width), np.float32)
+    for part in parts:
+        basis_NW += part @ random.standard_normal((part.shape[1], width), np.float32)
+    for _ in range(_PASSES):
+        turned_NW = np.linalg.qr(basis_NW)[0]
+        basis_NW = np.sum([part @ (part.T @ turned_NW) for part in parts], axis=0)
+    basis_NW = np.linalg.qr(basis_NW)[0]
+    gram_WW = np.zeros((width, width))
+    for part in parts:
+        inside_WX = (basis_NW.T @ part).astype(np.float64)
+        gram_WW += inside_WX @ inside_WX.T
+    values, turn_WW = np.linalg.eigh(gram_WW)
+    kept = (values > _LEAST_SQUARE * max(float(values[-1]), 1e-300))[::-1][:rank]
+    largest_R = values[::-1][:rank][kept]
+    return basis_NW @ turn_WW[:, ::-1][:, :rank][:, kept], np.sqrt(largest_R)
 
 
 def row_basis(

@@ -76,9 +76,9 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
     """Rows of W + scale * B A (LoRA, arXiv:2106.09685), and of DoRA's m * W' / ||W'|| (Eq. 5, arXiv:2402.09353)."""
     a, b = read(change.a).reshape(change.a.shape), read(change.b).reshape(change.b.shape)
     # One factor is needed whole for every row and is small; of the other, rows are taken as they come.
-    left = a.T if change.transposed else _part(b, change.rows)
+    left = a.T if change.transposed else b
     right = (b.T if change.transposed else a).astype(np.float64)
-    magnitude = None if change.magnitude is None else _part(read(change.magnitude), change.rows).astype(np.float64)
+    magnitude = None if change.magnitude is None else read(change.magnitude).astype(np.float64)
 
     def plain(first: int, last: int) -> _Double:
         origin, some = given(first, last), left[first:last].astype(np.float64)
@@ -104,10 +104,6 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
             return weight.astype(np.float32)
 
     return rows
-
-
-def _part(array: Array, rows: tuple[int, int] | None) -> Array:
-    return array if rows is None else array[rows[0] : rows[1]]
 
 
 def _ratio(magnitude: _Double, squares: _Double) -> _Double:

@@ -107,8 +107,7 @@ def loss_per_token(sequence: TokenSequence, losses_P: Array32) -> Array32:
     """Of all tokens of a sequence, (S); NaN for those that are not predicted."""
     found = np.full(sequence.size, np.nan, np.float32)
     found[sequence.size - sequence.places :] = losses_P
-    if sequence.silent is not None:
-        found[sequence.silent] = np.nan
+    found[list(sequence.silent)] = np.nan
     return found
 
 

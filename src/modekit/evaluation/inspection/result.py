@@ -121,7 +121,7 @@ class Inspection(Result):
 
     def as_json(self) -> bytes:
         """As it is written: indented it would be three times as long."""
-        return (json.dumps(self.as_data(), sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(self.as_data(), ensure_ascii=False) + "\n").encode()
 
     def layers(self) -> dict[str, list[int]]:
         """Layer -> places of its routers; without those that serve several layers."""

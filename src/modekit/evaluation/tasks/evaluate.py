@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
@@ -26,6 +27,7 @@ from modekit.evaluation.rows import RowJob, row_jobs
 from modekit.evaluation.tables import MIXTURE
 from modekit.evaluation.tasks.questions import GROUPS, Questions, make_questions
 from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
+from modekit.files.write import digest_of_data
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
@@ -90,20 +92,41 @@ def evaluate_tasks(
         tasks = _harness_tasks(named, settings.folders, [each.config(folder) for each in questions.values()])
         if not tasks:
             raise TextError("no task is left to run", where="TASKS", found="; ".join(notes) or None, remedy="name another")
-        tokenizer, found = load_tokenizer(checkpoint.folder, run=run), dict[str, dict[str, tuple[str, int, Estimate]]]()
+        tokenizer, scores = load_tokenizer(checkpoint.folder, run=run), dict[str, TaskScores]()
         for place, job in enumerate(jobs):
             run.progress(f"score {job.name}", place, len(jobs))
-            found[job.name] = _scored(job.load(), tokenizer, tasks, settings)
+            for name, own in _scored(job, tokenizer, tasks, settings).items():
+                rows = scores[name].rows if name in scores else {}
+                scores[name] = replace(own, rows={**rows, **own.rows})
         run.progress("score", len(jobs), len(jobs))
-    scores = {}
-    for name, (metric, items, _) in next(iter(found.values())).items():
-        rows, better = {model: found[model][name][2] for model in found}, bool(tasks[name].higher_is_better()[metric])
-        scores[name] = TaskScores(metric=metric, higher_is_better=better, items=items, rows=rows)
-        if (asked := questions.get(name)) is not None:
-            scores[name] = replace(scores[name], form=asked.form, domain=asked.domain, unseen=asked.unseen)
+    earlier = _rows_not_asked_for(checkpoint, settings.models)
+    for name, own in scores.items():
+        scores[name] = _complete(own, earlier.get((name, own.asked), {}), questions.get(name), checkpoint)
     results = TaskResults(scores, notes=notes, checkpoint=checkpoint.identity)
     results.write(checkpoint)
     return results
+
+
+def _complete(
+    found: TaskScores, earlier: Mapping[str, Estimate], written: Questions | None, checkpoint: Checkpoint
+) -> TaskScores:
+    """With the rows of models that were not asked for, in order, and with what is known of written questions."""
+    rows = {**earlier, **found.rows}
+    ordered = {model: rows[model] for model in (BASE, *checkpoint.names, MIXTURE) if model in rows}
+    if written is None:
+        return replace(found, rows=ordered)
+    return replace(found, rows=ordered, form=written.form, domain=written.domain, unseen=written.unseen)
+
+
+def _rows_not_asked_for(checkpoint: Checkpoint, models: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Rows of other models in tasks.json of the checkpoint as it is, by task and what it asked; none where `models` are all."""
+    known = TaskResults.written_here(checkpoint) if models else None
+    if known is None or not known.belongs_to(checkpoint):
+        return {}
+    return {
+        (name, scores.asked): {model: estimate for model, estimate in scores.rows.items() if model not in models}
+        for name, scores in known.tasks.items()
+    }
 
 
 def _jobs(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> tuple[list[RowJob], list[str]]:
@@ -169,15 +192,16 @@ def _harness_tasks(names: Sequence[str], folders: Sequence[Path], configs: Seque
 
 
 def _scored(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task], settings: TaskSettings
-) -> dict[str, tuple[str, int, Estimate]]:
-    """Per task the metric, the number of items, and the score by the first of several filters.
+    job: RowJob, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task], settings: TaskSettings
+) -> dict[str, TaskScores]:
+    """A model's score of each task by the first of several filters.
 
     A router may decide by a whole text, and HFLM masks no pads, so that a model of ours reads likelihoods one text at a time.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    model = job.load()
     batch = 1 if hasattr(model.config, "modekit") else _BATCH
     for task in tasks.values():
         task.set_fewshot_seed(_SEED)  # the same examples for every model
@@ -197,8 +221,15 @@ def _scored(
             key = next(key for key in results if key.startswith(f"{metric},"))
             error = results.get(key.replace(",", "_stderr,", 1))
             estimate = Estimate(float(results[key]), float(error) if isinstance(error, float) else None)
-            scores[name] = metric, int(found["n-samples"][name]["effective"]), estimate
+            items = int(found["n-samples"][name]["effective"])
+            scores[name] = TaskScores(metric, bool(better[metric]), items, {job.name: estimate}, asked=_asked(task))
         return scores
+
+
+def _asked(task: Task) -> str:
+    """Digest of what a model was asked, and of how its answers are judged."""
+    requests = [repr((each.doc, each.args)) for each in task.instances]
+    return digest_of_data([version("lm_eval"), repr(task.dump_config()), requests])
 
 
 @contextmanager
