@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,8 @@ def test_a_build_again_is_the_same_bytes(shop: Workshop, carried: Checkpoint) ->
     assert (again / "modekit.json").read_bytes() == (carried.folder / "modekit.json").read_bytes()
 
 
-def test_verify_finds_a_number_that_was_changed(shop: Workshop) -> None:
-    out = shop.build("BAD")
+def test_verify_finds_a_number_that_was_changed(shop: Workshop, carried: Checkpoint) -> None:
+    out = shutil.copytree(carried.folder, shop.root / "BAD")
     checkpoint = open_checkpoint(out)
     channels = checkpoint.carrier[0]
     name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
@@ -207,8 +208,8 @@ def test_verify_finds_a_number_that_was_changed(shop: Workshop) -> None:
     assert CARRIED_FILE in wrong.detail
 
 
-def test_another_file_of_what_is_carried_is_not_proven(shop: Workshop) -> None:
-    out = shop.build("OTHER")
+def test_another_file_of_what_is_carried_is_not_proven(shop: Workshop, carried: Checkpoint) -> None:
+    out = shutil.copytree(carried.folder, shop.root / "OTHER")
     arrays = load_file(out / CARRIED_FILE)
     save_file({**arrays, "outputs.1": np.zeros((2, 3), np.float32)}, out / CARRIED_FILE)
     record = json.loads((out / "modekit.json").read_text())
