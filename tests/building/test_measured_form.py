@@ -18,9 +18,9 @@ from command_line import modekit
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.carried import CARRIED_FILE, lost_by, lost_of
+from modekit.checkpoint.carried import CARRIED_FILE, Lost, lost_by, lost_notes, lost_of
 from modekit.checkpoint.open import open_checkpoint
-from modekit.errors import UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.forced import force_experts
 from modekit.planning.make import make_plan
@@ -70,6 +70,12 @@ def built(shop: Workshop, out: Path, **said: Any) -> tuple[Any, tuple[str, ...]]
     return open_checkpoint(out), made.notes
 
 
+def refuse_what_loses_a_hundredth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little that is in nats: little models differ little."""
+    monkeypatch.setattr("modekit.checkpoint.carried.MOST_LOST", 0.005)
+    monkeypatch.setattr("modekit.checkpoint.carried._LEAST_NATS", 1e-5)
+
+
 def check_measure(out: Path) -> None:
     """What was measured before the build is what forced experts lose of held-out text: of one as near as a single token of a
     thousand lets it be, which has a third of all that is lost.
@@ -97,7 +103,7 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two in a hundred, here: little models have few directions."""
-    monkeypatch.setattr("modekit.checkpoint.carried.MOST_LOST", 0.01)
+    refuse_what_loses_a_hundredth(monkeypatch)
     checkpoint, (note, *more) = built(shop, tmp_path / "OUT")
     before = make_plan(parse_recipe(shop.recipe), shop.root).notes
     assert not any("channels" in each for each in (*before, *more))  # of the form that was not built
@@ -111,7 +117,7 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
 
 
 def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.checkpoint.carried.MOST_LOST", 0.01)
+    refuse_what_loses_a_hundredth(monkeypatch)
     checkpoint, (note,) = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
     assert checkpoint.shape.plain and "this plain checkpoint loses" in note
     assert max(lost_of(checkpoint.folder)).share > 0.01 and is_proven(verify(checkpoint, reload=False))
@@ -162,4 +168,24 @@ def test_a_plain_checkpoint_is_built_in_every_dtype_and_for_every_size_of_stream
 
 def test_float16_that_is_asked_for_is_refused_before_anything_is_written(shop: Workshop) -> None:
     with pytest.raises(UnsupportedError, match="no gates in float16"):
-        make_plan(parse_recipe({**shop.recipe, "output": {"format": "plain", "dtype": "float16"}}), shop.root)
+        router = {"router": {"fit": "lexical"}}
+        output = {"format": "plain", "dtype": "float16"}
+        make_plan(parse_recipe({**shop.recipe, "mixture": router, "output": output}), shop.root)
+
+
+def test_what_is_lost_decides_only_beyond_its_error_and_where_it_is_something() -> None:
+    assert Lost(0.10, 0.01, 0.01).is_too_much and not Lost(0.10, 0.03, 0.01).is_too_much
+    assert not Lost(11.7, 0.01, 0.0005).is_too_much and not Lost(0.04, 0.001, 0.3).is_too_much
+    assert Lost(0.10, 0.01, 0.01).is_clear and not Lost(0.10, 0.03, 0.01).is_clear and Lost(9.0, 3.0, 0.0005).is_clear
+    notes = [*lost_notes(["law", "tiny"], [Lost(0.012, 0.003, 0.01), Lost(11.7, 0.1, 0.00001)])]
+    assert notes == ["this plain checkpoint loses 1.2% ± 0.3% of law, of what they change of the base"]
+
+
+@pytest.mark.parametrize("numbers", [[[-0.1, 0.1, 0.1]], [[float("nan"), 0.1, 0.1]], [0.1]])
+def test_a_loss_that_no_build_writes_is_refused(shop: Workshop, tmp_path: Path, numbers: list[Any]) -> None:
+    checkpoint, _ = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
+    arrays = load_file(checkpoint.folder / CARRIED_FILE)
+    for damaged in (np.array(numbers, np.float32), np.zeros((1, 3), np.int64)):
+        save_file({"lost": damaged, "units": arrays["units"]}, checkpoint.folder / CARRIED_FILE)
+        with pytest.raises(SourceError, match="a file of the mixture was changed"):
+            lost_of(checkpoint.folder)

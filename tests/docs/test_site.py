@@ -66,7 +66,7 @@ def test_pictures_are_small_and_shown() -> None:
 
 def test_the_readme_is_short_and_has_one_picture() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.split()) <= 620
+    assert len(text.split()) <= 630
     assert text.count("![") == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -309,6 +310,7 @@ def test_the_next_engine_serves_where_the_first_turns_out_not_to(
     monkeypatch.setattr("modekit.engines.gguf.compare", other_words)
     monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
     native = mixtures["native"]
+    shutil.rmtree(native.folder.with_name("native.gguf"), ignore_errors=True)  # proven for another test
     with serving(native, ServeSettings(port=0, context=64, threads=1)) as served:
         assert served.engine == "transformers" and served.why.startswith("not llama: llama.cpp cuts text into other tokens")
         assert asked(served, "/health", key=None)[0] == 200
