@@ -39,7 +39,7 @@ from pair_models import (
 )
 from refusal import borrow
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("short_tables")]
 ONCE = {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}
 WHOLE = {"modules": "all", "router": ONCE}
 SEARCHES: tuple[dict[str, Any], ...] = (

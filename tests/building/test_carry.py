@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,12 @@ from modekit.training.train import train
 from modekit.weights.bases import Stream, fit_pass_through
 from sources.test_families import QWEN3_5, WINDOWED
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+FULL_SIZES = {**SIZES, "num_hidden_layers": 2}
+"""Where every tensor differs, the directions of each layer take seconds."""
 FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "mixtral", {}),
     ("llama", "mixtral", {"tie_word_embeddings": True}),
@@ -80,10 +85,10 @@ def recipe_of(experts: list[dict[str, Any]], **output: Any) -> dict[str, Any]:
 
 def full_shop(root: Path, **output: Any) -> Workshop:
     """A base and a full fine-tune per domain, every tensor of which differs."""
-    save(tiny_model(**SIZES), root / "base")
+    save(tiny_model(**FULL_SIZES), root / "base")
     write_text(root / "text")
     for seed, name in enumerate(DOMAINS):
-        model, generator = tiny_model(**SIZES), torch.Generator().manual_seed(seed)
+        model, generator = tiny_model(**FULL_SIZES), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
@@ -187,8 +192,8 @@ def test_a_build_again_is_the_same_bytes(shop: Workshop, carried: Checkpoint) ->
     assert (again / "modekit.json").read_bytes() == (carried.folder / "modekit.json").read_bytes()
 
 
-def test_verify_finds_a_number_that_was_changed(shop: Workshop) -> None:
-    out = shop.build("BAD")
+def test_verify_finds_a_number_that_was_changed(shop: Workshop, carried: Checkpoint) -> None:
+    out = shutil.copytree(carried.folder, shop.root / "BAD")
     checkpoint = open_checkpoint(out)
     channels = checkpoint.carrier[0]
     name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
@@ -203,8 +208,8 @@ def test_verify_finds_a_number_that_was_changed(shop: Workshop) -> None:
     assert CARRIED_FILE in wrong.detail
 
 
-def test_another_file_of_what_is_carried_is_not_proven(shop: Workshop) -> None:
-    out = shop.build("OTHER")
+def test_another_file_of_what_is_carried_is_not_proven(shop: Workshop, carried: Checkpoint) -> None:
+    out = shutil.copytree(carried.folder, shop.root / "OTHER")
     arrays = load_file(out / CARRIED_FILE)
     save_file({**arrays, "outputs.1": np.zeros((2, 3), np.float32)}, out / CARRIED_FILE)
     record = json.loads((out / "modekit.json").read_text())
@@ -277,7 +282,7 @@ def test_one_expert_alone(tmp_path: Path, ids: torch.Tensor) -> None:
 
 def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
     shop = full_shop(tmp_path)
-    model = tiny_model(**SIZES, seed=1)
+    model = tiny_model(**FULL_SIZES, seed=1)
     model.resize_token_embeddings(100)
     save(model, tmp_path / "law")
     tokenizer = character_tokenizer()

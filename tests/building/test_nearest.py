@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,12 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return full_shop(tmp_path_factory.mktemp("full"), None, head_dim=48)  # what o reads is wider than the stream
 
 
+@pytest.fixture(scope="module")
+def nearer(shop: Workshop) -> Path:
+    """Built once, to be read."""
+    return shop.build("NEARER", **PLAIN)
+
+
 def written(folder: Path) -> dict[str, np.ndarray]:
     return {name: each for file in folder.glob("model*.safetensors") for name, each in load_file(file).items()}
 
@@ -39,10 +46,9 @@ def written(folder: Path) -> dict[str, np.ndarray]:
         ("lm_head.weight", "model.norm.weight", "last"),
     ],
 )
-def test_it_is_regmeans(shop: Workshop, name: str, norm: str | None, reads: str) -> None:
+def test_it_is_regmeans(shop: Workshop, nearer: Path, name: str, norm: str | None, reads: str) -> None:
     """W = (sum_e M_e G_e + r A) (sum_e G_e + r)^-1, in float64, as large as the input. Norms are part of the reading."""
-    folder = shop.build("OUT", **PLAIN)
-    carried = read_carried(folder).reads
+    carried = read_carried(nearer).reads
     assert carried is not None
     inputs = carried.last if reads == "last" else getattr(carried, reads)[1]
     parts = np.split(inputs.astype(np.float64), 4)
@@ -56,13 +62,12 @@ def test_it_is_regmeans(shop: Workshop, name: str, norm: str | None, reads: str)
         of_own += model[name] @ own.T @ (part * shared)
     ridge = 1e-3 * np.trace(of_shared) / len(of_shared) * np.eye(len(of_shared))
     wanted = (of_own + average @ ridge) @ np.linalg.inv(of_shared + ridge)
-    found = written(folder)[name.replace("layers.1", "layers.2")][: average.shape[0], : average.shape[1]]
+    found = written(nearer)[name.replace("layers.1", "layers.2")][: average.shape[0], : average.shape[1]]
     assert np.abs(wanted - average).max() > 0.01 * np.abs(average).max()
     assert np.allclose(found, wanted, atol=2e-4 * np.abs(average).max())
 
 
-def test_it_keeps_more_of_the_experts_than_the_average(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    nearer = shop.build("NEARER", **PLAIN)
+def test_it_keeps_more_of_the_experts_than_the_average(shop: Workshop, nearer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_proven(verify(open_checkpoint(nearer)))
     monkeypatch.setattr(nearest, "_RIDGE", 1e9)
     average = shop.build("AVERAGE", **PLAIN)
@@ -70,8 +75,8 @@ def test_it_keeps_more_of_the_experts_than_the_average(shop: Workshop, monkeypat
     assert len(less) == 4 and sum(less) < 0.9 * sum(more), (less, more)
 
 
-def test_reads_that_are_no_sample_prove_nothing(shop: Workshop) -> None:
-    out = shop.build("OTHER", **PLAIN)
+def test_reads_that_are_no_sample_prove_nothing(shop: Workshop, nearer: Path) -> None:
+    out = shutil.copytree(nearer, shop.root / "OTHER")
     arrays = {name: each.astype(np.float32) for name, each in load_file(out / CARRIED_FILE).items()}
     record = json.loads((out / "modekit.json").read_text())
     for shape in ((512, 1), (513, 192), (0, 192), (4_096, 192), (192,)):

@@ -25,6 +25,8 @@ from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 from refusal import refuse
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 FITS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
     "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 256},

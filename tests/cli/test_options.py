@@ -63,18 +63,14 @@ def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -
     workshop = borrow(shared_workshop, tmp_path)
     router = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32}
     recipe = workshop.write(mixture={"method": "routing", "top_k": 2, "router": router})
-    done = subprocess.run(
-        [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "my OUT")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = next(line for line in done.stdout.splitlines() if not line.startswith(("note: ", "next: ")))
-    after = done.stdout.splitlines()[-1]
+    code, stdout, stderr = ended("build", recipe, tmp_path / "my OUT")
+    assert code == 0
+    said = next(line for line in stdout.splitlines() if not line.startswith(("note: ", "next: ")))
+    after = stdout.splitlines()[-1]
     assert "router logistic, fitted" in said
     assert after.startswith(f"next: modekit eval '{tmp_path / 'my OUT'}' --tokens ")  # as a shell reads it
     # Progress went beside it, and counts the text of all domains together.
-    stages = [line for line in done.stderr.splitlines() if "  read " in line]
+    stages = [line for line in stderr.splitlines() if "  read " in line]
     assert [line.split()[2].rstrip(":") for line in stages] == ["medicine", "law", "code"]
     shares = [int(line.split(": ")[1].split(" %")[0]) for line in stages]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] >= 65  # each is said before its text is read

@@ -20,6 +20,8 @@ from modekit.cli.printing import console_for
 from modekit.errors import ModekitError
 from refusal import borrow, refuse, run_python
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 
 def failing(error: BaseException) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:

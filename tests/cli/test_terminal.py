@@ -29,6 +29,8 @@ from modekit.text.chat import needed_template
 from modekit.text.document import message_of
 from modekit.text.sequences import TokenSequence
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 ROUTERS = {
     "lexical": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "plain"}},
     "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},

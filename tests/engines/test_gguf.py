@@ -37,6 +37,8 @@ from modekit.sources.natives import NATIVES
 from refusal import refuse
 from sources.test_families import GRANITE, LLAMA3_ROPE, QWEN3_5, WINDOWED, YARN_ROPE
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 EXACT: Outtype = "f32"
 RANDOM: dict[str, Any] = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
@@ -297,13 +299,11 @@ def test_a_tokenizers_code_is_not_run(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("json", "conversion", "convert_hf_to_gguf", "xllamacpp", "gguf"):
-        Path(f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+@pytest.mark.slow
+def test_a_folder_that_is_no_model_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="cannot convert") as error:
         convert(tmp_path, tmp_path / "x.gguf", "f32")
-    assert "config.json" in str(error.value.found) and not (tmp_path / "ran").exists()
+    assert "config.json" in str(error.value.found)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -337,9 +337,15 @@ def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypat
         assert "MODEKIT_CACHE" in str(error.value.remedy)
 
 
-def test_from_the_command_line(mixtral: Checkpoint, tmp_path: Path) -> None:
+def test_from_the_command_line(mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folder that it is typed in, nothing is imported."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "conversion", "convert_hf_to_gguf", "xllamacpp", "gguf"):
+        Path(f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     code, stdout, _ = ended("export", mixtral.folder, tmp_path / "GGUF", "--gguf", "--outtype", "f32")
     assert code == 0 and "96 of 96 greedy tokens as in transformers" in " ".join(stdout.split())
+    assert foreign_files(tmp_path / "GGUF") == [] and not (tmp_path / "ran").exists()
+    assert json.loads((tmp_path / "GGUF" / EXPORT_FILE).read_text())["identity"] == mixtral.identity
     for words, said in (
         (("--gguf", "--outtype", "q4"), "Invalid value for '--outtype'"),
         (("--outtype", "f32"), "the setting has no effect"),

@@ -27,6 +27,8 @@ from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
 from modekit.sources import digests
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 EXACT: Outtype = "f32"
 
 

@@ -19,6 +19,8 @@ from modekit.engines.serve import ServedMixture
 from modekit.errors import EngineError
 from waiting import until
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 ENGINE = """
 import json, pathlib, sys, time
 log = pathlib.Path(json.loads(sys.stdin.readline())["log"])
@@ -67,7 +69,7 @@ def writes(address: str) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["llama", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_a_real_engine_comes_back_under_its_address(tmp_path: Path, engine: str) -> None:
+def test_a_real_engine_comes_back_under_its_address_and_ends_with_the_command(tmp_path: Path, engine: str) -> None:
     folder = str(lexical_mixture(tmp_path).folder)
     command = [sys.executable, "-m", "modekit", "serve", folder, "--port", "0", "--engine", engine]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -79,6 +81,9 @@ def test_a_real_engine_comes_back_under_its_address(tmp_path: Path, engine: str)
         before.kill()
         until(lambda: not before.is_running() or before.status() == psutil.STATUS_ZOMBIE)
         until(lambda: writes(address))
+        engines = psutil.Process(process.pid).children(recursive=True)
     finally:
-        process.terminate()
-        assert process.wait(60) == 0
+        process.kill()
+        process.wait(60)
+    left = psutil.wait_procs(engines, timeout=20)[1]
+    assert engines and [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == [], "the engine is still there"

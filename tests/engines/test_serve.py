@@ -37,6 +37,8 @@ from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from refusal import refuse
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
 COUNT = 12
 TEMPLATE = "{% if messages|length > 9 %}{{ raise_exception('too many turns') }}{% endif %}"

@@ -39,6 +39,8 @@ from modekit.text.sequences import make_batches
 from refusal import borrow, refuse
 from rounding import assert_close
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 32}
 MODEKIT = {"output": {"format": "modekit"}}
 RANDOM = {"fit": "random", "seed": 1}
@@ -447,21 +449,23 @@ def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path
     assert "no text to evaluate on" in refuse("inspect", silent.build("SILENT"))
 
 
-def test_a_chat_is_shown_up_to_where_its_answer_begins(tmp_path: Path) -> None:
-    shop = make_chat_workshop(tmp_path)
-    checkpoint = open_checkpoint(shop.build("OUT", output={"format": "plain"}))
-    said = inspect_text(checkpoint, UserMessage("Be brief", "what is a fever"))
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(make_chat_workshop(tmp_path_factory.mktemp("chat")).build("OUT", output={"format": "plain"}))
+
+
+def test_a_chat_is_shown_up_to_where_its_answer_begins(chatting: Checkpoint) -> None:
+    said = inspect_text(chatting, UserMessage("Be brief", "what is a fever"))
     text = "".join(token.text for token in said.tokens).replace(" ", "")
     assert text.startswith("<|im_start|>systemBe") and text.endswith("<|im_start|>assistant")
-    last = [sum(router[-1][place] for router in said.weights) for place in range(len(checkpoint.names))]
-    assert checkpoint.names[last.index(max(last))] == "medicine"
-    shown = modekit("inspect", str(checkpoint.folder), "--chat", "--text", "what does def mean")
+    last = [sum(router[-1][place] for router in said.weights) for place in range(len(chatting.names))]
+    assert chatting.names[last.index(max(last))] == "medicine"
+    shown = modekit("inspect", str(chatting.folder), "--chat", "--text", "what does def mean")
     assert "the answer begins with code" in shown
 
 
-def test_of_a_long_chat_the_end_is_read_where_the_answer_begins(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make_chat_workshop(tmp_path).build("OUT", output={"format": "plain"}))
-    said = inspect_text(checkpoint, UserMessage(None, "what is a fever " * 1_200))
+def test_of_a_long_chat_the_end_is_read_where_the_answer_begins(chatting: Checkpoint) -> None:
+    said = inspect_text(chatting, UserMessage(None, "what is a fever " * 1_200))
     assert len(said.tokens) == 4096 and "at most 4,096 tokens" in said.notes[-1]
     assert "".join(token.text for token in said.tokens).replace(" ", "").endswith("<|im_start|>assistant")
 

@@ -45,6 +45,8 @@ from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.train import train
 from trained import short_settings
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 ROWS = {"base": Estimate(0.3, 0.1), "mixture": Estimate(0.5)}

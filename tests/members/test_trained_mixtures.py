@@ -19,6 +19,8 @@ from modekit.routing.inputs import load_statistics
 from modekit.training.settings import TrainSettings, checked_settings
 from modekit.training.train import train
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 64, "sequence_length": 32}
 STEPS = {"steps": 4, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
 

@@ -28,6 +28,8 @@ from modekit.sources.names import in_layer, split_layer
 from modekit.sources.natives import NATIVES
 from sources.test_families import CASES
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 ROWS = {(row.family.model_type, row.native_type): row for row in NATIVES}
 WIDE = [case for case in CASES if not isinstance(ROWS[case[:2]].widening, str)]
 WIDE += [

@@ -16,6 +16,8 @@ from modekit.planning.modekit import ModekitForm
 from modekit.planning.native import NativeForm
 from modekit.recipes.read import parse_recipe
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 
 def said(shop: Workshop, part: str, **changes: Any) -> list[str]:
     return [note for note in shop.plan(**changes).notes if part in note]

@@ -20,7 +20,7 @@ from modekit.errors import RecipeError
 from modekit.recipes.fits import FITS
 from modekit.routing.fit import refit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("short_tables")]
 LINEAR = "linear"
 NATIVE = [name for name, row in FITS.items() if row.native_as == "gate"]
 ROUTER_FILES = ("model-router.safetensors", "config.json", "model.safetensors.index.json")

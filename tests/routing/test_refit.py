@@ -16,6 +16,8 @@ from modekit.routing.fit import refit
 from refusal import refuse
 from rounding import assert_same_checkpoint
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 TEXT = {"tokens_per_domain": 400, "sequence_length": 32}
 CONTEXT = {"fit": "logistic", "granularity": "context", **TEXT}
 

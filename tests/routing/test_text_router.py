@@ -22,6 +22,8 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.routing.text_router import LastToken, TextRouter
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 TEXTS = {name: _WORDS[name] for name in TWO}
 
 

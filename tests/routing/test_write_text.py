@@ -36,6 +36,8 @@ from modekit.text.held_out import RecipeTexts, fit_documents
 from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, texts_of, written_file
 from refusal import tree
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 BEGIN, END = 1, 2
 LEXICAL = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
 

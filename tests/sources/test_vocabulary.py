@@ -34,6 +34,8 @@ from modekit.recipes.read import parse_recipe
 from modekit.routing.token_text import load_token_text
 from modekit.run import QUIET
 
+pytestmark = pytest.mark.usefixtures("short_tables")
+
 CHAT = ("<|im_start|>", "<|im_end|>")
 SAID = {"role": "user", "content": "what is fever"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
