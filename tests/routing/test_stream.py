@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from building.test_routed import loaded, moe_shop
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.differences import Differences
-from modekit.building.lost import last_pieces, own_numbers
+from modekit.building.lost import first_pieces, own_numbers
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.loaded.layers import LayerByLayer
 from modekit.loaded.load import decoder_layers
@@ -65,8 +65,8 @@ def test_a_layer_has_the_weights_of_its_files_while_it_runs_and_no_other_has_any
     plan = shop.plan(output={"format": "plain", "carry": "all"})
     with OpenFiles() as opened:
         differences = Differences(plan, WeightReader(opened, plan.models))
-        pieces = stream.read_pieces(plan, tmp_path / "none", QUIET)
-        stream.measure_stream(plan, partial(own_numbers, plan, differences), pieces, QUIET, own=False)
+        texts = [text.setting for text in stream.read_texts(plan, tmp_path / "none", QUIET)]
+        stream.measure_stream(plan, partial(own_numbers, plan, differences), texts, QUIET, own=False)
     assert ran == [0, 1, 2] * (len(ran) // 3) and ran and in_memory(made[0].model) == outside
 
 
@@ -77,9 +77,9 @@ def in_memory(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("kept", [False, True], ids=["text", "kept tokens"])
 def test_pieces_are_of_many_documents_and_of_all_their_parts(tmp_path: Path, kept: bool) -> None:
-    """What sets, at the front, and what is measured, from the back, are different text where there is enough."""
+    """What sets and what is measured are different text where there is enough."""
     shop = shop_of(tmp_path, "llama")
-    words = [f"{domain}-{number} " * 400 for domain in DOMAINS for number in range(40)]
+    words = [" ".join(f"{domain}-{number}-{place}" for place in range(400)) for domain in DOMAINS for number in range(40)]
     for place, domain in enumerate(DOMAINS):
         lines = [json.dumps({"text": each}) for each in words[40 * place : 40 * (place + 1)]]
         (tmp_path / "text" / f"{domain}.jsonl").write_text("\n".join(lines))
@@ -91,8 +91,8 @@ def test_pieces_are_of_many_documents_and_of_all_their_parts(tmp_path: Path, kep
     if kept:
         for domain in DOMAINS:
             (tmp_path / "text" / f"{domain}.jsonl").unlink()
-    for pieces in stream.read_pieces(plan, statistics, QUIET):
-        setting = stream.of_first_tokens(pieces, stream.tokens_that_set(plan))
-        measured = last_pieces(pieces, LOST_TOKENS, PIECE_TOKENS)
-        assert sum(piece.size for piece in measured) >= LOST_TOKENS
-        assert len(setting) >= 8 and len(measured) >= 8 and not {*setting} & {*measured}
+    for text in stream.read_texts(plan, statistics, QUIET):
+        measured = first_pieces(text.pieces, LOST_TOKENS, PIECE_TOKENS)
+        assert sum(piece.size for piece in measured) >= LOST_TOKENS and len(measured) >= 8
+        read = [bytes(sequence.ids) for sequence in text.setting]
+        assert read and not any(bytes(piece.ids) in each for piece in measured for each in read)

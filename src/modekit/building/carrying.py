@@ -63,16 +63,19 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 
 def _measured(plan: Plan, size: CarrySize, kept: Path, run: Run) -> Carried:
     from modekit.building.lost import measure_lost, own_numbers
-    from modekit.routing.stream import measure_stream, read_pieces
+    from modekit.routing.stream import measure_stream, read_texts
 
     with OpenFiles() as opened:
         read, rule = WeightReader(opened, plan.models), plan.recipe.mixture.merge
         own = rule is not None and rule.method == "average" and not size.is_exact
-        differences, pieces = Differences(plan, read), read_pieces(plan, kept, run)
-        stream = measure_stream(plan, partial(own_numbers, plan, differences), pieces, run, own=own)
+        differences, texts = Differences(plan, read), read_texts(plan, kept, run)
+        setting = [text.setting for text in texts]
+        stream = measure_stream(plan, partial(own_numbers, plan, differences), setting, run, own=own)
         reads = own_reads(stream) if own else None
         carried = replace(carry_bases(Differences(plan, read, reads), size, stream, run), reads=reads)
-        return carried if size.is_exact else replace(carried, lost=measure_lost(plan, read, carried, pieces, run))
+        if size.is_exact:
+            return carried
+        return replace(carried, lost=measure_lost(plan, read, carried, [text.pieces for text in texts], run))
 
 
 class _Expert(NamedTuple):

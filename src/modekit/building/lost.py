@@ -42,7 +42,7 @@ _ROUNDS = ((LOST_AT_ONCE, 72), (LOST_TOKENS, PIECE_TOKENS))
 def measure_lost(
     plan: Plan, read: WeightReader, carried: Carried, pieces: Sequence[Sequence[TokenSequence]], run: Run
 ) -> tuple[Lost, ...]:
-    """Per expert; of the base itself over what the others differ by on average. The last of its domain's `pieces` are read.
+    """Per expert; of the base itself over what the others differ by on average. The first of its domain's `pieces` are read.
     Raises SourceError.
     """
     models = _Models(plan, read, carried)
@@ -51,17 +51,17 @@ def measure_lost(
     for tokens, longest in _ROUNDS:
         unclear = [expert for expert in range(len(pieces)) if not lost or not lost[expert].is_clear]
         for expert in run.over("measure what is lost", unclear, len(unclear)):
-            measured[expert] = models.compare(expert, last_pieces(pieces[expert], tokens, longest))
+            measured[expert] = models.compare(expert, first_pieces(pieces[expert], tokens, longest))
         changed = [each.base for each in measured.values() if each.base > SAME]
         usual = sum(changed) / len(changed) if changed else 1.0
         lost = [measured[expert].over(usual) for expert in range(len(pieces))]
     return tuple(lost)
 
 
-def last_pieces(pieces: Sequence[TokenSequence], tokens: int, longest: int) -> list[TokenSequence]:
-    """The last of them, which did not set what is carried where there is enough text, cut to `longest` tokens."""
+def first_pieces(pieces: Sequence[TokenSequence], tokens: int, longest: int) -> list[TokenSequence]:
+    """The first of them that have so many tokens, cut to `longest` each."""
     taken, total = list[TokenSequence](), 0
-    for piece in reversed(pieces):
+    for piece in pieces:
         if total >= tokens and len(taken) >= _FEWEST_PIECES:
             break
         taken.append(TokenSequence(piece.ids[:longest], piece.start))

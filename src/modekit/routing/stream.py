@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import SourceError, TextError
 from modekit.loaded.layers import LayerByLayer, Weights
@@ -26,24 +27,25 @@ from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.config import whole
 from modekit.sources.names import EMBEDDING, in_layer, weight_of
+from modekit.text.document import Document
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream, principal_rows
 
 _LAST = "model.norm"
+D = TypeVar("D")
 
 
 def measure_stream(
-    plan: Plan, weights: Callable[[int], Weights], pieces: Sequence[Sequence[TokenSequence]], run: Run, *, own: bool
+    plan: Plan, weights: Callable[[int], Weights], texts: Sequence[Sequence[TokenSequence]], run: Run, *, own: bool
 ) -> Stream:
-    """Run the base, whose numbers are `weights` of -1, over the first of every domain's pieces, STREAM_TOKENS of all domains.
-    With `own` each expert reads its own text instead. Raises SourceError.
+    """Run the base, whose numbers are `weights` of -1, over the texts of all domains. With `own` each expert reads its own
+    text instead. Raises SourceError.
     """
     channels = plan.shape.channels
     assert channels is not None
     by_layers = base_by_layers(plan)
     model = by_layers.model
-    texts = [of_first_tokens(own_pieces, tokens_that_set(plan)) for own_pieces in pieces]
     widening, layers = channels.widening, range(len(decoder_layers(model)))
     before, after, output = (
         [in_layer(layer, str(part)) for layer in layers]
@@ -122,20 +124,21 @@ class _Taps:
         self._condensed += 1
 
 
-def tokens_that_set(plan: Plan) -> int:
-    """How many tokens of a domain set what is carried."""
-    return max(64, STREAM_TOKENS // plan.shape.experts)
+class MeasuredText(NamedTuple):
+    """Of one domain's fit text: what sets what is carried, and pieces of other documents, on which is measured what is lost."""
+
+    setting: list[TokenSequence]
+    pieces: list[TokenSequence]
 
 
-def read_pieces(plan: Plan, kept: Path, run: Run) -> list[list[TokenSequence]]:
-    """Pieces of every domain's fit text, or, where that is gone, of the tokens that `kept` has of it: of many documents, and of
-    all their parts. All tokens are known to the base. Raises TextError.
+def read_texts(plan: Plan, kept: Path, run: Run) -> list[MeasuredText]:
+    """Of every domain, by its fit text, or, where that is gone, by the tokens that `kept` has of it; all are known to the base.
+    Raises TextError.
     """
     tokenizer, vocabulary = load_tokenizer(plan.sources[0].folder, run=run), whole(plan.config, "vocab_size")
     rows = plan.sources[0].tensor(weight_of(EMBEDDING)).shape[0]
-    most = tokens_that_set(plan) + LOST_TOKENS + 2 * PIECE_TOKENS
-    pieces = list[list[TokenSequence]]()
-    cut = partial(encode, tokenizer, max_tokens=most, sequence_length=PIECE_TOKENS)
+    share, texts = max(64, STREAM_TOKENS // plan.shape.experts), list[MeasuredText]()
+    longest = min(share, plan.recipe.mixture.router.sequence_length)
     for number, expert in enumerate(plan.recipe.experts):
         try:
             documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
@@ -143,37 +146,43 @@ def read_pieces(plan: Plan, kept: Path, run: Run) -> list[list[TokenSequence]]:
             text = load_token_text(kept / f"{expert.name}.safetensors", vocabulary)
             if text is None:
                 raise
-            known = (ids[ids < rows] for ids, _ in text.sequences())
-            pieces.append(_in_turn(map(_cut, known), most))
+            known = [ids[ids < rows] for ids, _ in text.sequences()]
+            texts.append(_measured_text(known, _cut, share, longest))
         else:
-            pieces.append(_in_turn((cut([document]) for document in documents), most))
-    return pieces
+            texts.append(_measured_text(documents, partial(_encoded, tokenizer), share, longest))
+    return texts
 
 
-def _cut(ids: torch.Tensor) -> list[TokenSequence]:
-    parts = [part.tolist() for part in torch.split(ids, PIECE_TOKENS)]
+def _encoded(tokenizer: PreTrainedTokenizerBase, document: Document, tokens: int, longest: int) -> list[TokenSequence]:
+    return encode(tokenizer, [document], max_tokens=tokens, sequence_length=longest)
+
+
+def _cut(ids: torch.Tensor, tokens: int, longest: int) -> list[TokenSequence]:
+    parts = [part.tolist() for part in torch.split(ids[:tokens], longest)]
     return [TokenSequence(tuple(part)) for part in parts if len(part) > 1]
 
 
-def _in_turn(by_document: Iterable[Sequence[TokenSequence]], tokens: int) -> list[TokenSequence]:
-    """So many tokens or somewhat more: a piece of each document, each from another part of it, before there is a second one."""
+def _measured_text(
+    documents: Sequence[D], cut: Callable[[D, int, int], list[TokenSequence]], share: int, longest: int
+) -> MeasuredText:
+    """The first `share` tokens, and pieces of the documents behind; of those before where these are too few."""
+    setting, left, used = list[TokenSequence](), share, 0
+    while left > 1 and used < len(documents):
+        sequences = cut(documents[used], left, longest)
+        setting += sequences
+        left -= sum(sequence.size for sequence in sequences)
+        used += 1
+    others = (*documents[used:], *reversed(documents[:used]))
+    return MeasuredText(setting, _in_turn(cut(document, LOST_TOKENS, PIECE_TOKENS) for document in others))
+
+
+def _in_turn(by_document: Iterable[Sequence[TokenSequence]]) -> list[TokenSequence]:
+    """LOST_TOKENS or more: a piece of each document, each from another part of it, before there is a second one of any."""
     rotated, total = list[Sequence[TokenSequence]](), 0
     for number, own in enumerate(by_document):
         first = number % max(1, len(own))
         rotated.append([*own[first:], *own[:first]])
         total += sum(piece.size for piece in own[:1])
-        if total >= tokens:
+        if total >= LOST_TOKENS:
             break
-    in_turn = [piece for turn in zip_longest(*rotated) for piece in turn if piece is not None]
-    return of_first_tokens(in_turn, tokens)
-
-
-def of_first_tokens(pieces: Sequence[TokenSequence], tokens: int) -> list[TokenSequence]:
-    """The first pieces that have so many tokens together."""
-    taken, total = list[TokenSequence](), 0
-    for piece in pieces:
-        if total >= tokens:
-            break
-        taken.append(piece)
-        total += piece.size
-    return taken
+    return [piece for turn in zip_longest(*rotated) for piece in turn if piece is not None]
