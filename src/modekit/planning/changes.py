@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate, takewhile
 from typing import Literal
 
 from modekit.files.read import UNREADABLE, read_json
@@ -16,8 +17,8 @@ from modekit.weights.flat import pieces_differ, same_bytes
 Change = Literal["more", "ffn", "nothing"]
 """Its FFNs, more than these, or nothing."""
 Changed = Callable[[ModelSource], Change]
-_WHOLE = 2**29
-"""The most bytes of a tensor that is compared whole."""
+_WHOLE = 2**30
+"""The most bytes of a model that are compared whole."""
 
 
 def is_gone(model: ModelSource) -> bool:
@@ -28,8 +29,8 @@ def is_gone(model: ModelSource) -> bool:
 def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
     """What a full model changes of its base: its FFNs, more than these, or nothing.
 
-    A sample of each tensor finds most differences; where it finds none, embedding and head, of which a few rows may differ,
-    are compared whole, unless they are so large that a plan would wait for the disk.
+    A sample of each tensor finds most differences; where it finds none, whole tensors are compared: embedding and head first,
+    of which a few rows may differ, up to so many bytes that a plan need not wait for the disk.
     """
     ffn, gone = f".{family.decoder.ffn}.", is_gone(model)
     with OpenFiles() as opened:
@@ -67,11 +68,11 @@ def _differ(opened: OpenFiles, base: ModelSource, model: ModelSource, among: Cal
     names = [name for name in base.tensors.keys() & model.tensors.keys() if among(name)]
     names.sort(key=lambda name: (".layers." not in name, natural_key(name)))
     pairs = [(base.tensors[name], model.tensors[name]) for name in names]
-    by_rows = [pair for name, pair in zip(names, pairs, strict=True) if ".layers." not in name and pair[0].nbytes <= _WHOLE]
+    whole = takewhile(lambda size: size <= _WHOLE, accumulate(one.nbytes for one, _ in reversed(pairs)))
     return (
         any((one.dtype, one.shape) != (other.dtype, other.shape) for one, other in pairs)
         or any(pieces_differ(opened, *pair) for pair in pairs)
-        or not all(same_bytes(opened, *pair) for pair in by_rows)
+        or not all(same_bytes(opened, *pair) for pair, _ in zip(reversed(pairs), whole, strict=False))
     )
 
 
