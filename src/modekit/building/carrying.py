@@ -16,7 +16,7 @@ Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import HEAD, weight_of
+from modekit.text.sequences import TokenSequence
 from modekit.weights.nearest import own_reads
 from modekit.weights.numeric import Singles
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
@@ -62,20 +63,28 @@ def carry(plan: Plan, folder: Path, update: CheckpointUpdate | None, run: Run) -
 
 
 def _measured(plan: Plan, size: CarrySize, kept: Path, run: Run) -> Carried:
-    from modekit.building.lost import measure_lost, own_numbers
-    from modekit.routing.stream import measure_stream, read_texts
+    from modekit.building.lost import measure_lost
+    from modekit.routing.stream import read_texts
 
     with OpenFiles() as opened:
-        read, rule = WeightReader(opened, plan.models), plan.recipe.mixture.merge
-        own = rule is not None and rule.method == "average" and not size.is_exact
-        differences, texts = Differences(plan, read), read_texts(plan, kept, run)
-        setting = [text.setting for text in texts]
-        stream = measure_stream(plan, partial(own_numbers, plan, differences), setting, run, own=own)
-        reads = own_reads(stream) if own else None
-        carried = replace(carry_bases(Differences(plan, read, reads), size, stream, run), reads=reads)
+        read, texts = WeightReader(opened, plan.models), read_texts(plan, kept, run)
+        carried = _bases(plan, size, read, [text.setting for text in texts], run)
         if size.is_exact:
             return carried
         return replace(carried, lost=measure_lost(plan, read, carried, [text.pieces for text in texts], run))
+
+
+def _bases(plan: Plan, size: CarrySize, read: WeightReader, texts: Sequence[Sequence[TokenSequence]], run: Run) -> Carried:
+    """By the stream of the texts, which is in memory meanwhile."""
+    from modekit.building.lost import own_numbers
+    from modekit.routing.stream import measure_stream
+
+    rule = plan.recipe.mixture.merge
+    own = rule is not None and rule.method == "average" and not size.is_exact
+    weights = partial(own_numbers, plan, Differences(plan, read))
+    stream = measure_stream(plan, weights, texts, run, own=own)
+    reads = own_reads(stream) if own else None
+    return replace(carry_bases(Differences(plan, read, reads), size, stream, run), reads=reads)
 
 
 class _Expert(NamedTuple):

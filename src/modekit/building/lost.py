@@ -104,7 +104,6 @@ class _Models:
         self._narrow = base_by_layers(plan)
         self._wide = LayerByLayer(dense, channels.widened(dense))
         self._written = _WrittenNumbers(plan, read, carried)
-        self._wide.use(self._written.weights)
 
     def compare(self, expert: int, text: Sequence[TokenSequence]) -> _Measured:
         """What is lost of an expert, piece by piece."""
@@ -112,24 +111,31 @@ class _Models:
         own_numbers_of = own_numbers(self._plan, self._differences, expert)
         base_numbers = own_numbers(self._plan, self._differences, -1)
         self._written.expert = expert
-        for batch in make_batches(text, tokens=LOST_AT_ONCE):
-            own_NV = base_NV = _logits(self._narrow, batch, own_numbers_of)
+        for batch in make_batches(text, tokens=LOST_AT_ONCE * 3 // 2):  # of pieces of other lengths a third may be padding
+            own_NV = _logits(self._narrow, batch, own_numbers_of)
+            base_N = torch.zeros(len(own_NV), dtype=torch.float64)
             if not self._plan.recipe.experts[expert].is_base:
-                base_NV = _logits(self._narrow, batch, base_numbers)
-            with torch.inference_mode():
-                written_NV = predicted_logits(self._wide.model, batch)
-            (lost_N, _), (base_N, _) = divergences(own_NV, written_NV, base_NV)
+                base_N = _divergence(own_NV, _logits(self._narrow, batch, base_numbers))
+            lost_N = _divergence(own_NV, _logits(self._wide, batch, self._written.weights))
             row_N = (batch.labels != NO_LABEL).nonzero()[:, 0]
             piece_N = torch.tensor(batch.rows)[row_N]
-            kls_2N = torch.stack([lost_N, base_N]).clamp_max(MOST_NATS)
-            sums_3P.index_add_(1, piece_N, torch.cat([kls_2N, torch.ones_like(kls_2N[:1])]))
+            sums_3P.index_add_(1, piece_N, torch.stack([lost_N, base_N, torch.ones_like(lost_N)]))
         return _Measured(*sums_3P)
 
 
 def _logits(layers: LayerByLayer, batch: Batch, weights: Weights) -> torch.Tensor:
+    """Of every predicted token (N, V); no weight stays in memory."""
     layers.use(weights)
     with torch.inference_mode():
-        return predicted_logits(layers.model, batch)
+        logits_NV = predicted_logits(layers.model, batch)
+    layers.let_go()
+    return logits_NV
+
+
+def _divergence(own_NV: torch.Tensor, other_NV: torch.Tensor) -> torch.Tensor:
+    """KL(own || other) of every token (N,), one nat at most."""
+    [(kl_N, _)] = divergences(own_NV, other_NV)
+    return kl_N.clamp_max(MOST_NATS)
 
 
 def own_numbers(plan: Plan, differences: Differences, expert: int) -> Weights:

@@ -51,12 +51,16 @@ class LayerByLayer:
         self._read(None)
         self.model.tie_weights()
 
+    def let_go(self) -> None:
+        """Of the weights outside of the layers, too."""
+        _let_go(self.model)
+
     def _read(self, layer: Layer | None, *_of_hook: object) -> None:
         for name, tensor in self._weights(layer):
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, nn.Parameter(tensor.to(self._device), requires_grad=False))
 
 
-def _let_go(layer: nn.Module, *_: object) -> None:
-    for parameter in layer.parameters():
+def _let_go(module: nn.Module, *_: object) -> None:
+    for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
