@@ -34,7 +34,7 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.names import HEAD, weight_of
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 from modekit.text.sequences import TokenSequence
 from modekit.weights.nearest import own_reads
 from modekit.weights.numeric import Singles
@@ -273,6 +273,8 @@ class Carrying:
         """What an expert's embedding makes of z, (D, R_U): least squares over the text's tokens."""
         carried, total = self._carried, np.zeros((self._channels.hidden, self._size.outputs))
         assert carried.embedding is not None and carried.shares is not None
+        if expert not in self._differences.changing(weight_of(EMBEDDING)):
+            return total.astype(np.float32)
         for rows in in_rows(len(carried.embedding)):
             weighted = carried.embedding[rows] * carried.shares[rows, None]
             total += self._differences.embedding_rows(expert, rows).T @ weighted
@@ -283,7 +285,9 @@ class Carrying:
         total = np.zeros((self._size.inputs, self._channels.hidden))
         if self._size.inputs and layer < self._differences.layers:
             return self._of_attention(layer, expert)
-        if self._size.inputs and self._carried.head is not None:
+        if not self._size.inputs or self._carried.head is None:
+            return total.astype(np.float32)
+        if expert in self._differences.changing(weight_of(HEAD), weight_of(FINAL_NORM)):
             for part in in_rows(len(self._carried.head)):
                 total += self._carried.head[part].T @ self._differences.head_rows(expert, part)
         return total.astype(np.float32)

@@ -125,11 +125,19 @@ class Differences:
         name = weight_of(EMBEDDING)
         return self.own(name, expert, rows) - self._shared_rows(name, rows)
 
+    def changing(self, *names: str) -> list[int]:
+        """Experts that have one of these tensors otherwise than the backbone, or may have."""
+        return [expert for expert in self.experts if any(self._may_differ(name, expert) for name in names)]
+
+    def _may_differ(self, name: str, expert: int) -> bool:
+        source = self._plan.sources[1 + expert]
+        return not self._is_plain(name) or (source is not self._base and touched(source, self._stored.get(name, name)))
+
     def of(self, name: str, expert: int) -> Difference | None:
         """Of a weight of the base; None where there is none."""
-        source, plain = self._plan.sources[1 + expert], self._is_plain(name)
-        if plain and (source is self._base or not touched(source, name)):
+        if not self._may_differ(name, expert):
             return None
+        source, plain = self._plan.sources[1 + expert], self._is_plain(name)
         change = low_rank(source, name)
         if plain and change is not None and isinstance(source, AdapterSource):
             self._read.check_all_finite([change.a, change.b])
@@ -338,7 +346,7 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
     if tokens > most:  # random mixtures of tokens: the same energy in every direction, on average
         mixed_TX = np.random.default_rng(0).standard_normal((tokens, most)) / np.sqrt(most)
         sample_DT = sample_DT @ mixed_TX.astype(np.float32)
-    width = sample_DT.shape[1] * len(differences.experts)
+    width = sample_DT.shape[1] * len(differences.changing(weight_of(HEAD), weight_of(FINAL_NORM)))
     gram_XX = np.zeros((width, width))
     for rows in in_rows(count):
         product = _head_products(differences, rows, sample_DT).astype(np.float64)
@@ -353,12 +361,15 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
 
 
 def _head_products(differences: Differences, rows: slice, sample_DT: Singles) -> Singles:
-    return np.concatenate([differences.head_rows(expert, rows) @ sample_DT for expert in differences.experts], axis=1)
+    changing = differences.changing(weight_of(HEAD), weight_of(FINAL_NORM))
+    return np.concatenate([differences.head_rows(expert, rows) @ sample_DT for expert in changing], axis=1)
 
 
 def _embedding(differences: Differences, size: CarrySize, shares_V: npt.NDArray[np.float64]) -> Singles:
+    changing = differences.changing(weight_of(EMBEDDING))
+
     def rows(start: int, stop: int) -> list[Singles]:
-        return [differences.embedding_rows(expert, slice(start, stop)) for expert in differences.experts]
+        return [differences.embedding_rows(expert, slice(start, stop)) for expert in changing]
 
     return row_basis(rows, len(shares_V), shares_V, size.outputs)
 
