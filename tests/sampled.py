@@ -20,7 +20,6 @@ SAMPLED = {
     "architecture/test_encoder_decoder.py::test_a_static_cache_writes_the_same": r"^t5-",
     "architecture/test_encoder_decoder.py::test_it_opens_without_modekit": r"^t5$",
     "architecture/test_mixtures.py::test_every_family_mixes_every_kind_of_expert": r"^llama-|^(gemma2|cohere2|phi3)-all",
-    "architecture/test_survey_gates.py::test_experts_come_and_go": r"^attention$",
     "architecture/test_whole_pairs.py::test_a_fitted_router_sends_each_source_to_one_model": r"^t5-(bigrams|lexical)$",
     "architecture/test_whole_pairs.py::test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all": r"^t5$",
     "building/test_carry.py::test_a_build_again_is_the_same_bytes": nothing,

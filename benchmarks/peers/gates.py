@@ -133,9 +133,7 @@ SET: list[Gate] = [
     Gate("logistic, per text, top-1", "2110.03742", _routed("logistic", top_k=1, granularity="sequence", per="model")),
     Gate("lexical, top-1", "2204.08396", _routed("lexical", top_k=1)),
     Gate("lexical, top-2", "2204.08396", _routed("lexical")),
-    Gate("hash, top-1", "2106.04426", _routed("hash", top_k=1)),
     Gate("cosine, top-2", "2204.09179", _routed("cosine")),
-    Gate("attention, top-2", "2405.17976", _routed("attention")),
 ]
 LEARNT: list[Gate] = [
     _trained("lm alone", "1701.06538"),

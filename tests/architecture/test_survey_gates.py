@@ -1,4 +1,4 @@
-"""Gates of the survey (arXiv 2407.06204): hash, cosine, attention, groups, thresholds."""
+"""Gates of the survey (arXiv 2407.06204): cosine, groups, thresholds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from architecture.test_architecture import greedy, in_pieces
-from conftest import VOCAB, Workshop, make_workshop
-from modekit.architecture.modekit_router import FINISHED, attention, cosine, select
+from conftest import Workshop, make_workshop
+from modekit.architecture.modekit_router import cosine, select
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import RecipeError, UnsupportedError
@@ -26,11 +26,8 @@ from modekit.routing.linear import fit_gates
 pytestmark = pytest.mark.filterwarnings("ignore")
 LITTLE: dict[str, Any] = {"tokens_per_domain": 512, "sequence_length": 96, "keep_tokens": 256}
 GATES: dict[str, dict[str, Any]] = {
-    "hash": {"method": "routing", "top_k": 2, "router": {"fit": "hash", "seed": 4}},
     "cosine": {"method": "routing", "top_k": 2, "router": {"fit": "cosine", **LITTLE}},
     "cosine in context": {"method": "gating", "router": {"fit": "cosine", "granularity": "context", **LITTLE}},
-    "attention": {"method": "routing", "top_k": 2, "router": {"fit": "attention", **LITTLE}},
-    "attention in context": {"method": "gating", "router": {"fit": "attention", "granularity": "context", **LITTLE}},
     "groups": {"method": "routing", "groups": 2, "router": {"fit": "logistic", **LITTLE}},
     "threshold": {"method": "routing", "threshold": 0.3, "router": {"fit": "logistic", **LITTLE}},
 }
@@ -105,51 +102,32 @@ def test_cache_and_left_padding_are_the_whole_pass(shop: Workshop, gate: str, id
 # --- scores
 
 
-def test_hash_is_a_function_of_the_token_alone(shop: Workshop, ids: torch.Tensor) -> None:
-    checkpoint = open_checkpoint(built(shop, "hash"))
-    (gate_EV,) = checkpoint.gates()
-    best_V = torch.from_numpy(gate_EV.copy()).argmax(0)
-    assert torch.bincount(best_V, minlength=3).min() > VOCAB / 6  # about a third of the tokens each
-    (found,) = weights(opened(shop, "hash"), ids).values()
-    assert torch.equal(found.argmax(-1), best_V[ids])
-    assert (found[found > 0] - 0.5).abs().max() < 0.01  # those chosen weigh the same
-    assert checkpoint.record.router.status == "unfitted" and checkpoint.record.router.text == {}
-    again = shop.build("again", mixture={**GATES["hash"], "router": {"fit": "hash", "seed": 5}})
-    assert (open_checkpoint(again).gates()[0] != gate_EV).any()
-
-
-def test_cosine_and_attention_are_the_papers_formulas() -> None:
+def test_cosine_is_the_papers_formula() -> None:
     draw = torch.Generator().manual_seed(1)
     x, vectors, projection = (torch.randn(shape, generator=draw) for shape in ((5, 8), (3, 2), (2, 8)))
     gate = torch.cat([nn.functional.pad(vectors, (0, 6)), projection])
     expected = torch.stack([nn.functional.cosine_similarity(x @ projection.T, each[None]) for each in vectors], -1)
     close(cosine(x @ gate.T, gate, 3), expected * vectors.norm(dim=1).mean())
-    gate = torch.randn((9, 8), generator=draw)
-    for token in x:
-        query, key, value = (gate[part::3] @ token for part in range(3))
-        close(attention(token @ gate.T, gate, 3), torch.softmax(torch.outer(query, key), -1) @ value)
 
 
-@pytest.mark.parametrize("rule", ["cosine", "attention"])
-def test_a_gate_of_either_kind_fits_what_a_linear_one_cannot(rule: str) -> None:
-    """Attention: domains of two clusters, opposite to each other. Cosine: x of very different lengths, which say nothing."""
+def test_a_cosine_gate_fits_what_a_linear_one_cannot() -> None:
+    """Of x of very different lengths, which say nothing."""
     draw = torch.Generator().manual_seed(3)
     centres = torch.randn((3, 8), generator=draw).double()
 
     def domain(place: int) -> DomainStatistics:
         noise, lengths = (torch.randn((300, width), generator=draw).double() for width in (8, 1))
-        signs = torch.tensor([1.0, -1.0 if place else 1.0]).double().repeat(150)[:, None]
-        x = signs * centres[place] + 0.3 * noise if rule == "attention" else (centres[place] + noise) * (2 * lengths).exp()
+        x = (centres[place] + noise) * (2 * lengths).exp()
         return DomainStatistics(300, (SlotStatistics(x.sum(0), torch.zeros(8).double(), x.half(), 300),), {})
 
     domains = [domain(place) for place in range(3)]
     found = {}
-    for fit in ("logistic", rule):
+    for fit in ("logistic", "cosine"):
         (gate,) = fit_gates(Router(fit=fit), domains)
-        said = FINISHED.get(rule if fit == rule else "", lambda products, *_: products)
-        scores = [said(each.slots[0].sample_ND.float() @ gate.T, gate, 3).log_softmax(-1) for each in domains]
-        found[fit] = -sum(float(each[:, place].mean()) for place, each in enumerate(scores)) / 3
-    assert found[rule] < found["logistic"] - 0.02, found
+        products = [each.slots[0].sample_ND.float() @ gate.T for each in domains]
+        scores = [cosine(each, gate, 3) if fit == "cosine" else each for each in products]
+        found[fit] = -sum(float(each.log_softmax(-1)[:, place].mean()) for place, each in enumerate(scores)) / 3
+    assert found["cosine"] < found["logistic"] - 0.02, found
 
 
 # --- choice
@@ -192,8 +170,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "gating", "threshold": 0.2}, "'threshold' has no effect with method 'gating'"),
     ({"threshold": {"law": 0.2}}, "must name every expert"),
     ({"router": {"fit": "lexical", "granularity": "sequence"}}, "reads token ids by itself"),
-    ({"method": "gating", "router": {"fit": "hash"}}, "weighs experts alike"),
-    ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
+    ({"router": {"fit": "random", "l2": 2.0}}, "'l2' has no effect with fit: random"),
     ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),
 ]
 
@@ -203,14 +180,13 @@ def test_what_makes_no_sense_together_is_refused(shop: Workshop, mixture: dict[s
     assert says in refused(shop, **{"router": LOGISTIC, **mixture})
 
 
-@pytest.mark.parametrize("gate", ["hash", "attention"])
-def test_experts_come_and_go(shop: Workshop, gate: str, ids: torch.Tensor) -> None:
-    """Rows that are no expert's and rows by threes follow; thresholds by name lose one that goes."""
+def test_experts_come_and_go(shop: Workshop, ids: torch.Tensor) -> None:
+    """Rows that are no expert's follow; thresholds by name lose one that goes."""
     threshold = {"medicine": 0.3, "law": 0.4, "code": 0.2}
-    mixture = {"method": "routing", "threshold": threshold, "router": GATES[gate]["router"]}
-    out = shop.build(f"members of {gate}", mixture=mixture, output={"format": "modekit"})
+    mixture = {"method": "routing", "threshold": threshold, "router": GATES["cosine"]["router"]}
+    out = shop.build("members", mixture=mixture, output={"format": "modekit"})
     checkpoint = open_checkpoint(out)
-    checkpoint = write_change(checkpoint, remove_expert(checkpoint, "law"), shop.root / f"fewer of {gate}")
+    checkpoint = write_change(checkpoint, remove_expert(checkpoint, "law"), shop.root / "fewer")
     assert checkpoint.record.recipe.mixture.threshold == {"medicine": 0.3, "code": 0.2}
     assert is_proven(verify(checkpoint, reload=False))
     found = weights(load_model(checkpoint.folder, dtype=torch.float32), ids)

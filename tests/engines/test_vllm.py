@@ -228,10 +228,8 @@ def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family
 
 
 GATES: dict[str, dict[str, Any]] = {
-    "hash": {"top_k": 1, "router": {"fit": "hash"}},
     "cosine": {"top_k": 2, "router": {"fit": "cosine"}},
     "cosine-in-context": {"router": {"fit": "cosine", "granularity": "context"}},
-    "attention": {"top_k": 2, "router": {"fit": "attention"}},
     "groups": {"groups": 2, "router": {"fit": "logistic"}},
     "threshold": {"threshold": 0.3, "router": {"fit": "logistic"}},
 }

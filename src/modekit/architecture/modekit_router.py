@@ -30,7 +30,7 @@ class Router(nn.Module):
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
             d < 1 an exponential average.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
-        score: linear (w x), cosine (of `dimensions`) and attention (both below), norm (|w x|: Arrow), lexical (the
+        score: linear (w x), cosine (of `dimensions`, below), norm (|w x|: Arrow), lexical (the
             gate is a table over token ids, or, with `orders`, part by part over n-grams of that order, hashed into as many
             rows as "ngram" says; x is not read).
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
@@ -117,8 +117,7 @@ class Router(nn.Module):
                 scores = last_real(scores, flow.source_mask_BS)
             total = scores if total is None else total + scores
         assert total is not None
-        finished = FINISHED.get(self.routing.get("score", "linear"))
-        return total if finished is None else finished(total, self.gate.float(), self.experts)
+        return cosine(total, self.gate.float(), self.experts) if self.routing.get("score") == "cosine" else total
 
     def _scores(self, x_BSD: torch.Tensor, gate_GD: torch.Tensor) -> torch.Tensor:
         products = torch.nn.functional.linear(x_BSD, gate_GD)
@@ -331,20 +330,6 @@ def cosine(products_BSG: torch.Tensor, gate_GD: torch.Tensor, experts: int) -> t
         torch.nn.functional.normalize(projected_BSR, dim=-1), torch.nn.functional.normalize(experts_ER, dim=-1)
     )
     return experts_ER.square().sum(-1).clamp_min(1e-30).sqrt().mean() * cosines_BSE
-
-
-def attention(products_BSG: torch.Tensor, gate_GD: torch.Tensor, experts: int) -> torch.Tensor:
-    """Yuan 2.0-M32's router (Section 3.1, arXiv:2405.17976): s = softmax(q k^T) v with q, k and v (E,) linear in x.
-
-    The gate has three rows for every expert: those of its query, key and value.
-    """
-    query, key, value = products_BSG.reshape(*products_BSG.shape[:-1], experts, 3).unbind(-1)
-    scores_BSE1: torch.Tensor = (query[..., :, None] * key[..., None, :]).softmax(-1) @ value[..., None]
-    return scores_BSE1.squeeze(-1)
-
-
-FINISHED = {"cosine": cosine, "attention": attention}
-"""Kind of score -> what makes scores (B, S, E) of the products with the gate's rows (B, S, G), averaged or not."""
 
 
 def chosen(ranked: torch.Tensor, logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:

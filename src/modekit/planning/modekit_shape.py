@@ -253,7 +253,7 @@ def gate_of(
         width = whole(config, family.width) if weight is None else weight[0 if family.keeps_columns(module) else -1]
         ids = router.buckets if router.hashes else whole(config, "vocab_size")
         said["width"] = ids if router.row.reads_ids else width
-        said["rows"] = [router.row.rows] * len(recipe.experts)
+        said["rows"] = [1] * len(recipe.experts)
     return {"router": leader, **said}
 
 

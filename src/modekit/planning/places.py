@@ -85,14 +85,9 @@ class PlannedPlace:
 def _check_kind(recipe: Recipe, family: Family) -> None:
     """Raise UnsupportedError for what no mixture with an encoder can be."""
     mixture, router, fit = recipe.mixture, recipe.mixture.router, recipe.mixture.fit
-    decides_once = mixture.method == "linear" or (fit is not None and fit.for_model)
+    decides_once = mixture.method == "linear" or (fit is not None and fit.reads_ids)
     said = f"this is granularity: {router.granularity}, a router per {router.scope}"
     of_pairs = (
-        (
-            fit is not None and fit.reads == "ids",
-            "an encoder reads a source at once, which has no token that decides for all",
-            *("router", "choose another fit, or granularity: sequence"),
-        ),
         (
             mixture.modules == "decoder",
             "modules: decoder is for models that are a decoder alone, and this one has an encoder",

@@ -54,7 +54,7 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     router = _changed_router(mixture.get("router", {}), asked)
     if method == "linear":
         router = dict(asked)
-    elif changed.get("modules") in ("all", "decoder") and not _row(router).is_open and not _row(router).for_model:
+    elif changed.get("modules") in ("all", "decoder") and not _row(router).is_open and not _row(router).reads_ids:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
     return {**changed, "router": router} if router else changed
 

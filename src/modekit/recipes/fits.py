@@ -13,7 +13,7 @@ Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
 
 
-ScoreKind = Literal["linear", "norm", "cosine", "attention", "lexical"]
+ScoreKind = Literal["linear", "norm", "cosine", "lexical"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 
 
@@ -32,28 +32,24 @@ class Fit:
     Attributes:
         name: as `mixture.router.fit` says it.
         about: one sentence for the recipe's schema.
-        reads: recipe: nothing else; ids: nothing else, and routers read token ids; changes: the experts' low-rank changes;
-            tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert.
+        reads: recipe: nothing else; changes: the experts' low-rank changes; tokens: ids of text, no model is run, and one
+            router decides for the whole model, before its first layer runs, anew with every token; router inputs: what
+            routers read while a text runs through its own expert.
         sample: whether the kept sample of router inputs is all that it is made from.
         score: how routers score experts, as the architecture's config says it.
-        rows: of the gate for an expert.
         native_as: how native architectures say it: as their router's gate, or as that of a router that reads channels which
             the checkpoint has besides the base's (planning/channels.py); None: not at all.
-        for_model: whether one router decides for the whole model, before its first layer runs, anew with every token; else
-            every router for itself, as `granularity` and `per` say.
         fading: the decay, unless a recipe says another, of evidence over a text; None: there is none.
         settings: of a router or an expert, those that this fit takes and some other does not.
     """
 
     name: str
     about: str
-    reads: Literal["recipe", "ids", "changes", "tokens", "router inputs"]
+    reads: Literal["recipe", "changes", "tokens", "router inputs"]
     settings: tuple[str, ...] = ()
     sample: bool = False
     score: ScoreKind = "linear"
-    rows: int = 1
     native_as: Literal["gate", "channels"] | None = None
-    for_model: bool = False
     fading: float | None = None
 
     @property
@@ -68,8 +64,8 @@ class Fit:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether token ids are all that it reads, if anything, and its routers."""
-        return self.reads in {"tokens", "ids"}
+        """Whether token ids are all that it and its router read."""
+        return self.reads == "tokens"
 
     @property
     def runs_models(self) -> bool:
@@ -88,10 +84,6 @@ _OF_SUMS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens"
 _REGULAR = (*_OF_SUMS, "l2")
 
 
-_OF_ATTENTION = (*_OF_SUMS[1:], "l2")
-"""Without a temperature, which a product of query and key would take twice."""
-
-
 _SCORED = ("temperature", "jitter")
 
 
@@ -106,14 +98,6 @@ def _of_inputs(name: str, about: str, settings: tuple[str, ...], score: ScoreKin
 
 _ROWS = (
     Fit("random", "the paper's noisy router", "recipe", (*_SCORED, "seed"), native_as="gate"),
-    Fit(
-        "hash",
-        "every token has its expert, by a hash of its id, without text",
-        "ids",
-        ("seed",),
-        score="lexical",
-        for_model=True,
-    ),
     replace(
         _of_inputs("centroid", "the mean of what a router reads in a domain", (*_OF_SUMS, "negative_prompts")), sample=False
     ),
@@ -121,7 +105,6 @@ _ROWS = (
     _of_inputs(
         "cosine", "the cosine of a low-dimensional projection with a vector per expert", (*_REGULAR, "dimensions"), "cosine"
     ),
-    replace(_of_inputs("attention", "attention between the experts", _OF_ATTENTION, "attention"), rows=3),  # query, key, value
     Fit(
         "lexical",
         "a table of how much every token favours each domain, averaged over the text so far",
@@ -129,7 +112,6 @@ _ROWS = (
         _EVIDENCE,
         score="lexical",
         native_as="channels",
-        for_model=True,
         fading=0.98,
     ),
     Fit("arrow", "the direction that an adapter amplifies most, without text", "changes", _SCORED, score="norm"),

@@ -68,7 +68,7 @@ class Router(Strict):
     @property
     def scope(self) -> Scope:
         """What shares a router: as `per` says, the model where one decision is all there can be."""
-        return "model" if self.row.for_model else self.per
+        return "model" if self.row.reads_ids else self.per
 
     @property
     def decays(self) -> list[float]:
@@ -87,9 +87,9 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     for key, reads_it in (("decay", "context"), ("prefix", "sequence")):
         if key in router and granularity != reads_it and not (key == "decay" and row.fading is not None):
             yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
-    if row.score != "linear" and not row.for_model and router.get("per") == "feature":
+    if row.score != "linear" and not row.reads_ids and router.get("per") == "feature":
         yield "per", f"fit '{row.name}' makes one decision per module, not one per output feature; choose another"
-    if row.for_model and router.get("per", "model") != "model":
+    if row.reads_ids and router.get("per", "model") != "model":
         yield "per", f"fit '{row.name}' makes one decision for the whole model; remove 'per', or write per: model"
     if row.sample and router.get("keep_tokens") == 0:
         yield "keep_tokens", f"the {row.name} fit is solved on kept tokens: keep_tokens must be at least 1, or choose centroid"
@@ -154,8 +154,6 @@ class Mixture(Strict):
                 yield f"'{key}' has no effect with method '{self.method}'; remove it"
         if len(given & {*CHOICES}) > 1:
             yield f"give one of {', '.join(CHOICES)}"
-        if self.fit is not None and self.fit.reads == "ids" and self.method == "gating":
-            yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
         always = self.always_on
         if always is not None and always.weight is None and (self.method == "gating" or self.top_k == 1):
             yield "'always_on' without a weight takes one of the places of routing; give it a weight, or another top_k"
@@ -176,7 +174,7 @@ class Mixture(Strict):
     def _problems_of_whole_models(self) -> Iterator[str]:
         fit = self.fit
         before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
-        if fit is not None and not fit.for_model and (fit.reads == "changes" or not before_first_layer):
+        if fit is not None and not fit.reads_ids and (fit.reads == "changes" or not before_first_layer):
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "
                 "router: {fit: lexical}, or router: {granularity: sequence, per: model} with a fit that reads text"

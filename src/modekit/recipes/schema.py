@@ -54,7 +54,7 @@ _MEANINGS = {
     "Router.l2": "Regularisation, relative to the mean square of the router's input.",
     "Router.compute_dtype": "Precision of the forward passes of the fit.",
     "Router.keep_tokens": "Router inputs kept per domain and layer, for later re-fits.",
-    "Router.seed": "Seed of a random or hash router, of training one, and of text that experts write.",
+    "Router.seed": "Seed of a random router, of training one, and of text that experts write.",
     "Router.granularity": "What the gate reads: the token, a causal average of the text so far, or the first tokens.",
     "Router.decay": "Decays of averages; 1: the mean so far, 0: the token. Lexical: default 0.91 with chats, else 0.98.",
     "Router.prefix": "Sequence: tokens after which the decision stays (default 64).",

@@ -31,7 +31,6 @@ from modekit.run import QUIET, Run
 from modekit.sources.tokenizer_choice import chat_template
 from modekit.text.written import read_written, written_file
 
-_HASHED = 0.01  # logits of the first expert of a token; half of it the second's, and so on: those chosen weigh the same
 _RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)
 _WRITE_TEXTS = "modekit.routing.write_text:write_texts"
 """By its path, as it needs torch and a fit without text does not."""
@@ -113,23 +112,9 @@ def _random(fitting: Fitting) -> FittedRouter:
     return fitting.unfitted(gates)
 
 
-def _hash(fitting: Fitting) -> FittedRouter:
-    """Hash Layers (arXiv:2106.04426): every token id has its order of the experts, by hashes of both (SplitMix64)."""
-    (slot,) = fitting.checkpoint.slots
-    experts, tokens = len(slot.rows), slot.width
-    with np.errstate(over="ignore"):
-        x_EV = np.arange(experts * tokens, dtype=np.uint64).reshape(experts, tokens) + np.uint64(1)
-        x_EV = (x_EV + np.uint64(fitting.settings.seed) * np.uint64(2**32)) * np.uint64(0x9E3779B97F4A7C15)
-        x_EV = (x_EV ^ (x_EV >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x_EV = (x_EV ^ (x_EV >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    ranks_EV = x_EV.argsort(0).argsort(0).astype(np.float32)  # 0 is a token's first expert
-    return fitting.unfitted([np.float32(_HASHED) * np.exp2(-ranks_EV)])
-
-
 SETTERS: dict[str, Callable[[Fitting], FittedRouter] | str] = {
     "random": _random,
-    "hash": _hash,
-    **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), "modekit.routing.linear:solve_gates"),
+    **dict.fromkeys(("centroid", "logistic", "cosine"), "modekit.routing.linear:solve_gates"),
     "lexical": "modekit.routing.lexical:lexical_gates",
     "arrow": "modekit.routing.linear:low_rank_gates",
 }

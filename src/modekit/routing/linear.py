@@ -1,5 +1,5 @@
-"""Linear gates: from what routers read of the domains, centroid (closed form), logistic (a convex problem), cosine and
-attention (from a start in closed form); from the adapters themselves, without text, Arrow (arXiv:2405.11157); and a trained
+"""Linear gates: from what routers read of the domains, centroid (closed form), logistic (a convex problem), cosine
+(from a start in closed form); from the adapters themselves, without text, Arrow (arXiv:2405.11157); and a trained
 router over experts that come and go: rows that stay are what the training made them, a new one is fitted beside them.
 
 Every fit ends in one bias-free gate per router, because that is what native architectures hold; the temperature is folded into
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from modekit.architecture.modekit_router import FINISHED
+from modekit.architecture import modekit_router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
@@ -31,7 +31,7 @@ from modekit.routing.inputs import DomainStatistics, read_domains
 from modekit.run import QUIET, Run
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
-_HOLD = 10.0  # times l2, of a gate to its start: with less an attention router learns few kept tokens by heart
+_HOLD = 10.0  # times l2, of a cosine gate to its start
 _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
 
@@ -137,25 +137,16 @@ def cosine(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> 
     return _descended(torch.cat([vectors_ER / _UNCALIBRATED_TEMPERATURE, projection_RD]), slot, domains, settings)
 
 
-def attention(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
-    """Query, key and value all the logistic gate's row, with which attention keeps the order of its logits; then descent.
-
-    With q = k = v the score of expert e is f(q_e), f(t) = sum_j softmax_j(t q_j) q_j, whose slope is a variance.
-    """
-    gate_ED = logistic(slot, domains, settings)
-    return _descended(gate_ED.repeat_interleave(3, 0), slot, domains, settings)
-
-
 def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
-    """The gate that lowers the loss of the kept tokens, by L-BFGS from this one, to which l2 holds it."""
-    tokens, finished = _kept_tokens(slot, domains), FINISHED[settings.row.score]
+    """The cosine gate that lowers the loss of the kept tokens, by L-BFGS from this one, to which l2 holds it."""
+    tokens = _kept_tokens(slot, domains)
     start_GD = gate_GD.float()
     sizes_G1 = torch.linalg.vector_norm(start_GD, dim=1, keepdim=True).clamp_min(1e-30)
     moved_GD = torch.zeros_like(start_GD, requires_grad=True)
 
     def loss() -> torch.Tensor:
         gate_GD = start_GD + sizes_G1 * moved_GD
-        logits_NE = finished(tokens.x_ND @ gate_GD.T, gate_GD, len(domains))
+        logits_NE = modekit_router.cosine(tokens.x_ND @ gate_GD.T, gate_GD, len(domains))
         return tokens.loss(logits_NE) + _HOLD * settings.l2 * moved_GD.square().sum()
 
     _minimise(loss, moved_GD)
@@ -183,7 +174,6 @@ RULES: Mapping[str, Callable[[int, Sequence[DomainStatistics], Router], torch.Te
     "centroid": centroid,
     "logistic": logistic,
     "cosine": cosine,
-    "attention": attention,
 }
 """Name of a fit -> (slot, domains in the order of the experts, settings) -> gate (E, D) at temperature 1, float64."""
 
