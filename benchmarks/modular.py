@@ -1,6 +1,6 @@
 """Students of one teacher for English, French, German and Python, put together in several ways; modular.md.
 
-    python benchmarks/modular.py students FOLDER --seeds 0 1 2     (with a teacher or without, weights, losses, in turn)
+    python benchmarks/modular.py students FOLDER --seeds 0 1 2     (with a teacher or without)
     python benchmarks/modular.py ways FOLDER --seeds 0 1 2         (PLE, JEET, MoE-CE, FFN specialists; routers)
     python benchmarks/modular.py forgetting FOLDER --seeds 0 1 2   (one language after the other, or together)
     python benchmarks/modular.py tables FOLDER --seeds 0 1 2       (of what the others have left in FOLDER)
@@ -34,8 +34,6 @@ from study import mean_losses, spread
 
 WAYS_OF_TEACHING: dict[str, DistillSettings] = {
     "text alone": WITHOUT_TEACHER,
-    "forward KL, adaptive": DistillSettings(adaptive=True),
-    "forward KL, in turn": DistillSettings(alternate=True),
 }
 TOGETHER, TURNS, UNEVEN = "all in every step", "one language a step, in turn", "shuffled, sizes 1:2:4:8"
 Losses = dict[str, float]

@@ -89,7 +89,6 @@ COMMANDS = {
             "text/law.jsonl",
             "--teacher",
             "medicine",
-            "adaptive=true",
             "steps=3",
             "batch_tokens=256",
             "sequence_length=64",

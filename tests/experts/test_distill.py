@@ -14,7 +14,7 @@ import torch
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.cli.experts import print_specialist
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
-from modekit.experts.distill import CROSS_ENTROPY, DISTILLATION, Lesson, Student, Teaching, adaptive_share, kl_to_teacher
+from modekit.experts.distill import CROSS_ENTROPY, DISTILLATION, Lesson, Student, Teaching, kl_to_teacher
 from modekit.experts.settings import DistillSettings
 from modekit.experts.specialist import SpecialistRecord
 from modekit.experts.specialize import specialize
@@ -94,7 +94,7 @@ def test_the_record_tells_of_the_teacher(shop: Workshop) -> None:
     assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
     rows = list(csv.DictReader((shop.root / "new" / "distill.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
-    assert {row["weight_lm"] for row in rows} == {"0.5"} and {"loss_lm", "loss_distill"} <= set(rows[0])
+    assert {"loss_lm", "loss_distill"} <= set(rows[0])
     assert not list(shop.root.glob("new.*"))
 
 
@@ -109,8 +109,7 @@ def test_texts_of_a_taught_student_are_said_to_have_no_tags(capsys: pytest.Captu
 
 @pytest.mark.usefixtures("a_state_after_every_step")
 def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop) -> None:
-    settings = DistillSettings(adaptive=True, alternate=True)
-    wanted = asked(shop, train="lora", settings=settings)
+    wanted = asked(shop, train="lora", settings=DistillSettings(weights=0.25))
     distill(wanted, shop.root / "whole")
     with pytest.raises(StoppedError):
         distill(wanted, shop.root / "new", run=stopped_at(8))
@@ -161,7 +160,6 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
     ("words", "said"),
     [
         (("temperature=3",), "temperature"),
-        (("--teacher", "teacher", "adaptive=true", "weights=0.5"), "weights has no effect with adaptive"),
         (("--teacher", "nowhere"), "model folder does not exist"),
         (("--teacher", "text"), "config.json"),
         (("--teacher", "teacher", "losses=kl"), "unknown loss or weight"),
@@ -187,34 +185,10 @@ def test_encoders_and_pairs_are_refused(shop: Workshop, tmp_path: Path) -> None:
         distill(asked(shop, texts=["./pairs/law.jsonl"]), tmp_path / "new")
 
 
-FALLING = [3.0 - 0.01 * step for step in range(20)]
-
-
-def test_while_both_losses_fall_the_share_is_exactly_one_half() -> None:
-    assert adaptive_share(FALLING, [0.1 * value**2 for value in FALLING]) == 0.5
-
-
-def test_a_text_loss_that_rises_by_half_its_mean_counts_a_third() -> None:
-    rising = [0.75, 1.0, 1.25]  # by 0.5, of a mean of 1
-    assert adaptive_share(rising, FALLING) == pytest.approx(1 / 3)
-    assert adaptive_share(FALLING, rising) == pytest.approx(2 / 3)
-
-
-def test_only_the_last_steps_are_remembered() -> None:
-    model, losses = tiny_model(num_hidden_layers=1), {"lm": torch.tensor(1.0), "distill": torch.tensor(1.0)}
-    lesson = Lesson(tiny_model(seed=4, num_hidden_layers=1), 96, DistillSettings(adaptive=True))
-    student = Student(model, lesson, checked_settings({"what": ["all"]}, TrainSettings, where="test"), 100)
-    assert student.weights(losses) == {"lm": 0.5, "distill": 0.5}
-    rising = [9.0, *(1.0 + 0.01 * step for step in range(20))]  # the first was long ago: the next 20 rise
-    student.go_on([{CROSS_ENTROPY: value, DISTILLATION: 1.0} for value in rising])
-    assert student.weights(losses)["lm"] == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
-
-
 @pytest.mark.parametrize(
     "values",
     [
         {"losses": {"forward_kl": 0.0}},
-        {"adaptive": True, "weights": 0.5},
         {"temperature": float("nan")},
     ],
 )
@@ -258,7 +232,7 @@ def test_losses_are_their_formulas_at_a_temperature() -> None:
 def student_of(**changes: Any) -> Student:
     model, teacher = tiny_model(num_hidden_layers=1), tiny_model(seed=4, num_hidden_layers=1)
     lesson = Lesson(teacher, 96, DistillSettings(**changes))
-    return Student(model, lesson, checked_settings({"what": ["all"]}, TrainSettings, where="test"), 10)
+    return Student(model, lesson, checked_settings({"what": ["all"]}, TrainSettings, where="test"))
 
 
 def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch.Tensor]:
@@ -311,11 +285,8 @@ def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_alternating_steps_move_by_one_loss_each_beginning_with_the_text() -> None:
-    student = student_of(alternate=True, weights=0.25)
-    said: list[tuple[float, dict[str, float]]] = []
-    for _ in range(2):
-        loss = float(student(**batch_of([LONG])).detach())
-        said.append((loss, student.drain()))
-    assert said[0][0] == pytest.approx(2 * 0.25 * said[0][1][CROSS_ENTROPY], rel=1e-6)
-    assert said[1][0] == pytest.approx(2 * 0.75 * said[1][1][DISTILLATION], rel=1e-6)
+def test_the_loss_is_the_weighted_sum_of_text_and_teacher() -> None:
+    student = student_of(weights=0.25)
+    loss = float(student(**batch_of([LONG])).detach())
+    figures = student.drain()
+    assert loss == pytest.approx(0.25 * figures[CROSS_ENTROPY] + 0.75 * figures[DISTILLATION], rel=1e-6)

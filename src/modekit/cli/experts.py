@@ -131,8 +131,7 @@ def print_specialist(output: Path, record: SpecialistRecord) -> None:
         each = (f"{name} {_change(losses)}" for name, losses in record.held_out_loss_by_label.items())
         out.print(Text(f"{'with their tags' if record.labels else 'each'}: {', '.join(each)}"))
     if record.teacher is not None and record.distillation_loss is not None:
-        said = f"{_change(record.distillation_loss)}; mean weight of the text {record.cross_entropy_weight:.2f}"
-        out.print(f"teacher {record.teacher['name']}: distillation loss {said}")
+        out.print(f"teacher {record.teacher['name']}: distillation loss {_change(record.distillation_loss)}")
 
 
 def _change(loss: BeforeAfter) -> str:

@@ -238,7 +238,7 @@ class _Work:
         steps = settings.steps or steps_of_one_pass(corpora, settings)
         parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
         lesson = Lesson(teacher, checkpoint.vocabulary, course.lesson)
-        loop, module = loop_of(settings, steps, student.device), Student(student, lesson, settings, steps)
+        loop, module = loop_of(settings, steps, student.device), Student(student, lesson, settings)
         held_out = [text.held_out for text in self.texts]
         outcome = run_trainer(module, Batches(corpora, parts, pad_id=0), held_out, loop, self.folder.path, self.run)
         self.folder.keep("trained", outcome.model_dump(mode="json"))

@@ -8,21 +8,11 @@ None     shuffled together, so that a larger text has more of every step
 equal    as many tokens of each in every step, short texts begun anew
 turns    one text a step, in turn
 
-The weight of cross-entropy is fixed, or follows the adaptive rule of arXiv:2407.19610 (its code; made finite here): over the
-last k = max(20, steps // 100) values of each loss L,
-
-    w(L) = 1 - clamp((L[-1] - L[-k]) / mean(L[-k:]), 0, 1)
-    share of cross-entropy = w(CE) / (w(CE) + w(KD))
-
-A loss that falls has w = 1 however fast it falls: while both fall the share is exactly one half, and only a loss that rises
-counts less. Where both rise by more than their mean, 0 / 0 is one half, too. A history that is not full is taken as it is.
-
 Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +42,8 @@ from modekit.training.engine import JudgedModule
 from modekit.training.losses import divergence, language_model, tempered
 from modekit.training.settings import TrainSettings, checked_settings
 
-CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
-"""What the log calls both losses per predicted token, and what cross-entropy counted in the step."""
+CROSS_ENTROPY, DISTILLATION = "loss_lm", "loss_distill"
+"""What the log calls both losses per predicted token."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +70,9 @@ class Lesson:
 class Student(JudgedModule):
     """A student with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
-    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
+    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings) -> None:
         super().__init__(student, settings)
         self._lesson = lesson
-        self._steps = 0
-        self._history = deque[tuple[float, float]](maxlen=max(20, steps // 100))  # cross-entropy and distillation by step
 
     def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cross-entropy and distillation."""
@@ -97,31 +85,9 @@ class Student(JudgedModule):
         return {"lm": cross_entropy, "distill": torch.stack(losses).sum()}
 
     def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-        """What cross-entropy and distillation count in the next step, by what the steps before logged.
-
-        In turn, each counts twice its share, so that two steps together ask for what two combined steps ask for.
-        """
-        shares = (self._share(), 1.0 - self._share())
-        if self._lesson.settings.alternate:
-            shares = (2.0 * shares[0], 0.0) if self._steps % 2 == 0 else (0.0, 2.0 * shares[1])
-        return dict(zip(losses, shares, strict=True))
-
-    def _share(self) -> float:
-        """Of cross-entropy, between 0 and 1; distillation counts the rest."""
-        settings = self._lesson.settings
-        return adaptive_share(*zip(*self._history, strict=True)) if settings.adaptive and self._history else settings.weights
-
-    def drain(self) -> dict[str, float]:
-        """Both losses of the step that has just ended, and what cross-entropy counted in it."""
-        losses, share = super().drain(), self._share()
-        self.go_on([losses])
-        return {**losses, SHARE: share}
-
-    def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Weights of the next steps hang on the losses of the steps before."""
-        found = [(entry[CROSS_ENTROPY], entry[DISTILLATION]) for entry in history if CROSS_ENTROPY in entry]
-        self._history.extend(found)
-        self._steps += len(found)
+        """What cross-entropy and distillation count."""
+        share = self._lesson.settings.weights
+        return {"lm": share, "distill": 1.0 - share}
 
 
 def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[TokenSequence]) -> float | None:
@@ -135,20 +101,6 @@ def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[
             [(kl_N, _)] = divergences(*both)
             total += float(kl_N.sum())
     return total / sum(sequence.scored for sequence in sequences)
-
-
-def adaptive_share(cross_entropy: Sequence[float], distillation: Sequence[float]) -> float:
-    """The share of cross-entropy after some steps, of the histories of both losses."""
-    ours, theirs = _steadiness(cross_entropy), _steadiness(distillation)
-    return 0.5 if ours + theirs == 0 else ours / (ours + theirs)
-
-
-def _steadiness(losses: Sequence[float]) -> float:
-    """w(L): 1 for a loss that does not rise, 0 for one that rises by its mean or more."""
-    mean = sum(losses) / len(losses) if losses else 0.0
-    if mean <= 0:
-        return 1.0
-    return 1.0 - min(1.0, max(0.0, (losses[-1] - losses[0]) / mean))
 
 
 _READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer")
@@ -189,8 +141,7 @@ class Teaching:
         return {
             "losses": settings.losses,
             "temperature": settings.temperature,
-            "weights": "adaptive" if settings.adaptive else settings.weights,
-            "combined": "in turn" if settings.alternate else "sum",
+            "weights": settings.weights,
         }
 
     def teach(
@@ -202,7 +153,7 @@ class Teaching:
         steps = settings.steps or steps_of_one_pass(corpora, settings)
         parts = plan_parts(corpora, settings, steps=steps, experts=len(corpora), parts=1, pack=False)
         loop = loop_of(settings, steps, student.device)
-        going = Loop(Student(student, lesson, settings, steps), Batches(corpora, parts, pad_id=0), loop, folder, run)
+        going = Loop(Student(student, lesson, settings), Batches(corpora, parts, pad_id=0), loop, folder, run)
         going.go()
         student.eval()
         draws = (draw for part in parts for row in part.rows for draw in row)

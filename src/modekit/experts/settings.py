@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
 from modekit.training.settings import Divergence, RandomiseTo, weighed
 
@@ -16,7 +16,7 @@ _WEIGHED = BeforeValidator(partial(weighed, dict.fromkeys(get_args(Divergence), 
 
 class DistillSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Settings of a distillation, whose loss is the weighted sum of `losses`. Where `weights` is 1 the teacher is only compared
-    with; `adaptive` is the rule of distill.py. The temperature is that of arXiv:2407.19610.
+    with. The temperature is that of arXiv:2407.19610.
     """
 
     losses: Annotated[dict[Divergence, Annotated[float, Field(gt=0)]], _WEIGHED] = Field(
@@ -26,14 +26,6 @@ class DistillSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fals
     )
     temperature: float = Field(2.0, gt=0, le=1e3, description="--teacher: softmax temperature of teacher and student.")
     weights: float = Field(0.5, ge=0, le=1, description="--teacher: weight of the text loss, the teacher's is the rest.")
-    adaptive: bool = Field(False, description="--teacher: a loss that rises counts less, in place of weights.")
-    alternate: bool = Field(False, description="--teacher: steps on text and teacher in turn, not their sum.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DistillSettings:
-        if self.adaptive and "weights" in self.model_fields_set:
-            raise ValueError("weights has no effect with adaptive: leave one of them out")
-        return self
 
 
 class SpecialistSettings(DistillSettings):

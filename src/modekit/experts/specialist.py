@@ -41,8 +41,8 @@ class SpecialistRecord(BaseModel, frozen=True):
         specialist: what moved.
         base_model: hub id of the model that it was made from, or the name of its folder.
         rank: of an adapter.
-        teacher: its name and digest, `losses` with their weights, `weights` of the text against it (or "adaptive").
-        distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone; the weight is the mean over the steps.
+        teacher: its name and digest, `losses` with their weights, `weights` of the text against it.
+        distillation_loss, held_out_kl: with a teacher alone.
         training: the settings (loaded/text_training.py), with the steps taken, and with a teacher the tokens read.
         text: how much it was trained on, and a digest of the documents.
         held_out_kl: mean KL(teacher || student) of held-out text.
@@ -62,7 +62,6 @@ class SpecialistRecord(BaseModel, frozen=True):
     generic: dict[str, object] | None = None
     training_loss: BeforeAfter
     distillation_loss: BeforeAfter | None = None
-    cross_entropy_weight: float | None = None
     held_out_loss: BeforeAfter
     held_out_loss_by_label: dict[str, BeforeAfter] | None = None
     held_out_kl: BeforeAfter | None = None

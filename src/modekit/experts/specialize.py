@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.open import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import SourceError, UnsupportedError
-from modekit.experts.distill import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Teaching, kl_to_teacher
+from modekit.experts.distill import CROSS_ENTROPY, DISTILLATION, Lesson, Teaching, kl_to_teacher
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
 from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import BeforeAfter, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_scores
@@ -140,7 +140,6 @@ class _Work:
             "training": {**asked, "steps": len(steps), "tokens_read": tokens},
             "training_loss": _ends([each[CROSS_ENTROPY] for each in steps]),
             "distillation_loss": _ends([each[DISTILLATION] for each in steps]),
-            "cross_entropy_weight": sum(each[SHARE] for each in steps) / len(steps),
         }
         return said, log_of(steps)
 

@@ -55,9 +55,6 @@ class TrainedModule(nn.Module):
         """Figures of the step that has just ended, for the log. Called once per step."""
         return {}
 
-    def go_on(self, history: History) -> None:
-        """Called before the first step, with the log of the steps before: those of a training that is gone on with."""
-
 
 class PlannedBatches(Protocol):
     """All parts of all steps, in order; what a part holds has a method `to`."""
@@ -150,7 +147,6 @@ class Loop:
         """Do the steps that are left. Raises TrainingError when the last state is damaged, NotFiniteError for a loss."""
         with seeded(self._loop.seed, self._accelerator.device):
             self._resume()
-            self._module.go_on(self.history)
             self._report()
             if self._judge is not None and not self.history:
                 self._evaluate(self._judge)
