@@ -129,8 +129,6 @@ def test_a_quick_demo_of_translation_and_its_resumption(tmp_path: Path, monkeypa
     assert 'id="translations"' in page and all(name in page for name in (*PAIRED, *UNSEEN_PAIRED))
     saved = json.loads((tmp_path / "demo" / "results" / "demo.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(first.as_data()))
-    assert set(saved["summary"]["lexical"]) >= {"bleu", "bleu_spread", "unseen_bleu"}
-    assert saved["summary"]["weight average"]["bleu"] is None
     assert any("a smoke run (--quick)" in note for note in losses.notes)
 
     def again(*_: Any, **__: Any) -> Any:

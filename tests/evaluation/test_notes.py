@@ -90,7 +90,7 @@ def test_where_gains_are_noise_demo_and_report_show_no_gap_either(monkeypatch: p
     rows = with_gaps([*rows, row("mixture", 3.56)], ["general"])
     results = Results(rows, ["general"], [], notes=list(gapless_notes(rows, ["general"])))
     demo = DemoResults({seed: {"lexical": results} for seed in (0, 1)}, 1.0)
-    assert demo.summary()["lexical"]["gap_closed"] is None and gap_chart(results) == ""
+    assert demo.merged(1).row("lexical").mean_gap(["general"]) is None and gap_chart(results) == ""
     for shown in (results, demo.merged(1)):
         drawn = io.StringIO()
         monkeypatch.setattr(printing, "out", console_for(file=drawn, width=80, force_terminal=True, color_system=None))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,38 +94,7 @@ class DemoResults:
         return {
             "seeds": {str(seed): self.merged(seed).as_data() for seed in self.per_seed},
             **({"translated": translated} if translated else {}),
-            "summary": self.summary(),
         }
-
-    def summary(self) -> dict[str, dict[str, float | None]]:
-        """Per row: mean over the seeds and largest deviation from it, of mean loss, gap closed and unseen loss, and of BLEU
-        where translations were scored.
-        """
-        tables = [self.merged(seed) for seed in self.per_seed]
-        domains, unseen = tables[0].domains, tables[0].unseen
-        summary: dict[str, dict[str, float | None]] = {}
-        for name in (row.name for row in tables[0].rows):
-            rows = [(table.row(name), table.row("base")) for table in tables]
-            figures = {
-                "mean_loss": [row.mean_loss(domains) for row, _ in rows],
-                "gap_closed": [row.mean_gap(domains) for row, _ in rows],
-                "unseen_against_base": [_share(row.mean_loss(unseen), base.mean_loss(unseen)) for row, base in rows],
-            }
-            if self.translated:
-                written = [each for table in self.translated.values() for each in table.rows if each.name == name]
-                for figure, names in (("bleu", domains), ("unseen_bleu", unseen)):
-                    figures[figure] = [score.bleu if score else None for score in (each.mean(names) for each in written)]
-            summary[name] = {}
-            for figure, values in figures.items():
-                known = [value for value in values if value is not None]
-                mean = statistics.fmean(known) if known else None
-                summary[name][figure] = mean
-                summary[name][f"{figure}_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
-        return summary
-
-
-def _share(value: float | None, of: float | None) -> float | None:
-    return None if value is None or of is None else value / of
 
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
