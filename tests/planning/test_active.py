@@ -91,5 +91,5 @@ def test_what_a_token_runs_through(bench: Workshop, mixture: dict[str, Any], bas
 
 
 def test_of_a_table_of_tokens_a_row_is_read(bench: Workshop) -> None:
-    counted = built(with_base(bench, 0), top_k=1, router={"fit": "hash"}).parameters
-    assert counted.active == counted.dense < counted.total - 4 * SMALL["vocab_size"]
+    counted = built(bench, top_k=1, router={"fit": "lexical"}).parameters
+    assert counted.active == counted.dense < counted.total - 3 * SMALL["vocab_size"]
