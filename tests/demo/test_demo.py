@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import modekit.demo.demo as run_module
 import modekit.demo.demo as seed_module
 from kills import dies
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
-from modekit.demo.demo import Workers, run_demo
+from modekit.demo.demo import run_demo
 from modekit.demo.kinds import AS_MIXED, MIXTURES, Kind
 from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
-from modekit.errors import ModekitError, OutputError, TextError
+from modekit.errors import OutputError
 from modekit.recipes.choices import choices
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run, silent
@@ -63,7 +60,7 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
     def reached(*_: Any) -> Any:
         raise ReachedError
 
-    monkeypatch.setattr(run_module, "run_seed", reached)
+    monkeypatch.setattr(seed_module, "run_seed", reached)
     with pytest.raises(ReachedError):
         run_demo(tmp_path / "demo", run=Run(progress=silent))
     for other in ({"quick": True}, {"real": True}, {"what": "full"}, {"what": "translation"}):
@@ -105,7 +102,6 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, quick_demo: Path, monke
     def no_training(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished model was trained again")
 
-    monkeypatch.setattr(seed_module, "_side_by_side", lambda _real: (1, 1))  # in this process, where these are replaced
     for name in ("make_base", "specialize", "build"):
         monkeypatch.setattr(seed_module, name, no_training)
     again = run_demo(folder, quick=True, run=Run(progress=silent))
@@ -141,45 +137,12 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
     assert low_rank["architectures"] != plain["architectures"] == ["MixtralForCausalLM"]
 
 
-def _double(run: Run, value: int) -> tuple[int, int]:
-    run.progress("double", value, value)
-    return 2 * value, os.getpid()
-
-
-def _fail(run: Run) -> None:
-    raise TextError("the text is empty", where="here", remedy="write some")
-
-
-def _end(run: Run) -> None:
-    os._exit(3)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_calls_run_beside_each_other_or_here(count: int) -> None:
-    reports: list[tuple[str, int, int]] = []
-    with closing(Workers(count, 1)) as workers:
-        run = Run(progress=lambda *report: reports.append(report))
-        found = workers.each(run, "double", _double, {str(value): (value,) for value in range(4)})
-    assert {name: doubled for name, (doubled, _) in found.items()} == {str(value): 2 * value for value in range(4)}
-    assert {process == os.getpid() for _, process in found.values()} == {count == 1}
-    rounds = [("double", done, 4) for done in (0, 2, 4)]  # two at a time end at much the same time
-    assert len(reports) == 4 if count == 1 else reports == rounds
-
-
-def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
-    with closing(Workers(2, 1)) as workers:
-        for call, error, text in ((_fail, TextError, "write some"), (_end, ModekitError, "ended early")):
-            with pytest.raises(error, match=text):
-                workers.each(Run(progress=silent), "one", call, {"one": ()})
-
-
 _CHANGES = 211
 """Changes of a file between two kills: more than a mixture needs that is begun anew, few enough for several kills."""
 
 
 @pytest.mark.hostile
-def test_a_demo_killed_over_and_over_ends_with_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seed_module, "_side_by_side", lambda _real: (1, 1))  # in one process, where a kill is counted
+def test_a_demo_killed_over_and_over_ends_with_the_same_table(tmp_path: Path) -> None:
     folder, kills = tmp_path / "demo", 0
 
     def demo() -> None:

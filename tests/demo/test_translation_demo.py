@@ -134,7 +134,6 @@ def test_a_quick_demo_of_translation_and_its_resumption(tmp_path: Path, monkeypa
     def again(*_: Any, **__: Any) -> Any:
         raise AssertionError("what was there was made again")
 
-    monkeypatch.setattr(seed_module, "_side_by_side", lambda _real: (1, 1))  # in this process, where these are replaced
     for name in ("make_pair_base", "specialize", "build"):
         monkeypatch.setattr(seed_module, name, again)
     monkeypatch.setattr(translation_module, "evaluate_translation", again)

@@ -14,28 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
-from modekit.demo.kinds import Experts, Kind, What
+from modekit.demo.kinds import Kind, What
 from modekit.demo.models import make_base, make_real_base
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import make_pair_base, translate_once, translated_table
-from modekit.errors import CheckpointError, ModekitError, OutputError, check_packages
+from modekit.errors import CheckpointError, OutputError, check_packages
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, with_gaps
 from modekit.evaluation.translation.results import TranslationResults
@@ -43,14 +36,11 @@ from modekit.experts.specialize import specialize
 from modekit.files.change import is_there
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.write import make_folder, write_file, write_json
-from modekit.loaded.load import default_device
-from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.run import QUIET, Run
+from modekit.run import Run
 
-T = TypeVar("T")
 _SMOKE_RUN = "a smoke run (--quick): models of a few steps show that every part runs, and their figures say nothing of quality"
 
 
@@ -160,87 +150,25 @@ def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run
     The first mixture is scored before the others, which take its rows of base and experts over.
     """
     base, steps = folder / "base", kind.size.base_steps
-    stages = iter(f"stage {number} of 5" for number in range(1, 6))
-    stage = run.about(next(stages))
+    stage = run.about("stage 1 of 4")
     if not is_there(base):
         if kind.real:
             make_real_base(base, stage)
         else:
             (make_pair_base if kind.translates else make_base)(base, texts, steps=steps, seed=seed, run=stage)
-    trainings = {name: kind.size.training.with_(seed=1000 * seed + place) for place, name in enumerate(kind.domains)}
-    missing = {name: training for name, training in trainings.items() if not is_there(folder / name)}
-    recipes = {name: recipe_of(kind, says, texts) for name, says in kind.mixtures.items()}
-    first = next(iter(recipes))
-    with closing(Workers(*_side_by_side(kind.real))) as workers:
-        experts = {name: (folder, name, texts[name], kind.trains, training) for name, training in missing.items()}
-        workers.each(run.about(next(stages)), "train experts", _train_expert, experts)
-        workers.each(
-            run.about(next(stages)), "build", _build, {name: (folder, name, recipe) for name, recipe in recipes.items()}
-        )
-        known = {
-            first: _score(run.about(next(stages)).about(first), folder, first, kind, None)
-        }  # its many models have all threads
-        others = {name: (folder, name, kind, known[first]) for name in recipes if name != first}
-        return {**known, **workers.each(run.about(next(stages)), "score", _score, others)}
-
-
-def _side_by_side(real: bool) -> tuple[int, int]:
-    """Processes, and torch's threads in each. The real demo's models fill the memory one at a time."""
-    threads = torch.get_num_threads()
-    return (1, threads) if real or threads == 1 or default_device().type != "cpu" else (2, threads // 2)
-
-
-class Workers:
-    """`count` processes beside each other, each with its part of torch's threads; 1 is the calling process alone.
-
-    Two models that train or are scored in a process each need less time than one after the other with two threads.
-    """
-
-    def __init__(self, count: int, torch_threads: int) -> None:
-        self._count, self._pool = count, None
-        if count > 1:
-            self._pool = ProcessPoolExecutor(count, get_context("spawn"), _start, (torch_threads,))
-
-    def close(self) -> None:
-        """End what has not begun, and wait for what has."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def each(self, run: Run, stage: str, call: Callable[..., T], tasks: Mapping[str, tuple[Any, ...]]) -> dict[str, T]:
-        """Name -> what the call gives for its arguments; progress counts whole rounds of the processes.
-
-        Raises what a call raises, and ModekitError where a process ended.
-        """
-        if self._pool is None:
-            return {name: call(run.about(name), *arguments) for name, arguments in tasks.items()}
-        run.begin(stage, len(tasks))
-        futures = {name: self._pool.submit(call, QUIET, *arguments) for name, arguments in tasks.items()}
-        try:
-            for done, future in enumerate(as_completed(futures.values()), 1):
-                future.result()
-                if done % self._count == 0 or done == len(futures):  # the others of a round are nearly done, too
-                    run.progress(stage, done, len(futures))
-        except BrokenProcessPool:
-            remedy = "see its message above; the same command continues from here"
-            raise ModekitError("a process of the demo ended early", where=stage, remedy=remedy) from None
-        return {name: future.result() for name, future in futures.items()}
-
-
-def _start(torch_threads: int) -> None:
-    """A worker begins. It ends with the demo, however that ends."""
-    torch.set_num_threads(torch_threads)
-    threading.Thread(target=_end_with_the_command, daemon=True).start()
-
-
-def _end_with_the_command() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _train_expert(run: Run, folder: Path, name: str, text: Path, what: Experts, training: Training) -> None:
-    specialize(folder / "base", folder / name, [str(text)], root=folder, train=what, training=training, run=run)
+    stage = run.about("stage 2 of 4")
+    for place, name in enumerate(kind.domains):
+        if not is_there(folder / name):
+            training = kind.size.training.with_(seed=1000 * seed + place)
+            text, about = [str(texts[name])], stage.about(name)
+            specialize(base, folder / name, text, root=folder, train=kind.trains, training=training, run=about)
+    stage = run.about("stage 3 of 4")
+    for name, says in kind.mixtures.items():
+        _build(stage.about(name), folder, name, recipe_of(kind, says, texts))
+    stage, found = run.about("stage 4 of 4"), dict[str, Results]()
+    for name in kind.mixtures:
+        found[name] = _score(stage.about(name), folder, name, kind, next(iter(found.values()), None))
+    return found
 
 
 def _build(run: Run, folder: Path, name: str, recipe: dict[str, Any]) -> None:
