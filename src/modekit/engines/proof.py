@@ -1,7 +1,7 @@
 """Is a GGUF file in llama.cpp the model that transformers has? Asked before anybody is told that it is.
 
-Compared are the tokens of texts, what is written greedily, and the log-probability of every token. With float32 weights all
-must agree, up to the rounding of sums. With fewer bits, the loss of perplexity is bounded, over texts enough to know it.
+Compared are the tokens of texts, what is written greedily, and the perplexity of texts, whose change is bounded with its
+error. With float32 weights what is written must agree, too, and only the rounding of sums is left of a change.
 
 xllamacpp has llama.cpp's own HTTP server; it runs in a process of its own on the loopback address, and ends with this one.
 """
@@ -34,9 +34,8 @@ from modekit.text.shipped import shipped_documents
 
 EXACT = "f32"
 """The outtype with which all must agree."""
-TOLERANCE = 2e-3  # nats, of log-probabilities with float32 weights
 LARGEST_LOSS = 0.01  # of perplexity, with fewer bits
-LARGEST_TYPICAL = 0.1  # nats, of log-probabilities on average, with fewer bits: another model of the same quality is no proof
+ROUNDING = 1e-3  # of perplexity, with float32 weights
 _SURE = 2.0  # standard errors
 _LARGE_BIAS = 1e6
 _ALL = 2**30
@@ -68,7 +67,6 @@ class Proof:
 
     Attributes:
         same, written: of the tokens written greedily, those that both write, up to the first that differs in a text, and all.
-        difference, typical: largest and mean difference of the log-probabilities of a token, in nats.
         loss, margin: how much larger the perplexity is in llama.cpp, as a share, and two standard errors of that.
     """
 
@@ -77,40 +75,35 @@ class Proof:
     written: int
     texts: int
     tokens: int
-    difference: float
-    typical: float
     perplexity: float
     loss: float
     margin: float
 
     def __str__(self) -> str:
         return (
-            f"{self.same} of {self.written} greedy tokens as in transformers, log-probabilities {self.typical:.1e} apart "
-            f"(at most {self.difference:.1e}), perplexity {self.perplexity:.5g} ({self.loss:+.2%} \u00b1 {self.margin:.2%}) "
-            f"over {self.tokens:,} tokens of {self.texts:,} texts"
+            f"{self.same} of {self.written} greedy tokens as in transformers, perplexity {self.perplexity:.5g} "
+            f"({self.loss:+.2%} \u00b1 {self.margin:.2%}) over {self.tokens:,} tokens of {self.texts:,} texts"
         )
 
     def check(self, file: Path) -> None:
         """Raise EngineError, which names the file, where llama.cpp computes another model, or fewer bits lost too much."""
-        if self.outtype == EXACT:
-            if self.same < self.written or not self.difference <= TOLERANCE:
-                raise EngineError(
-                    "llama.cpp computes another model than transformers",
-                    where=str(file),
-                    found=str(self),
-                    expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
-                    remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
-                )
-        elif not (abs(self.loss) + self.margin <= LARGEST_LOSS and self.typical <= LARGEST_TYPICAL):
-            may_be = abs(self.loss) - self.margin <= LARGEST_LOSS and self.typical <= LARGEST_TYPICAL
-            more = f"give the mixture's domains more text (up to {MOST_TOKENS:,} tokens are read), or " if may_be else ""
+        changed = not abs(self.loss) + self.margin <= (ROUNDING if self.outtype == EXACT else LARGEST_LOSS)
+        if self.outtype == EXACT and (changed or self.same < self.written):
             raise EngineError(
-                f"the model in llama.cpp is not {'proven to be ' if may_be else ''}as good as in transformers",
+                "llama.cpp computes another model than transformers",
                 where=str(file),
                 found=str(self),
-                expected=f"perplexity within {LARGEST_LOSS:.0%}, two standard errors included, and log-probabilities "
-                f"within {LARGEST_TYPICAL:g} on average",
-                remedy=f"{more}choose a finer --outtype; {EXACT} shows whether it is the bits",
+                expected=f"the same tokens, perplexity within {ROUNDING:.1%}",
+                remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
+            )
+        if changed:
+            raise EngineError(
+                "the model in llama.cpp is not proven to be as good as in transformers",
+                where=str(file),
+                found=str(self),
+                expected=f"perplexity within {LARGEST_LOSS:.0%}, two standard errors included",
+                remedy=f"choose a finer --outtype, or give the mixture's domains more text (up to {MOST_TOKENS:,} tokens are "
+                f"read); {EXACT} shows whether it is the bits",
             )
 
 
@@ -140,23 +133,19 @@ def compare(folder: Path, file: Path, outtype: str, documents: Sequence[Document
         _check_tokens(llama, cut, folder)
         begun = [cut[text][:_BEGINNING] for text in TEXTS]
         written = [(_greedy(model, ids), llama.greedy(ids, GREEDY_TOKENS)) for ids in begun]
-        if outtype == EXACT:
-            wanted = [*(cut[text] for text in TEXTS), *(ids + ours for ids, (ours, _) in zip(begun, written, strict=True))]
-        else:
-            wanted = list(_beginnings(documents, tokenizer, min(longest, LONGEST)))
+        own = [cut[text] for text in TEXTS]
+        wanted = own if outtype == EXACT else list(_beginnings(documents, tokenizer, min(longest, LONGEST)))
         step = run.over(f"compare {file.name} in llama.cpp", wanted, len(wanted))
         compared = [(_logprobs(model, ids), llama.logprobs(ids)) for ids in step]
-    apart = [abs(a - b) for ours, theirs in compared for a, b in zip(ours, theirs, strict=True)]
     loss, margin = _loss(compared)
+    tokens = sum(len(theirs) for _, theirs in compared)
     return Proof(
         outtype=outtype,
         same=sum(_parting(*each) for each in written),
         written=sum(min(map(len, each)) for each in written),
         texts=len(compared),
-        tokens=len(apart),
-        difference=max(apart),
-        typical=sum(apart) / len(apart),
-        perplexity=math.exp(-sum(sum(theirs) for _, theirs in compared) / len(apart)),
+        tokens=tokens,
+        perplexity=math.exp(-sum(sum(theirs) for _, theirs in compared) / tokens),
         loss=loss,
         margin=margin,
     )
