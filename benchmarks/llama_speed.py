@@ -1,7 +1,7 @@
 """Tokens per second in llama.cpp: native mixtures against their dense base, stored alike.
 
-    modekit demo --real          (or any mixtures, with their base beside them)
-    python benchmarks/llama_speed.py demo-real/seed0/base demo-real/seed0/lexical-top-1 [MORE...] [--outtype q8_0] [--rounds 5]
+    modekit demo          (or any mixtures, with their base beside them)
+    python benchmarks/llama_speed.py demo/seed0/base demo/seed0/lexical-top-1 [MORE...] [--outtype q8_0] [--rounds 5]
 
 All are converted as `modekit export --gguf` does, without its proof, and write 128 tokens after the same beginning, in turn; a
 round's ratio is that of its runs. Reading is timed on 512 tokens.

