@@ -74,7 +74,6 @@ def say(folder: Path, file: str, *path: Any, value: Any) -> None:
         (("places", PLACE, "base"), "yes", "boolean"),
         (("places", PLACE, "router"), "nowhere", "no router"),
         (("places", "model.layers.0.self_attn.q_proj", "width"), 10**12, "gates of other names or shapes"),
-        (("places", "model.layers.0.self_attn.q_proj", "rows"), [1, 1, 10**12], "gates of other names or shapes"),
         (("routing", "averages"), [{"decay": 0.9}] * 10**6, "at most"),
         (("routing", "averages"), [{"decay": 0.9}] * 200, "gates of other names or shapes"),
         (("routing", "averages"), [{"decay": 7.0}], "less than or equal to 1"),

@@ -141,7 +141,7 @@ def test_it_is_the_last_of_all_answers(name: str, length: int) -> None:
     drawn = np.random.default_rng(length)
     gate_EG = drawn.normal(size=(EXPERTS, parts * columns)).astype(np.float32)
     ids = drawn.integers(0, VOCAB, length).tolist()
-    whole = Router("text", {"width": columns, "rows": [1] * EXPERTS}, flow, EXPERTS, routing).eval()
+    whole = Router("text", {"width": columns}, flow, EXPERTS, routing).eval()
     whole.gate = torch.nn.Parameter(torch.from_numpy(gate_EG))
     flow.ids_BS = torch.tensor([ids])
     expected_SE = whole.logits(torch.zeros(1, length, 1))[0].numpy()

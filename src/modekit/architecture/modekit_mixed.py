@@ -35,7 +35,7 @@ class Mixed(nn.Module):
         own: experts with a module of their own here. biased: experts whose adapter adds a bias of its own.
         base: whether the base's module is kept (some expert is made of it).
         router: the place whose router decides here. Its first place in the order of execution owns it.
-        width, rows: of that router's gate: what it reads, and rows per expert.
+        width: of what that router's gate reads.
         features: how many decisions, when there is one per output feature.
         sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
         of_source: whether it runs on an encoder's output, in a decoder.

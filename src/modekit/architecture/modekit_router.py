@@ -50,7 +50,7 @@ class Router(nn.Module):
         self.set(routing)
         parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or 0
         if self.routing["method"] != "linear":
-            self.gate = nn.Parameter(torch.zeros(max(self.features, 1) * sum(place["rows"]) + shared, parts * place["width"]))
+            self.gate = nn.Parameter(torch.zeros(max(self.features, 1) * experts + shared, parts * place["width"]))
 
     def set(self, routing: Mapping[str, Any]) -> None:
         """Decide by this routing from now on. All routers of a model decide by one routing."""

@@ -115,7 +115,7 @@ class InsidePlace(_Said):
 
 
 class Place(_Said):
-    """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`.
+    """What the experts have of one module of the base, and who decides there; only a leader has `width`.
 
     `inside`: where it is itself a mixture, what experts change of the tensors in it, in the order of the class.
     `calls`: where a layer calls several modules itself that are one place here, their names under the layer, in that order.
@@ -132,7 +132,6 @@ class Place(_Said):
     features: _Rank = 0
     sequence_axis: Literal[1, 2] = 1
     width: _Size | None = None
-    rows: Annotated[list[_Rank], _PerExpert] | None = None
     calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
     of_source: bool = False
     inside: Annotated[list[InsidePlace], Field(max_length=64)] = []
@@ -193,7 +192,7 @@ class MixtureConfig(_Said):
             for named in (place.own, place.biased):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
                     raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once, in order")
-            if leader is None or leader.width is None or leader.rows is None or len(leader.rows) != count:
+            if leader is None or leader.width is None:
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
 
     @cached_property

@@ -36,7 +36,7 @@ from modekit.sources.structure import SIZES
 from modekit.weights.factorise import bytes_of_codes
 
 _FIRST = ".experts.0."
-_GATE_KEYS = {"router", "width", "rows", "features"}
+_GATE_KEYS = {"router", "width", "features"}
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class ModekitShape(AnyShape):
             served.setdefault(place.router, []).append(split_layer(module))
         for module in sorted(served, key=natural_key):
             place, (layers, paths) = self.mixture.places[module], zip(*served[module], strict=True)
-            assert place.width is not None and place.rows is not None, module  # checked when the config was read
+            assert place.width is not None, module  # checked when the config was read
             parts, shared = len(self.routing.averages), self.routing.dimensions or 0
-            slot = RouterSlot(module + GATE, place.width, tuple(place.rows), place.features, parts, shared)
+            slot = RouterSlot(module + GATE, place.width, self.experts, place.features, parts, shared)
             common = commonpath([path.replace(".", "/") for path in paths]) if len({*layers}) == 1 else ""
             layer = layers[0] if len({*layers}) == 1 else None
             yield slot, RouterPosition(slot.name, layer, common.replace("/", "."))
@@ -253,7 +253,6 @@ def gate_of(
         width = whole(config, family.width) if weight is None else weight[0 if family.keeps_columns(module) else -1]
         ids = router.buckets if router.hashes else whole(config, "vocab_size")
         said["width"] = ids if router.row.reads_ids else width
-        said["rows"] = [1] * len(recipe.experts)
     return {"router": leader, **said}
 
 

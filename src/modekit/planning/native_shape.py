@@ -112,8 +112,8 @@ class NativeShape(AnyShape):
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers: one each."""
-        rows, hidden = (1,) * self.experts, whole(self.config, "hidden_size")
-        return tuple(RouterSlot(in_layer(layer, self.native.router), hidden, rows) for layer in range(self._layers))
+        hidden, router = whole(self.config, "hidden_size"), self.native.router
+        return tuple(RouterSlot(in_layer(layer, router), hidden, self.experts) for layer in range(self._layers))
 
     @property
     def positions(self) -> tuple[RouterPosition, ...]:

@@ -36,12 +36,12 @@ def other_record(where: str, found: object, expected: object = None) -> Checkpoi
 
 @dataclass(frozen=True)
 class RouterSlot:
-    """One router of the result: its gate tensor (max(features, 1) * sum(rows) + shared, J * D).
+    """One router of the result: its gate tensor (max(features, 1) * E + shared, J * D).
 
     Attributes:
         name: of the gate tensor.
         width: D.
-        rows: of the gate, per expert.
+        experts: E.
         features: decisions, when there is one per output feature; else 0.
         parts: J, causal averages that the gate reads.
         shared: rows that are no expert's (of a cosine router: the projection).
@@ -49,7 +49,7 @@ class RouterSlot:
 
     name: str
     width: int
-    rows: tuple[int, ...]
+    experts: int
     features: int = 0
     parts: int = 1
     shared: int = 0
@@ -57,7 +57,7 @@ class RouterSlot:
     @property
     def shape(self) -> tuple[int, int]:
         """Of the gate."""
-        return max(self.features, 1) * sum(self.rows) + self.shared, self.parts * self.width
+        return max(self.features, 1) * self.experts + self.shared, self.parts * self.width
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def low_rank_gates(fitting: Fitting) -> FittedRouter:
     """
     gates = []
     for slot in fitting.checkpoint.slots:
-        gate_ED = np.zeros((len(slot.rows), slot.width))
+        gate_ED = np.zeros((slot.experts, slot.width))
         for expert, w_D in enumerate(gate_ED):
             changes = list(_changes(fitting.checkpoint, slot, expert))
             if changes:
@@ -235,7 +235,7 @@ def trained_gates(fitting: Fitting, before: Checkpoint, origins: Origins) -> Fit
     new = [place for place, origin in enumerate(origins) if origin is None]
     alone = fitting.checkpoint.shape.channels is None and not any(slot.features or slot.shared for slot in before.slots)
     alone = alone and [(slot.name, slot.shape[1]) for slot in slots] == [(slot.name, slot.shape[1]) for slot in before.slots]
-    if not alone or (new and not (fit is not None and fit.runs_models and all(set(slot.rows) == {1} for slot in slots))):
+    if not alone or (new and not (fit is not None and fit.runs_models)):
         raise RecipeError(
             "the router was trained, and who is in the mixture cannot change beside what the training made",
             where=str(before.folder),
@@ -243,10 +243,11 @@ def trained_gates(fitting: Fitting, before: Checkpoint, origins: Origins) -> Fit
             remedy="pass --refit, which sets it again from the text and the kept statistics, and train it again afterwards",
         )
     gates = []
-    for slot, was, gate in zip(slots, before.slots, before.gates(), strict=True):
-        stays = np.split(gate, np.cumsum(was.rows)[:-1])
-        rows = (np.zeros((count, slot.shape[1]), np.float32) for count in slot.rows)
-        gates.append(np.concatenate([r if at is None else stays[at] for r, at in zip(rows, origins, strict=True)]))
+    for slot, gate in zip(slots, before.gates(), strict=True):
+        gates.append(np.zeros(slot.shape, np.float32))
+        for place, origin in enumerate(origins):
+            if origin is not None:
+                gates[-1][place] = gate[origin]
     renamed = {before.names[at]: name for name, at in zip(fitting.recipe.names, origins, strict=True) if at is not None}
     text = {renamed[name]: said for name, said in record.text.items() if name in renamed}
     if new:

@@ -154,8 +154,8 @@ def _means(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def _routers(checkpoint: Checkpoint) -> Sequence[RouterSlot]:
     """Those that decide; of fine-tunes of a mixture these are their own, and no slot is set."""
-    plain = (RouterSlot(router.name, whole(checkpoint.config, "hidden_size"), ()) for router in checkpoint.shape.positions)
-    return checkpoint.slots or list(plain)
+    hidden, experts = whole(checkpoint.config, "hidden_size"), len(checkpoint.names)
+    return checkpoint.slots or [RouterSlot(router.name, hidden, experts) for router in checkpoint.shape.positions]
 
 
 def router_weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
