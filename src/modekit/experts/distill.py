@@ -39,7 +39,7 @@ from modekit.text.sequences import Batch, TokenSequence, make_batches
 from modekit.training.batches import Batches, plan_parts, predicted_in, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
 from modekit.training.engine import JudgedModule
-from modekit.training.losses import divergence, language_model, tempered
+from modekit.training.losses import distillation, language_model
 from modekit.training.settings import TrainSettings, checked_settings
 
 CROSS_ENTROPY, DISTILLATION = "loss_lm", "loss_distill"
@@ -57,21 +57,19 @@ class Lesson:
     def __post_init__(self) -> None:
         self.teacher.requires_grad_(False).eval()
 
-    def beside(self, student_NV: torch.Tensor, item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of a student's logits at the predicted tokens of a batch, and of the teacher there."""
-        with torch.no_grad():
-            inputs = {"input_ids": item["input_ids"], "attention_mask": item["real"].long()}
-            teacher_NV = logits_at(self.teacher, inputs, predicted_in(item))
-        compared = (each[:, : self.vocabulary] for each in (student_NV, teacher_NV))
-        student, teacher = (tempered(each, self.settings.temperature) for each in compared)
-        return student, teacher
+    @torch.no_grad()
+    def logits(self, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The teacher's, at the predicted tokens of a batch."""
+        inputs = {"input_ids": item["input_ids"], "attention_mask": item["real"].long()}
+        return logits_at(self.teacher, inputs, predicted_in(item))[:, : self.vocabulary]
 
 
 class Student(JudgedModule):
     """A student with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
     def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings) -> None:
-        super().__init__(student, settings)
+        share = lesson.settings.weights
+        super().__init__(student, settings, {"lm": share, "distill": 1.0 - share})
         self._lesson = lesson
 
     def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -79,15 +77,9 @@ class Student(JudgedModule):
         predicted = predicted_in(item)
         logits_NV = logits_at(self.model, inputs_of(self.model, batch), predicted)
         cross_entropy = language_model(logits_NV, batch.input_ids[:, 1:][predicted])
-        settings = self._lesson.settings
-        both = self._lesson.beside(logits_NV, item)
-        losses = [weight * divergence(name, *both, settings.temperature) for name, weight in settings.losses.items()]
+        settings, both = self._lesson.settings, (logits_NV[:, : self._lesson.vocabulary], self._lesson.logits(item))
+        losses = [weight * distillation(name, *both, settings.temperature) for name, weight in settings.losses.items()]
         return {"lm": cross_entropy, "distill": torch.stack(losses).sum()}
-
-    def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-        """What cross-entropy and distillation count."""
-        share = self._lesson.settings.weights
-        return {"lm": share, "distill": 1.0 - share}
 
 
 def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[TokenSequence]) -> float | None:

@@ -35,22 +35,19 @@ LOG_FILE = "log.csv"
 class JudgedModule(TrainedModule):
     """A model whose losses are summed over a batch's tokens, and that scores held-out text.
 
-    `gate_names`: parameters of routers, which have a learning rate of their own.
+    `gate_names`: parameters of routers, which have a learning rate of their own; `weights`: how much each loss counts.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: TrainSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: TrainSettings, weights: Mapping[str, float]) -> None:
         super().__init__(model)
         self.settings = settings
+        self._weights = weights
         self.gate_names: list[str] = []
         self._sums: dict[str, float] = {}
 
     def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every loss of a batch from `Batches`, summed over its tokens, by name."""
         raise NotImplementedError
-
-    def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-        """How much each of these losses counts."""
-        return {name: self.settings.losses[name] for name in losses}  # type: ignore[index]
 
     def forward(self, score: bool = False, **item: torch.Tensor) -> torch.Tensor:
         """The loss of a batch from `Batches`: its share of the step's, per predicted token of the step.
@@ -61,10 +58,10 @@ class JudgedModule(TrainedModule):
         if score:
             return losses_of(self.model, batch).sum()
         losses = self.losses(batch, item)
-        weights, targets = self.weights(losses), item["targets"].to(next(iter(losses.values())).device)
+        targets = item["targets"].to(next(iter(losses.values())).device)
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach() / targets)
-        parts = [weights[name] * value for name, value in losses.items() if weights[name]]
+        parts = [self._weights[name] * value for name, value in losses.items() if self._weights[name]]
         total = torch.stack(parts).sum() if parts else 0.0 * torch.stack([*losses.values()]).sum()
         share: torch.Tensor = total / targets
         return share

@@ -49,23 +49,14 @@ DIVERGENCES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 """How far a student is from a teacher, by what a setting calls it."""
 
 
-def divergence(name: str, student_NC: torch.Tensor, teacher_NC: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Sum over tokens of one of DIVERGENCES, of log-probabilities (N, C) at a temperature.
+def distillation(name: str, student_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sum over tokens of one of DIVERGENCES between a student's and a teacher's logits (N, V) at a temperature, float32.
 
     All but total_variation count T^2, so that their gradient is as large at every temperature (arXiv:1503.02531, Section 2).
     """
-    value = DIVERGENCES[name](student_NC, teacher_NC)
+    both = ((logits_NV.float() / temperature).log_softmax(-1) for logits_NV in (student_NV, teacher_NV))
+    value = DIVERGENCES[name](*both)
     return value if name == "total_variation" else temperature**2 * value
-
-
-def tempered(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities (N, V) of logits at a temperature, float32."""
-    return (logits_NV.float() / temperature).log_softmax(-1)
-
-
-def distillation(name: str, student_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Sum over tokens of one of DIVERGENCES between a student's and a teacher's logits (N, V), float32."""
-    return divergence(name, tempered(student_NV, temperature), tempered(teacher_NV, temperature), temperature)
 
 
 def domain_label(logits_NE: torch.Tensor, labels_N: torch.Tensor, base: int | None) -> torch.Tensor:

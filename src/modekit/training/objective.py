@@ -168,7 +168,7 @@ class Objective(JudgedModule):
         train_top_k: int | None,
         packed: bool,
     ) -> None:
-        super().__init__(mixture, settings)
+        super().__init__(mixture, settings, {str(name): weight for name, weight in settings.losses.items()})
         self._no_split_modules = mixture._no_split_modules
         self._checkpoint, self._teachers, self._train_top_k, self._packed = checkpoint, teachers, train_top_k, packed
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
