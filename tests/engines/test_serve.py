@@ -211,28 +211,40 @@ def test_what_transformers_would_pass_over_is_refused_by_name(running: tuple[Ser
     assert asked(served, "/v1/chat/completions", {**chat, **harmless})[0] == 200
 
 
-def test_what_is_malformed_is_an_error_and_the_others_go_on(running: tuple[ServedMixture, Checkpoint]) -> None:
+def test_what_is_malformed_is_refused_by_name(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     if served.engine != "transformers":
         pytest.skip("the others do so by themselves")
     good = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    for messages in (None, 7, [7], [{"role": "user", "content": [5]}], [{"role": "user", "content": [{"text": "hi"}]}]):
-        status, said = asked(served, "/v1/chat/completions", {**good, "messages": messages})
+    wrong = [{"max_tokens": "x"}, {"max_tokens": 0}, {"temperature": "x"}, {"temperature": -1}, {"top_p": 2}, {"seed": [1]}]
+    wrong += [{"stop": 5}, {"stop": [5]}, {"stop": ""}, {"stop": []}, {"frequency_penalty": "x"}, {"frequency_penalty": -1}]
+    wrong += [{"frequency_penalty": [1]}, {"stream": "x"}, {"tools": 5}, {"chat_template_kwargs": None}, {"messages": []}]
+    wrong += [{"messages": each} for each in (None, 7, [7], {"role": "user"}, [{"content": "hi"}], [{"role": 5}])]
+    contents = (5, {"text": "hi"}, [5], [{"type": "text"}], [{"text": "hi"}])
+    wrong += [{"messages": [{"role": "user", "content": content}]} for content in contents]
+    calls = (5, [5], [{"function": {"arguments": "{"}}], [{"function": {"name": "x"}}], [{"name": "x", "arguments": "{}"}])
+    wrong += [{"messages": [{"role": "assistant", "tool_calls": each}]} for each in calls]
+    for more in wrong:
+        status, said = asked(served, "/v1/chat/completions", {**good, **more})
         error = json.loads(said)["error"]
-        assert status == 400 and "messages" in error["message"], (messages, status, said)
+        assert status == 400 and next(iter(more)) in error["message"], (more, status, said)
         assert error["type"] == "invalid_request_error"
     text = {"model": checkpoint.folder.name, "max_tokens": 2}
     for path, body in (
+        ("/v1/chat/completions", {key: good[key] for key in ("model", "max_tokens")}),
         ("/v1/chat/completions", {**good, "messages": [good["messages"][0]] * 10}),  # which the template refuses
-        ("/v1/chat/completions", {**good, "max_tokens": "x"}),
-        ("/v1/chat/completions", {**good, "temperature": "x"}),
+        ("/v1/chat/completions", {**good, "chat_template_kwargs": {"name": "\ud800"}}),
+        ("/v1/chat/completions", {**good, "messages": [{"role": "user", "content": "\ud800"}]}),
         ("/v1/chat/completions", b"[1]"),
         ("/v1/completions", {**text, "prompt": "\ud800"}),
+        ("/v1/completions", {**text, "prompt": ["a"]}),
+        ("/v1/completions", {**text, "prompt": "a", "frequency_penalty": "x"}),
         ("/v1/completions", {**text, "prompt": "a", "unknown": 1}),
     ):
-        assert asked(served, path, body)[0] >= 400, (path, body)
+        status, said = asked(served, path, body)
+        assert status in (400, 422) and json.loads(said)["error"]["message"], (path, body, status, said)
     assert asked(served, "/v1/completions", {**text, "prompt": "a", "temperature": 1e-300})[0] == 200
-    fine = {"temperature": 0.5, "top_p": 1, "seed": 3, "stop": ["x", "y"]}
+    fine = {"max_tokens": 2.0, "temperature": 0.5, "top_p": 1, "seed": 3, "stop": ["x", "y"]}
     assert asked(served, "/v1/chat/completions", {**good, **fine})[0] == 200
     assert asked(served, "/v1/chat/completions", {**good, "stop": "x"})[0] == 200
 

@@ -7,17 +7,19 @@ lies in the user's cache.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator, Field, Json, ValidationError, model_validator
 from starlette.responses import Response
 
 from modekit.engines.child import answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard, refusal
-from modekit.files.typed import said_by
+from modekit.files.typed import problem_in, said_by
 from modekit.processes import DEVICE_VARIABLE
 from modekit.sources.tokenizer_choice import chat_template
 
@@ -28,6 +30,74 @@ _NOT_DONE += ["response_format", "suffix", "tool_choice"]
 _HARMLESS = {"best_of": 1, "n": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
 _LEAST_TEMPERATURE = 1e-4
 """Below it, the likeliest token is taken: no softmax is computed."""
+_Tokens = Annotated[int, Field(ge=1, le=2**31)]
+
+
+def _listed(kind: type) -> BeforeValidator:
+    """One value where a list may stand."""
+    return BeforeValidator(lambda value: [value] if isinstance(value, kind) else value)
+
+
+class Part(BaseModel, extra="allow"):
+    """A part of what a message says."""
+
+    type: str
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: object) -> object:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise ValueError(f"{part.get('type')}: transformers does not do this; leave it out")
+        return {"type": "text", "text": part} if isinstance(part, str) else part
+
+
+class CalledFunction(BaseModel, extra="allow"):
+    """What an earlier answer called."""
+
+    arguments: Json[dict[str, Any]] | dict[str, Any]
+
+
+class ToolCall(BaseModel, extra="allow"):
+    """The call of a function in an earlier answer."""
+
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel, extra="allow"):
+    """One message of a chat."""
+
+    role: str
+    content: Annotated[list[Part], _listed(str)] | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class CompletionRequest(BaseModel, extra="allow", allow_inf_nan=False):
+    """What transformers reads of a request, and would end in an error of its own where it is malformed."""
+
+    max_tokens: _Tokens | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2**31)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), _listed(str)] | None = None
+    stream: bool | None = None
+    prompt: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, body: object) -> object:
+        json.dumps(body, ensure_ascii=False).encode()  # raises where half a character stands alone
+        return body
+
+
+class ChatRequest(CompletionRequest):
+    """The same of a chat."""
+
+    max_completion_tokens: _Tokens | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 def _refuse_what_is_not_done(chats: bool) -> None:
@@ -43,16 +113,14 @@ def _refuse_what_is_not_done(chats: bool) -> None:
         is_chat = isinstance(handler, ChatCompletionHandler)
         if is_chat and not chats:
             raise HTTPException(400, "the model has no chat template: send a prompt to /v1/completions")
-        asked = [key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)]
-        try:
-            contents = [message.get("content") for message in body.get("messages", ())]
-            parts = [part for content in contents if isinstance(content, list) for part in content]
-            asked += [str(part["type"]) for part in parts if part["type"] != "text"]
-        except (AttributeError, LookupError, TypeError):
-            raise HTTPException(400, "messages must be a list of messages, each of role and content") from None
-        if asked:
+        if asked := [key for key in _NOT_DONE if body.get(key) and body[key] != _HARMLESS.get(key)]:
             raise HTTPException(400, f"{', '.join(asked)}: transformers does not do this; leave it out")
+        try:
+            request = (ChatRequest if is_chat else CompletionRequest).model_validate(body)
+        except ValidationError as error:
+            raise HTTPException(400, problem_in(error)) from None
         known(handler, body)
+        body.update(request.model_dump(exclude_unset=True))
 
     def written(tokenizer: Any, *messages: Any, **settings: Any) -> Any:
         try:
