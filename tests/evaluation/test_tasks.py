@@ -340,6 +340,20 @@ def test_a_task_of_one_s_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert str(scores.rows["base"]) in (checkpoint.folder / "results" / "tasks.md").read_text()
 
 
+def test_rows_of_models_that_are_not_asked_for_again_stay(checkpoint: Checkpoint, loads: list[str]) -> None:
+    """Where they were asked the same, and the file is this user's own."""
+    first = evaluate_tasks(checkpoint, ["glosses"], TaskSettings(models=["law", "mixture"], limit=4))
+    loads.clear()
+    again = evaluate_tasks(checkpoint, ["glosses"], TaskSettings(models=["base", "mixture"], limit=4))
+    assert loads == ["base", "OUT"] and again.models == ["base", "law", "mixture"]
+    for name, scores in again.tasks.items():
+        assert all(str(scores.rows[model]) == str(row) for model, row in first.tasks[name].rows.items())
+    assert evaluate_tasks(checkpoint, ["glosses"], TaskSettings(models=["code"], limit=5)).models == ["code"]
+    path = checkpoint.folder / "results" / "tasks.json"
+    path.write_text(path.read_text() + " ")
+    assert evaluate_tasks(checkpoint, ["glosses"], TaskSettings(models=["base"], limit=5)).models == ["base"]
+
+
 def test_a_model_of_nan_has_no_score(
     asked: Workshop, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from modekit.evaluation.rows import RowJob, row_jobs
 from modekit.evaluation.tables import MIXTURE
 from modekit.evaluation.tasks.questions import GROUPS, Questions, make_questions
 from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
+from modekit.files.write import digest_of_data
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
@@ -97,11 +99,34 @@ def evaluate_tasks(
                 rows = scores[name].rows if name in scores else {}
                 scores[name] = replace(own, rows={**rows, **own.rows})
         run.progress("score", len(jobs), len(jobs))
-    for name, written in questions.items():
-        scores[name] = replace(scores[name], form=written.form, domain=written.domain, unseen=written.unseen)
+    earlier = _rows_not_asked_for(checkpoint, settings.models)
+    for name, own in scores.items():
+        scores[name] = _complete(own, earlier.get((name, own.asked), {}), questions.get(name), checkpoint)
     results = TaskResults(scores, notes=notes, checkpoint=checkpoint.identity)
     results.write(checkpoint)
     return results
+
+
+def _complete(
+    found: TaskScores, earlier: Mapping[str, Estimate], written: Questions | None, checkpoint: Checkpoint
+) -> TaskScores:
+    """With the rows of models that were not asked for, in order, and with what is known of written questions."""
+    rows = {**earlier, **found.rows}
+    ordered = {model: rows[model] for model in (BASE, *checkpoint.names, MIXTURE) if model in rows}
+    if written is None:
+        return replace(found, rows=ordered)
+    return replace(found, rows=ordered, form=written.form, domain=written.domain, unseen=written.unseen)
+
+
+def _rows_not_asked_for(checkpoint: Checkpoint, models: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Rows of other models in tasks.json of the checkpoint as it is, by task and what it asked; none where `models` are all."""
+    known = TaskResults.written_here(checkpoint) if models else None
+    if known is None or not known.belongs_to(checkpoint):
+        return {}
+    return {
+        (name, scores.asked): {model: estimate for model, estimate in scores.rows.items() if model not in models}
+        for name, scores in known.tasks.items()
+    }
 
 
 def _jobs(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> tuple[list[RowJob], list[str]]:
@@ -197,8 +222,14 @@ def _scored(
             error = results.get(key.replace(",", "_stderr,", 1))
             estimate = Estimate(float(results[key]), float(error) if isinstance(error, float) else None)
             items = int(found["n-samples"][name]["effective"])
-            scores[name] = TaskScores(metric, bool(better[metric]), items, {job.name: estimate})
+            scores[name] = TaskScores(metric, bool(better[metric]), items, {job.name: estimate}, asked=_asked(task))
         return scores
+
+
+def _asked(task: Task) -> str:
+    """Digest of what a model was asked, and of how its answers are judged."""
+    requests = [repr((each.doc, each.args)) for each in task.instances]
+    return digest_of_data([version("lm_eval"), repr(task.dump_config()), requests])
 
 
 @contextmanager

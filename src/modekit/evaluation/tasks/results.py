@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from modekit.evaluation.results_folder import Result
 from modekit.evaluation.tables import MIXTURE, Cell, ResultTable
-from modekit.files.typed import Count, Figure, Label
+from modekit.files.typed import Count, Digest, Figure, Label
 from modekit.recipes.strict import BASE
 
 
@@ -30,6 +30,7 @@ class TaskScores:
     Attributes:
         form, domain: of questions; None of a task by name.
         unseen: no expert is its own.
+        asked: digest of what every model was asked, and of how its answers were judged.
     """
 
     metric: Label
@@ -39,6 +40,7 @@ class TaskScores:
     form: Label | None = None
     domain: Label | None = None
     unseen: bool = False
+    asked: Digest = ""
 
 
 @dataclass(frozen=True)
