@@ -10,13 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
 from modekit.files.read import UNREADABLE, read_text
 from modekit.recipes.paths import locate
-from modekit.recipes.read import StrictLoader
+from modekit.recipes.read import parse_yaml
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one
@@ -105,8 +103,8 @@ def front_matter(readme: Path) -> dict[str, object]:
     try:
         text = read_text(readme, _LARGEST).removeprefix("\ufeff").replace("\r\n", "\n")
         matched = _FRONT_MATTER.match(text[:_LONGEST_MATTER])
-        data = yaml.load(matched[1], StrictLoader) if matched else None
-    except (yaml.YAMLError, *UNREADABLE, RecursionError):
+        data = parse_yaml(matched[1], readme.name) if matched else None
+    except UNREADABLE:
         data = None
     return data if isinstance(data, dict) else {}
 
