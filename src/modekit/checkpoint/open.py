@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,9 @@ from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import finish_change, is_in_the_making, mend
 from modekit.files.read import UNREADABLE, content_of, read_json
 from modekit.files.typed import as_kind, shortened
-from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN
 from modekit.sources.contents import OpenFiles
-from modekit.sources.digests import is_settled
 from modekit.sources.header import DTYPE_NAMES
 from modekit.weights.numeric import is_finite
 
@@ -69,8 +66,7 @@ def check_router(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
     modekit.json, and finite; SourceError where they cannot be read. What a checkpoint without gates has is not compared.
 
-    Where a training moved the embedding, that is known by its own digest. One that this user's modekit has looked through
-    is not read again while its file is what it was.
+    Where a training moved the embedding, that is known by its own digest.
     """
     file = checkpoint.folder / ROUTER_FILE
     inside = {name: ref for name, ref in checkpoint.tensors.items() if ref.file == file}
@@ -87,17 +83,12 @@ def check_router(checkpoint: Checkpoint) -> None:
     if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
         found = f"{embedding.dtype} {list(embedding.shape)}"
         raise _other_router(embedding.file, found, f"{channels.hidden + channels.spare} columns")
-    trained, state = checkpoint.record.trained.get(embedding.name), embedding.state
+    trained = checkpoint.record.trained.get(embedding.name)
     expected = checkpoint.record.router.evidence if trained is None else trained
-    claim = f"evidence {os.path.realpath(embedding.file)} {state and astuple(state)} {channels.evidence} {expected}"
-    if is_proven_here(claim):
-        return
     columns = read_evidence(channels, embedding)
     with OpenFiles() as opened:
         digest = sha256_of(columns) if trained is None else opened.blake3(embedding)
     _compare(embedding.file, digest, None if is_finite(columns, embedding.dtype) else embedding.name, expected)
-    if state is not None and is_settled(state):
-        keep_proven(claim)
 
 
 def _compare(file: Path, found: str, broken: str | None, expected: str) -> None:
