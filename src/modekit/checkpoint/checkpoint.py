@@ -177,8 +177,12 @@ class Checkpoint:
         return Path(os.path.realpath(self.folder / source.folder))
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
-        where, found = str(self.folder), shortened(error)
-        return CheckpointError(f"{file} is missing or damaged", where=where, found=found, remedy=BUILD_AGAIN)
+        return CheckpointError(
+            f"{file} is missing or damaged",
+            where=str(self.folder),
+            found=shortened(error),
+            remedy=BUILD_AGAIN,
+        )
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""

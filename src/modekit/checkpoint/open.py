@@ -81,8 +81,11 @@ def check_router(checkpoint: Checkpoint) -> None:
         return
     channels, embedding = checkpoint.carrier
     if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
-        found = f"{embedding.dtype} {list(embedding.shape)}"
-        raise _other_router(embedding.file, found, f"{channels.hidden + channels.spare} columns")
+        raise _other_router(
+            embedding.file,
+            f"{embedding.dtype} {list(embedding.shape)}",
+            f"{channels.hidden + channels.spare} columns",
+        )
     trained = checkpoint.record.trained.get(embedding.name)
     expected = checkpoint.record.router.evidence if trained is None else trained
     columns = read_evidence(channels, embedding)
@@ -114,5 +117,10 @@ def refuse_pairs(checkpoint: Checkpoint, what: str, remedy: str = "call it in Py
     Asked first, before any other reason, whose remedies such a mixture could not follow.
     """
     if checkpoint.shape.family.pair:
-        where = str(checkpoint.folder)
-        raise UnsupportedError(what, where=where, found="it has an encoder", expected="a decoder alone", remedy=remedy)
+        raise UnsupportedError(
+            what,
+            where=str(checkpoint.folder),
+            found="it has an encoder",
+            expected="a decoder alone",
+            remedy=remedy,
+        )

@@ -47,8 +47,12 @@ def failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
         remedy = "free space, or choose a folder on another disk"
     elif not place.is_dir():
         found = f"{place} is a file"
-    what = f"the output folder cannot be written; {left_of(out, finished=finished)}"
-    return OutputError(what, where=str(out), found=found, remedy=None if finished else remedy)
+    return OutputError(
+        f"the output folder cannot be written; {left_of(out, finished=finished)}",
+        where=str(out),
+        found=found,
+        remedy=None if finished else remedy,
+    )
 
 
 def left_of(out: Path, *, finished: bool) -> str:

@@ -234,6 +234,9 @@ def staging(
         if isinstance(error, OSError):
             raise failed(out, error, finished=finished) from None
         if isinstance(error, KeyboardInterrupt):
-            remedy = None if finished else "run the command again to start over"
-            raise InterruptError(f"interrupted; {left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
+            raise InterruptError(
+                f"interrupted; {left_of(out, finished=finished)}",
+                where=str(out),
+                remedy=None if finished else "run the command again to start over",
+            ) from None
         raise

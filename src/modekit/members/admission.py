@@ -196,9 +196,12 @@ def _of_likeness(drift: float, nearest: tuple[str, float, float] | None, missed:
         yield Finding("note", f"it was not compared with {some_of(missed)}", "their models are gone or have changed")
     if nearest is not None and nearest[1] >= _NEAR_COSINE:
         other, cosine, distance = nearest
-        found = f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base"
-        to_do = f"put it in that one's place: modekit replace OUT {other} --model ..."
-        yield Finding("error", f"it is nearly the same model as {other}", found, to_do)
+        yield Finding(
+            "error",
+            f"it is nearly the same model as {other}",
+            f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base",
+            f"put it in that one's place: modekit replace OUT {other} --model ...",
+        )
     if not drift:
         yield Finding("note", "it equals the base model", to_do="give --model base, which needs no tensors of its own")
 

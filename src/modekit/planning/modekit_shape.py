@@ -58,11 +58,17 @@ class ModekitShape(AnyShape):
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
         except ValueError as error:
-            what = "config.json does not say what is mixed"
-            raise CheckpointError(what, where=f"{where}: modekit", found=error, remedy=BUILD_AGAIN) from None
+            raise CheckpointError(
+                "config.json does not say what is mixed",
+                where=f"{where}: modekit",
+                found=error,
+                remedy=BUILD_AGAIN,
+            ) from None
         if said.experts != recipe.names or said.labels != recipe.other_labels:
-            found = f"{len(said.experts)} experts, of other names or labels, or in another order"
-            raise other_record(f"{where}: modekit.experts", found)
+            raise other_record(
+                f"{where}: modekit.experts",
+                f"{len(said.experts)} experts, of other names or labels, or in another order",
+            )
         try:
             if said.derived is None:
                 check_values(config, said.family, where=where)

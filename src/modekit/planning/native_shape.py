@@ -54,8 +54,12 @@ class NativeShape(AnyShape):
         try:
             native = native_of(native_type, str(dense.get("model_type")))
         except StopIteration:
-            what = "modekit.json names a family that this version of modekit does not know"
-            raise CheckpointError(what, where=where, found=native_type, remedy=BUILD_AGAIN) from None
+            raise CheckpointError(
+                "modekit.json names a family that this version of modekit does not know",
+                where=where,
+                found=native_type,
+                remedy=BUILD_AGAIN,
+            ) from None
         cls._check_counts(config, recipe, where, native, dense)
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
 
@@ -130,8 +134,11 @@ class NativeShape(AnyShape):
     @property
     def mixture(self) -> MixtureConfig:
         """Nothing that could be asked for by place. Raises UnsupportedError."""
-        what, remedy = "a plain checkpoint holds whole experts, no adapters", "build with output: {format: modekit}"
-        raise UnsupportedError(what, where=self.where, remedy=f"{remedy}, or see `modekit extract`")
+        raise UnsupportedError(
+            "a plain checkpoint holds whole experts, no adapters",
+            where=self.where,
+            remedy="build with output: {format: modekit}, or see `modekit extract`",
+        )
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
         """The same experts under another recipe's routing."""
@@ -193,8 +200,12 @@ def _channels_said_by(
         channels = channels_of(recipe, native, dense, carry)
         wide = {} if channels is None else channels.widened(config)
     except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        what, place = "modekit.json does not say a base that could carry this router", f"{where}: dense_config"
-        raise CheckpointError(what, where=place, found=shortened(str(error)), remedy=BUILD_AGAIN) from None
+        raise CheckpointError(
+            "modekit.json does not say a base that could carry this router",
+            where=f"{where}: dense_config",
+            found=shortened(str(error)),
+            remedy=BUILD_AGAIN,
+        ) from None
     for key, value in wide.items():
         if config.get(key) != value:
             raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), value)

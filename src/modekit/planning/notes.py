@@ -134,8 +134,12 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
     """Raise UnsupportedError when an adapter changes nothing that is mixed."""
     for source in (each for each in sources if isinstance(each, AdapterSource)):
         if _changed(source).isdisjoint(mixed):
-            what, found = "the adapter changes nothing that this recipe mixes", f"it changes {_kinds(_changed(source))}"
-            raise UnsupportedError(what, where=source.where, found=found, remedy=f"{way_out}, or remove the expert")
+            raise UnsupportedError(
+                "the adapter changes nothing that this recipe mixes",
+                where=source.where,
+                found=f"it changes {_kinds(_changed(source))}",
+                remedy=f"{way_out}, or remove the expert",
+            )
 
 
 def check_text(recipe: Recipe, tokenizer: TokenizerChoice, reads: Reads) -> None:
@@ -144,8 +148,13 @@ def check_text(recipe: Recipe, tokenizer: TokenizerChoice, reads: Reads) -> None
     """
     folder, spec = tokenizer.source.folder, tokenizer.source.spec
     if reads == "pairs" and any(expert.writes_text for expert in recipe.experts):
-        said, remedy = "a model with an encoder cannot write text of its own", "give parallel text"
-        raise RecipeError(said, where="experts: text", found=SELF, expected="pairs of source and target", remedy=remedy)
+        raise RecipeError(
+            "a model with an encoder cannot write text of its own",
+            where="experts: text",
+            found=SELF,
+            expected="pairs of source and target",
+            remedy="give parallel text",
+        )
     if not recipe.mixture.needs_text:
         return
     if not has_tokenizer(folder):

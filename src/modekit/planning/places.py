@@ -208,9 +208,12 @@ class Places:
         own = [module for module in modules if module not in self._shared]
         first = first_to_run(own, self._family)
         if first != next((each for each in self._family.called if each in own), first or None):
-            what = "modules: decoder has its router at the norm or the attention with which the first layer begins"
-            found = f"a pass of a '{self._family.model_type}' model begins with another module"
-            raise UnsupportedError(what, where="mixture.modules", found=found, remedy="write modules: all (whole models)")
+            raise UnsupportedError(
+                "modules: decoder has its router at the norm or the attention with which the first layer begins",
+                where="mixture.modules",
+                found=f"a pass of a '{self._family.model_type}' model begins with another module",
+                remedy="write modules: all (whole models)",
+            )
         return (place for place in map(self._place, modules) if place.module == first or place.is_mixed)
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
@@ -226,8 +229,12 @@ class Places:
         family, embedding = self._family, self._family.embedding
         for source in self._sources[1:]:
             if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
-                what, where = f"the expert has a {LOGITS_BIAS} and the base model none", f"{source.label} ({source.spec})"
-                raise MismatchError(what, where=where, remedy="open the base model with transformers, and save it again")
+                what = f"the expert has a {LOGITS_BIAS} and the base model none"
+                raise MismatchError(
+                    what,
+                    where=f"{source.label} ({source.spec})",
+                    remedy="open the base model with transformers, and save it again",
+                )
         modules = {embedding, self._module_of(weight_of(family.head or embedding))}
         if family.model_type in INEXACT_WHOLE:
             what = f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}"

@@ -30,8 +30,13 @@ Recorded = tuple[dict[str, TensorRef], dict[str, LowRank]]
 
 def other_record(where: str, found: object, expected: object = None) -> CheckpointError:
     """The error where config.json says something else than modekit.json."""
-    what = "config.json and modekit.json disagree"
-    return CheckpointError(what, where=where, found=found, expected=expected, remedy=BUILD_AGAIN)
+    return CheckpointError(
+        "config.json and modekit.json disagree",
+        where=where,
+        found=found,
+        expected=expected,
+        remedy=BUILD_AGAIN,
+    )
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,12 @@ class AnyShape:
 
     def disagreement(self, where: str, found: object = None) -> CheckpointError:
         """The error where config.json promises other tensors than there are."""
-        what = "config.json and the weights disagree"
-        return CheckpointError(what, where=f"{self.where}: {where}", found=found, remedy=BUILD_AGAIN)
+        return CheckpointError(
+            "config.json and the weights disagree",
+            where=f"{self.where}: {where}",
+            found=found,
+            remedy=BUILD_AGAIN,
+        )
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that this form cannot say."""

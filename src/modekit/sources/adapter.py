@@ -135,8 +135,11 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
     except FileNotFoundError:
         if (folder / "config.json").exists():
-            remedy = "name it as model: in place of adapter: in the recipe, or by --model"
-            raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
+            raise SourceError(
+                "this is a full model, not an adapter",
+                where=where,
+                remedy="name it as model: in place of adapter: in the recipe, or by --model",
+            ) from None
         raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
     except UNREADABLE as error:
         raise damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
@@ -253,8 +256,12 @@ class _Reading:
         expected |= {"lora_magnitude_vector": expected[b][:1]} if self._settings.use_dora else {}
         missing = sorted(expected.keys() - parts.keys())
         if missing:
-            where, there = f"{self._where}: {module}", ", ".join(sorted(parts))
-            raise damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
+            raise damaged(
+                "the adapter lacks a part of a module",
+                f"{self._where}: {module}",
+                ", ".join(sorted(parts)),
+                f"{', '.join(missing)} as well",
+            )
         for part, ref in parts.items():
             if part not in expected:
                 raise self._unexplained(ref, "the config does not ask for it")
@@ -275,8 +282,11 @@ class _Reading:
                 if self._patterns.match(pattern, module):
                     return float(value)
             except (regex.error, TimeoutError, MemoryError, OverflowError, RecursionError) as error:
-                what = "a pattern is no regular expression, or the patterns take too long to match"
-                raise damaged(what, f"{self._where}: {CONFIG_FILE}: {patterns}", f"{pattern[:200]}: {error}") from None
+                raise damaged(
+                    "a pattern is no regular expression, or the patterns take too long to match",
+                    f"{self._where}: {CONFIG_FILE}: {patterns}",
+                    f"{pattern[:200]}: {error}",
+                ) from None
         return default
 
     def replaced(self) -> dict[str, TensorRef]:
@@ -331,9 +341,18 @@ class _Reading:
         return self._other_base("does not fit the base model's sizes", ref, list(ref.shape), wanted)
 
     def _other_base(self, what: str, ref: TensorRef, found: object, expected: str, remedy: str = _SAME_BASE) -> MismatchError:
-        where = f"{self._where}: {ref.name}"
-        return MismatchError(f"the adapter {what}", where=where, found=found, expected=expected, remedy=remedy)
+        return MismatchError(
+            f"the adapter {what}",
+            where=f"{self._where}: {ref.name}",
+            found=found,
+            expected=expected,
+            remedy=remedy,
+        )
 
     def _unexplained(self, ref: TensorRef, why: str) -> SourceError:
-        expected = f"only tensors that {CONFIG_FILE} explains"
-        return damaged("a tensor of the adapter would be lost", f"{self._where}: {ref.name}", why, expected)
+        return damaged(
+            "a tensor of the adapter would be lost",
+            f"{self._where}: {ref.name}",
+            why,
+            f"only tensors that {CONFIG_FILE} explains",
+        )

@@ -61,19 +61,32 @@ class LoraSettings(BaseModel):
 def lora_settings(config: Config, *, where: str) -> LoraSettings:
     """Raises SourceError for values of the wrong kind, UnsupportedError for what is not LoRA, or not known to be."""
     if config["peft_type"] != "LORA":
-        found = f"peft_type {shortened(config['peft_type'])}"
-        what = "an adapter of this kind cannot be read"
-        raise UnsupportedError(what, where=where, found=found, expected="LORA", remedy=MERGE_FIRST)
+        raise UnsupportedError(
+            "an adapter of this kind cannot be read",
+            where=where,
+            found=f"peft_type {shortened(config['peft_type'])}",
+            expected="LORA",
+            remedy=MERGE_FIRST,
+        )
     known = {*LoraSettings.model_fields, *NO_EFFECT}
     for key, value in config.items():
         if key not in known and value not in (None, False, [], {}, ""):
-            said = "modekit does not know what this setting does to the weights"
-            raise UnsupportedError(said, where=where, found=f"{key}: {shortened(value)}", remedy=MERGE_FIRST)
+            raise UnsupportedError(
+                "modekit does not know what this setting does to the weights",
+                where=where,
+                found=f"{key}: {shortened(value)}",
+                remedy=MERGE_FIRST,
+            )
     try:
         settings = LoraSettings.model_validate(dict(config))
     except ValidationError as error:
-        key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
-        raise damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
+        key = str(error.errors()[0]["loc"][0])
+        raise damaged(
+            f"{key} has no usable value",
+            where,
+            shortened(config.get(key, "nothing")),
+            error.errors()[0]["msg"],
+        ) from None
     if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
         raise UnsupportedError(
             "this initialisation may have changed the base model's weights, which the adapter does not hold",

@@ -104,8 +104,12 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     if packing:
         tensors, packed = unpack(packing, config, tensors, where=where)
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
-        what, remedy = "the folder holds both a model and an adapter", "take the adapter's files into a folder of their own"
-        raise SourceError(what, where=where, found="adapter_config.json", remedy=remedy)
+        raise SourceError(
+            "the folder holds both a model and an adapter",
+            where=where,
+            found="adapter_config.json",
+            remedy="take the adapter's files into a folder of their own",
+        )
     return unwrapped(ModelSource(label, spec, folder, revision, config, tensors, packed=packed))
 
 

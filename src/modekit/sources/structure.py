@@ -162,8 +162,11 @@ def _structure(config_json: str, where: str) -> Structure:
             made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
-        what = f"transformers cannot make a '{config['model_type']}' model of this config.json"
-        raise damaged_model(what, where, f"{type(error).__name__}: {error}"[:300]) from None
+        raise damaged_model(
+            f"transformers cannot make a '{config['model_type']}' model of this config.json",
+            where,
+            f"{type(error).__name__}: {error}"[:300],
+        ) from None
     return Structure(model, where)
 
 

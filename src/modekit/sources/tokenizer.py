@@ -150,8 +150,11 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         special = frozenset(token for token, each in more.items() if each.get("special") is True)
         return ReadTokens(folder, tokens, joined, rest, beside_it, special)
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
-        found = f"nothing called {error}" if isinstance(error, KeyError) else error
-        raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
+        raise damaged_model(
+            "the tokenizer cannot be read",
+            f"{where}: {path.name}",
+            f"nothing called {error}" if isinstance(error, KeyError) else error,
+        ) from None
 
 
 def _checked(tokens: Mapping[Any, Any]) -> Tokens:
@@ -205,8 +208,12 @@ def check_alike(
         differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
         pairs = ((token, ours.get(token, "-"), theirs.get(token, "-")) for token in differing)
         shown = [f"{token[:60]!r} ({called} {mine}, {readers.theirs} {their})" for token, mine, their in pairs]
-        what = f"differs from {readers.whose} in {len(differing)} tokens"
-        raise readers.differ(what, where, some_of(shown, 5), "the same token for the same id")
+        raise readers.differ(
+            f"differs from {readers.whose} in {len(differing)} tokens",
+            where,
+            some_of(shown, 5),
+            "the same token for the same id",
+        )
     if one.merges is not None and other.merges is not None and one.merges != other.merges:
         raise readers.differ(f"has the same tokens as {readers.whose} but joins them by other merges", where)
     return other_cuts(one, other, where, readers) if one.may_cut_otherwise(other) else []

@@ -39,8 +39,12 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         refuse_other_kinds(names, where=where)
         raise no_weights(names, where=where)
     if missing:
-        what, found = "shards named by the index are missing", ", ".join(missing)
-        raise SourceError(what, where=where, found=found, remedy="download the model again")
+        raise SourceError(
+            "shards named by the index are missing",
+            where=where,
+            found=", ".join(missing),
+            remedy="download the model again",
+        )
     return files
 
 
@@ -49,8 +53,11 @@ def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
     if "adapter_config.json" in names:
         its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
         in_recipe = "name it as adapter: in place of model: in the recipe, or by --adapter"
-        remedy = in_recipe if where.startswith("experts[") else its_base
-        raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
+        raise SourceError(
+            "this is an adapter, not a full model",
+            where=where,
+            remedy=in_recipe if where.startswith("experts[") else its_base,
+        ) from None
     files = sorted(name for name in names if name.endswith(".gguf"))
     if files:
         raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
@@ -60,8 +67,11 @@ def no_weights(names: Collection[str], *, where: str) -> SourceError:
     """The error of a model or adapter among whose files, by name, are no weights that can be read."""
     pickles = sorted(name for name in names if name in _PICKLES)
     if not pickles:
-        remedy = "the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors"
-        return SourceError("no safetensors weights", where=where, remedy=remedy)
+        return SourceError(
+            "no safetensors weights",
+            where=where,
+            remedy="the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors",
+        )
     return SourceError(
         "the weights are pickled, which can run code when opened; modekit reads safetensors only",
         where=where,
@@ -78,6 +88,11 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
         raise damaged_model("the safetensors index cannot be read", where) from None
     if elsewhere:
-        what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
-        raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
+        expected = "model-00001-of-00002.safetensors"
+        raise damaged_model(
+            "the safetensors index names what is no weight file of this folder",
+            where,
+            elsewhere[0],
+            f"names like {expected}",
+        )
     return names

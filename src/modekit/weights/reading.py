@@ -97,5 +97,8 @@ def where_of(models: Sequence[ModelSource], refs: Sequence[TensorRef]) -> str:
 def check_finite(models: Sequence[ModelSource], ref: TensorRef, view: memoryview) -> None:
     """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
     if not is_finite(view, ref.dtype):
-        remedy = "the model is damaged: save or download it again"
-        raise SourceError("the weights hold NaN or Inf", where=where_of(models, [ref]), remedy=remedy)
+        raise SourceError(
+            "the weights hold NaN or Inf",
+            where=where_of(models, [ref]),
+            remedy="the model is damaged: save or download it again",
+        )
