@@ -10,7 +10,6 @@ each, where there are both.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.building.text import write_texts
 from modekit.building.update import CheckpointUpdate
-from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_weights
 from modekit.errors import ModekitError, TextError, some_of
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
 from modekit.evaluation.results import Score, is_gap
 from modekit.members.change import opened_expert
-from modekit.members.licences import facts, licence_of, sources_of
+from modekit.members.licences import licence_of, sources_of
 from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
 from modekit.sources.names import split_layer
@@ -207,16 +205,10 @@ def _of_likeness(drift: float, nearest: tuple[str, float, float] | None, missed:
 
 
 def _of_licences(before: CheckpointUpdate, place: int) -> Iterator[Finding]:
-    """What is true of the licences with it and was not without it."""
-    checkpoint, source = before.checkpoint, before.plan.sources[1 + place]
-    if source is before.plan.sources[0]:
-        return
-    folder = os.path.relpath(source.folder, checkpoint.folder)
-    record = SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files={})
-    name = before.plan.recipe.names[place]
-    there = [each for each in sources_of(checkpoint) if f"expert {name}" not in each.used_as]
-    new = licence_of(record, (f"expert {name}",), checkpoint)
-    known = {each.said for each in there}
-    for fact in facts([*there, new]) if new.said not in known else ():
-        if fact not in facts(there):
-            yield Finding("warning", fact, to_do="see whether what you do with the mixture agrees with all of them")
+    licence, _ = licence_of(before.plan.sources[1 + place].folder)
+    others = {each.licence for each in sources_of(before.checkpoint)}
+    if licence not in others:
+        to_do = "see whether what you do with the mixture agrees with all of them"
+        yield Finding(
+            "warning", "its licence is another than those of the mixture", f"{licence}; {some_of(sorted(others))}", to_do
+        )

@@ -140,7 +140,7 @@ def _sources(checkpoint: Checkpoint) -> Section:
 
 def licence_table(sources: Sequence[Source]) -> ResultTable:
     """What every source says."""
-    rows = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
+    rows = [[each.used_as, each.spec, each.revision or "-", each.licence, each.found_in] for each in sources]
     titles = ["used as", "model", "revision", "licence", "found in"]
     return ResultTable("Licences", titles, rows, "As each source states it.", prose=True)
 
