@@ -208,7 +208,9 @@ def _of_licences(before: CheckpointUpdate, place: int) -> Iterator[Finding]:
     licence, _ = licence_of(before.plan.sources[1 + place].folder)
     others = {each.licence for each in sources_of(before.checkpoint)}
     if licence not in others:
-        to_do = "see whether what you do with the mixture agrees with all of them"
         yield Finding(
-            "warning", "its licence is another than those of the mixture", f"{licence}; {some_of(sorted(others))}", to_do
+            "warning",
+            "its licence is another than those of the mixture",
+            f"{licence}; {some_of(sorted(others))}",
+            "see whether what you do with the mixture agrees with all of them",
         )
