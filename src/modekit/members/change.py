@@ -183,7 +183,7 @@ def _changed_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> str | None:
     tokens = checkpoint.record.tokens
     if tokens is not None and tokens.tokenizer != 0:
         return None
-    copied = copied_files(base.folder, where=f"base_model ({base.spec})")
+    copied = copied_files(base.folder, where=base.where)
     for file in copied:
         same = tokens is not None and file.name in tokens.written
         with suppress(*UNREADABLE):

@@ -66,7 +66,7 @@ def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, r
 
 
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
-    family = family_of(sources[0].config, where=f"base_model ({sources[0].spec})")
+    family = family_of(sources[0].config, where=sources[0].where)
     if family.derived is not None:  # their sizes under the usual names, too; what was one model stays one
         full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
         sources = tuple(full[id(each)] for each in sources)
@@ -75,7 +75,7 @@ def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabular
 
 
 def _with_own_sizes(source: ModelSource) -> ModelSource:
-    family = family_of(source.config, where=f"{source.label} ({source.spec})")
+    family = family_of(source.config, where=source.where)
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
@@ -181,7 +181,7 @@ def _native_form(
     if native is None and is_asked:
         raise UnsupportedError(
             f"no plain checkpoint holds a mixture of this '{family.model_type}' model exactly",
-            where=f"base_model ({base.spec})",
+            where=base.where,
             found=" | ".join(tried),
             remedy="use output: {format: modekit}, or choose a base model without these features",
         )

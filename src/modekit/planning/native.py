@@ -116,7 +116,7 @@ class NativeForm:
             if self._native.routed is None and path.startswith(f"{self._family.decoder.ffn}."):
                 raise UnsupportedError(
                     "the FFN has a tensor that the native experts do not",
-                    where=f"base_model ({self._base.spec}): {tensor.name}",
+                    where=f"{self._base.where}: {tensor.name}",
                     expected=", ".join(self._family.decoder.mlp.values()),
                     remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
                 )

@@ -232,7 +232,7 @@ class Places:
                 what = f"the expert has a {LOGITS_BIAS} and the base model none"
                 raise MismatchError(
                     what,
-                    where=f"{source.label} ({source.spec})",
+                    where=source.where,
                     remedy="open the base model with transformers, and save it again",
                 )
         modules = {embedding, self._module_of(weight_of(family.head or embedding))}
@@ -250,7 +250,7 @@ class Places:
                 parts = ["mlp", *(part for part in _all_parts(family) if part not in inside)]
                 raise UnsupportedError(
                     f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
-                    where=f"base_model ({self._base.spec}): {name}",
+                    where=f"{self._base.where}: {name}",
                     remedy=f"write the parts to mix: modules: [{', '.join(parts)}]",
                 )
             modules.add(module_of(name))

@@ -21,12 +21,11 @@ def model_folder(
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         path, is_local, is_file = root / spec, False, False
     if is_local and revision is not None:
-        remedy = "remove revision, or name the model by its hub id"
         raise SourceError(
             "a revision has no effect with a folder",
             where=where,
             found=revision,
-            remedy=remedy,
+            remedy="remove revision, or name the model by its hub id",
         )
     if is_local:
         return path, None

@@ -81,10 +81,9 @@ class TensorRef:
 def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
     """Raise SourceError for a tensor of no float."""
     for ref in (each for each in refs if each.dtype not in DTYPE_NAMES):
-        where = f"{where}: {ref.name}"
         raise SourceError(
             "tensor dtype cannot be mixed",
-            where=where,
+            where=f"{where}: {ref.name}",
             found=ref.dtype,
             expected=", ".join(DTYPE_NAMES),
             remedy="save it in bf16, fp16 or fp32",
