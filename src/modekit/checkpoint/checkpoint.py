@@ -219,8 +219,8 @@ class Checkpoint:
 
     def recipe_file(self, recipe: Recipe, folder: Path) -> dict[str, Content]:
         """The file of a changed recipe, for the mixture in a folder, where modekit wrote one beside this one."""
-        foreign, is_there = foreign_files(self.folder), (self.folder / RECIPE_FILE).is_file()
-        if not is_there or foreign is None or RECIPE_FILE in foreign:
+        foreign = foreign_files(self.folder)
+        if not (self.folder / RECIPE_FILE).is_file() or foreign is None or RECIPE_FILE in foreign:
             return {}
         return {RECIPE_FILE: as_file(recipe, self.recipe_root, folder)}
 

@@ -87,8 +87,8 @@ class NativeForm:
         """Tensors of the base by which experts may differ although all share them."""
         if self._carry is None or self._channels is None:
             return set()
-        widening, parts = self._channels.widening, self._family.decoder.parts
-        modules = [*(parts[part] for part in ("q", "k", "v", "o")), *widening.norms]
+        parts = self._family.decoder.parts
+        modules = [*(parts[part] for part in ("q", "k", "v", "o")), *self._channels.widening.norms]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
         return names | {weight_of(module) for module, carried in ends.items() if carried}
