@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -9,9 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     field_serializer,
-    model_serializer,
     model_validator,
 )
 
@@ -48,12 +47,7 @@ class SourceRecord(_Record):
     folder: RelativePath
     files: dict[PlainName, FileRecord]
     config: Digest = ""
-    packed: str = ""
-
-    @model_serializer(mode="wrap")
-    def _packed_where_it_is(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        said: dict[str, Any] = handler(self)
-        return said if self.packed else {key: value for key, value in said.items() if key != "packed"}
+    packed: str = Field("", exclude_if=not_)
 
     @property
     def digests(self) -> list[str]:
@@ -158,11 +152,11 @@ class MixtureRecord(_Record):
     expert_sources: list[int]
     sources: list[SourceRecord] = Field(min_length=1)
     router: RouterRecord
-    carry: CarryRecord | None = None
+    carry: CarryRecord | None = Field(None, exclude_if=not_)
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
-    history: list[Change] = []
-    tokens: TokensRecord | None = None
+    history: list[Change] = Field([], exclude_if=not_)
+    tokens: TokensRecord | None = Field(None, exclude_if=not_)
 
     @property
     def pinned_recipe(self) -> Recipe:
@@ -182,12 +176,6 @@ class MixtureRecord(_Record):
         if len(self.sources) > 1 + len(numbers):
             raise ValueError("sources must be the base model's and the experts', each once")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What most mixtures do not have: those that were only built no history, those of one vocabulary no tokens."""
-        said: dict[str, Any] = handler(self)
-        return {key: value for key, value in said.items() if value or key not in ("history", "tokens", "carry")}
 
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:
