@@ -91,22 +91,26 @@ def _check_kind(recipe: Recipe, family: Family) -> None:
         (
             fit is not None and fit.reads == "ids",
             "an encoder reads a source at once, which has no token that decides for all",
-            *("router", "choose another fit, or granularity: sequence"),
+            "router",
+            "choose another fit, or granularity: sequence",
         ),
         (
             mixture.modules == "decoder",
             "modules: decoder is for models that are a decoder alone, and this one has an encoder",
-            *("modules", "write modules: all (whole models), or layers: [decoder] with modules: auto"),
+            "modules",
+            "write modules: all (whole models), or layers: [decoder] with modules: auto",
         ),
         (
             not decides_once and (router.granularity == "sequence") != (router.scope == "model"),
             f"with an encoder one router serves all layers where it decides once per source, and only there; {said}",
-            *("router", "write granularity: sequence and per: model together, or neither"),
+            "router",
+            "write granularity: sequence and per: model together, or neither",
         ),
         (
             mixture.always_on is not None and bool(mixture.always_on.apart),
             "a common expert that runs apart is for models without an encoder",
-            *("always_on", "leave 'apart' out"),
+            "always_on",
+            "leave 'apart' out",
         ),
     )
     for holds, what, where, remedy in of_pairs if family.pair else ():

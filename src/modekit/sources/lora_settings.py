@@ -23,13 +23,27 @@ _MOST_REPETITIONS = 10_000  # {n} of a pattern, one in the other: regex unrolls 
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 _Pattern = Annotated[str, Field(max_length=1000)]
 NO_EFFECT = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
     # which modules and ranks there are, the file says
-    *("exclude_modules", "layers_pattern"),
-    *("bias", "fan_in_fan_out"),
+    "exclude_modules",
+    "layers_pattern",
+    "bias",
+    "fan_in_fan_out",
     # read only while the matching init_lora_weights initialises; those that change the base are refused there
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
 }
 """Settings that say nothing about what the saved tensors do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})

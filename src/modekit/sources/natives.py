@@ -129,7 +129,10 @@ NATIVES: tuple[Native, ...] = (
         top_k_key="moe_k",
         width_key="moe_intermediate_size",
         fixed={
-            **{"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1},
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
             "output_router_logits": False,
         },
         constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
@@ -195,8 +198,14 @@ NATIVES: tuple[Native, ...] = (
 
 
 _SAYS = {
-    **{"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "num_key_value_heads": None},
-    **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "sliding_window": None},
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "num_key_value_heads": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "sliding_window": None,
 }
 _EVERYWHERE: Rule = (
     lambda c: not c.get("mlp_only_layers") and c.get("decoder_sparse_step", 1) == 1,
@@ -251,7 +260,7 @@ ROUTED: tuple[Native, ...] = (
         ffn="block_sparse_moe",
         dropped=frozenset({"num_experts", "sliding_window"}),
         routed=Routed(
-            *("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj", "block_sparse_moe.router.weight")
+            "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj", "block_sparse_moe.router.weight"
         ),
     ),
 )

@@ -39,8 +39,23 @@ _COUNTS = ("layer", "expert", "block", "depth", "codebook")
 _PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
 _FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
 _NO_MEANING: tuple[str, ...] = (
-    *("dropout", "drop", "initializer", "use_cache", "dtype", "token_id", "transformers_version", "architectures", "loss"),
-    *("_name_or_path", "output_", "return_dict", "id2label", "label2id", "problem_type", "task_specific", "aux_"),
+    "dropout",
+    "drop",
+    "initializer",
+    "use_cache",
+    "dtype",
+    "token_id",
+    "transformers_version",
+    "architectures",
+    "loss",
+    "_name_or_path",
+    "output_",
+    "return_dict",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "task_specific",
+    "aux_",
 )
 _NOT_CALLED = ("dt_proj",)
 """Linear modules whose weights their layer reads past them."""

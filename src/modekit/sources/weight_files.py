@@ -11,7 +11,11 @@ from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.sources.config import damaged_model
 
 _PICKLES = {
-    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth"),
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+    "model.pth",
+    "consolidated.00.pth",
     "adapter_model.bin",
 }
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
