@@ -10,13 +10,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    field_serializer,
+    PlainSerializer,
     model_validator,
 )
 
 from modekit.files.marker import STATISTICS
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
 from modekit.planning.carry import CarrySize
+from modekit.recipes.edit import as_written
 from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Recipe
 
@@ -137,13 +138,13 @@ class Change(_Record):
 class MixtureRecord(_Record):
     """modekit.json.
 
-    `carry` says what besides FFN experts a native checkpoint carries. `trained` names the tensors, gates aside, that a training
+    Of the recipe it has what the user set: a default that has no effect is fine unsaid, and an error when said. `carry` says what besides FFN experts a native checkpoint carries. `trained` names the tensors, gates aside, that a training
     moved, with the blake3 of their bytes. `history` has who came and went since the build.
     """
 
     format: Literal[1]
     modekit_version: str
-    recipe: Recipe
+    recipe: Annotated[Recipe, PlainSerializer(as_written)]
     recipe_digest: Digest
     recipe_folder: RelativePath
     dense_config: dict[str, Any]
@@ -176,8 +177,3 @@ class MixtureRecord(_Record):
         if len(self.sources) > 1 + len(numbers):
             raise ValueError("sources must be the base model's and the experts', each once")
         return self
-
-    @field_serializer("recipe")
-    def _as_written(self, recipe: Recipe) -> dict[str, Any]:
-        """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
-        return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)

@@ -66,8 +66,7 @@ def make_page(checkpoint: Checkpoint, content: Content) -> str:
 def _keys(checkpoint: Checkpoint, content: Content) -> list[tuple[str, str, str]]:
     """The figures at the top: what it is, the figure, and what it means."""
     size, results, found = checkpoint.parameters, content.results, list[tuple[str, str, str]]()
-    mixture = results.of_kind("mixture") if results is not None else None
-    if results is not None and mixture is not None:
+    if results is not None and (mixture := results.of_kind("mixture")) is not None:
         domains, base = results.domains, results.of_kind("base")
         gap, error, loss = mixture.mean_gap(domains), mixture.mean_gap_error(domains), mixture.mean_loss(domains)
         if gap is not None:
