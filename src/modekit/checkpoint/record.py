@@ -138,8 +138,10 @@ class Change(_Record):
 class MixtureRecord(_Record):
     """modekit.json.
 
-    Of the recipe it has what the user set: a default that has no effect is fine unsaid, and an error when said. `carry` says what besides FFN experts a native checkpoint carries. `trained` names the tensors, gates aside, that a training
-    moved, with the blake3 of their bytes. `history` has who came and went since the build.
+    Of the recipe it has what the user set: a default that has no effect is fine unsaid, and an
+    error when said. `carry` says what besides FFN experts a native checkpoint carries. `trained`
+    names the tensors, gates aside, that a training moved, with the blake3 of their bytes. `history`
+    has who came and went since the build.
     """
 
     format: Literal[1]

@@ -31,7 +31,13 @@ from modekit.sources.tokenizer import COPIED_FILES, is_own_file
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 _WRITTEN = (
-    *(RECORD_FILE, RECIPE_FILE, CARD_FILE, LICENCE_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json"),
+    RECORD_FILE,
+    RECIPE_FILE,
+    CARD_FILE,
+    LICENCE_FILE,
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
     *(CARRIED_FILE, TRAINED_FILE, SELECTED_FILE, *COPIED_FILES, *(file.name for file in CODE_FILES)),
 )
 """What modekit writes, and others need."""
