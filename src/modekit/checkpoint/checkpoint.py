@@ -142,7 +142,8 @@ class Checkpoint:
         Weights (but for the two files that a router is written into), tokenizer and config are those that lie there now.
         Raises SourceError.
         """
-        files, record = {ref.file for ref in self.tensors.values()}, self.record
+        files = {ref.file for ref in self.tensors.values()}
+        record = self.record
         digests = {file.name: known_blake3(file) for file in sorted(files) if file.name != ROUTER_FILE}
         made_from = [[source.digests for source in record.sources], record.expert_sources]
         return {
@@ -201,7 +202,8 @@ class Checkpoint:
             dtype = found
         gate_file = router_bytes(changed.slots, gates, dtype)
         files: dict[str, Content] = {ROUTER_FILE: gate_file}
-        fitted, trained = router.model_copy(update={"sha256": sha256_of(gate_file)}), self.record.trained
+        fitted = router.model_copy(update={"sha256": sha256_of(gate_file)})
+        trained = self.record.trained
         if evidence is not None:
             channels, embedding = self.carrier
             files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)

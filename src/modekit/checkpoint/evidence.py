@@ -21,7 +21,8 @@ from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_fl
 
 def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
     """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
-    parts, unit = [], _unit(channels, (sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)))
+    parts = []
+    unit = _unit(channels, (sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)))
     for start, _, sizes_V in _sized_rows(channels, embedding):
         values = unit * channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
         parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
@@ -37,7 +38,8 @@ def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDA
 
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
     """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
-    parts, sizes = [], list[npt.NDArray[np.float64]]()
+    parts = []
+    sizes = list[npt.NDArray[np.float64]]()
     for _, values, sizes_V in _sized_rows(channels, embedding):
         sizes.append(sizes_V)
         with np.errstate(all="ignore"):

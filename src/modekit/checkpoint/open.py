@@ -74,7 +74,8 @@ def check_router(checkpoint: Checkpoint) -> None:
     if {slot.name: slot.shape for slot in checkpoint.slots} != shapes:
         raise _other_router(file, "gates of other names or shapes, or a strange dtype", "those of config.json")
     if inside:
-        digest, gates = sha256_of(content_of(file)), zip(checkpoint.slots, checkpoint.gates(), strict=True)
+        digest = sha256_of(content_of(file))
+        gates = zip(checkpoint.slots, checkpoint.gates(), strict=True)
         broken = next((slot.name for slot, gate in gates if not np.isfinite(gate).all()), None)
         _compare(file, digest, broken, checkpoint.record.router.sha256)
     if checkpoint.shape.channels is None:

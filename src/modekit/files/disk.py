@@ -41,7 +41,9 @@ def _nearest(out: Path) -> Path:
 
 def failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
     """What is said of an output that cannot be written, and of what is left of it."""
-    place, found, remedy = _nearest(out), f"{error.strerror or error}", "choose a folder that can be written"
+    place = _nearest(out)
+    found = f"{error.strerror or error}"
+    remedy = "choose a folder that can be written"
     if error.errno in FULL:
         found += f" ({disk_of(out).free:,} bytes free)"
         remedy = "free space, or choose a folder on another disk"

@@ -93,8 +93,12 @@ def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: i
     from modekit.loaded.load import load_model, load_tokenizer
     from modekit.loaded.shapes import mixture_of
 
-    plan, checkpoint, mixture = before.plan, before.checkpoint, before.checkpoint.folder
-    base, source, expert = plan.sources[0], plan.sources[1 + place], plan.recipe.experts[place]
+    plan = before.plan
+    checkpoint = before.checkpoint
+    mixture = before.checkpoint.folder
+    base = plan.sources[0]
+    source = plan.sources[1 + place]
+    expert = plan.recipe.experts[place]
     texts = RecipeTexts(plan.recipe, plan.root, models=[base.folder, source.folder], mixture=mixture)
     try:
         own = texts.own(place)
@@ -116,7 +120,8 @@ def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: i
 
     found: dict[str, Score] = {}
     score(load_model(base.folder, run=run), "base", base)
-    model, replaces = load_model(mixture, run=run), expert.name in checkpoint.names
+    model = load_model(mixture, run=run)
+    replaces = expert.name in checkpoint.names
     if not replaces:
         score(model, "mixture")
     if (rival := expert.name if replaces else nearest) is not None:
@@ -128,7 +133,9 @@ def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: i
 
 def _models_that_are_there(before: CheckpointUpdate, place: int, run: Run) -> dict[str, ModelSource]:
     """The other experts' models, as far as they can be opened and are what they were."""
-    checkpoint, plan, opener = before.checkpoint, before.plan, Opener(before.plan.root, run)
+    checkpoint = before.checkpoint
+    plan = before.plan
+    opener = Opener(before.plan.root, run)
     found: dict[str, ModelSource] = {}
     for number, (expert, origin) in enumerate(zip(plan.recipe.experts, before.origins, strict=True)):
         opened = None if expert.is_base or origin is None else opened_expert(checkpoint, opener, origin, plan.sources[0])
@@ -144,7 +151,8 @@ def _likeness(
 ) -> tuple[float, tuple[str, float, float] | None]:
     """Its drift, and name, cosine and distance of the nearest expert whose model is there."""
     plan = before.plan
-    base, new = plan.sources[0], plan.sources[1 + place]
+    base = plan.sources[0]
+    new = plan.sources[1 + place]
     if plan.recipe.experts[place].is_base:
         return 0.0, None
     names = plan.family.own_names(base)
@@ -164,10 +172,12 @@ def _of_scores(scores: Mapping[str, Score], nearest: tuple[str, float, float] | 
         to_do = "give --text, a few hundred documents"
         yield Finding("note", "what it brings was not measured", "no held-out text of its own", to_do)
         return
-    base, expert = scores["base"].loss, scores["expert"].loss
+    base = scores["base"].loss
+    expert = scores["expert"].loss
     found = f"{', '.join(f'{row} {score.loss:.3f}' for row, score in scores.items())} nats per token"
     if not expert < base:  # nor where it is no number
-        what, to_do = "it is not better than the base model on its own text", "check that model and text belong together"
+        what = "it is not better than the base model on its own text"
+        to_do = "check that model and text belong together"
         yield Finding("error", what, found, to_do)
         return
     shares = {row: (base - score.loss) / (base - expert) for row, score in scores.items()}

@@ -66,7 +66,8 @@ class NativeShape(AnyShape):
     @classmethod
     def _check_counts(cls, config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> None:
         for key in (native.num_experts_key, native.top_k_key):
-            count, most = config.get(key), len(recipe.experts)
+            count = config.get(key)
+            most = len(recipe.experts)
             if type(count) is not int or not 1 <= count <= most:
                 raise other_record(f"{where}: {key}", shortened(repr(count)), f"1 to {most}, the number of experts")
 
@@ -116,13 +117,15 @@ class NativeShape(AnyShape):
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers: one each."""
-        rows, hidden = (1,) * self.experts, whole(self.config, "hidden_size")
+        rows = (1,) * self.experts
+        hidden = whole(self.config, "hidden_size")
         return tuple(RouterSlot(in_layer(layer, self.native.router), hidden, rows) for layer in range(self._layers))
 
     @property
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where they stand: before the FFN of every layer."""
-        module, router = self.native.family.decoder.ffn, self.native.router
+        module = self.native.family.decoder.ffn
+        router = self.native.router
         return tuple(RouterPosition(in_layer(layer, router), layer, module) for layer in range(self._layers))
 
     @property
@@ -156,7 +159,8 @@ class NativeShape(AnyShape):
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
         self.check_sizes(tensors)
-        native, count = self.native, self.experts * self.inner
+        native = self.native
+        count = self.experts * self.inner
         paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(count)]
         ranks = dict.fromkeys(paths, 2) | dict.fromkeys(native.fused or (), 3)
         ranks |= {each.name: len(each.shape) for each in native.constants}
@@ -176,7 +180,8 @@ class NativeShape(AnyShape):
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """How many a checkpoint with tensors of these sizes has; `dense`, the base's by its files, counts with channels."""
-        native, layers = self.native, range(self._layers)
+        native = self.native
+        layers = range(self._layers)
         total = sum(sizes.values())
         besides = [slot.name for slot in self.slots]
         besides += [in_layer(layer, each.name) for layer in layers for each in native.constants]

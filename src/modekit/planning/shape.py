@@ -122,13 +122,15 @@ class AnyShape:
 
     def check_sizes(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless the weights have the layers and the width of config.json, before such a size is made."""
-        there, family = layers_of(tensors), self.family
+        there = layers_of(tensors)
+        family = self.family
         for stack in family.stacks:
             layers = 1 + max((number for name, number in map(stack_of, there) if name == stack.name), default=-1)
             if stack.size(self.config) > layers:
                 raise self.disagreement(stack.count[0], f"{stack.size(self.config)}, and weights of {layers} layers")
         names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
-        widths, width = {size for name in names for size in tensors[name].shape[-1:]}, whole(self.config, family.width)
+        widths = {size for name in names for size in tensors[name].shape[-1:]}
+        width = whole(self.config, family.width)
         if family.derived is None and width not in widths:
             raise self.disagreement(family.width, f"{width}, which is not the embedding's")
 

@@ -96,7 +96,8 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
             yield key, f"'{key}' has no effect with fit: {row.name} (only with {', '.join(fits)}); remove it"
 
 
-_ONE, _MANY = Tag("literal[]"), Tag("literal[s]")
+_ONE = Tag("literal[]")
+_MANY = Tag("literal[s]")
 _ONE_OR_MANY = Discriminator(lambda value: "literal[s]" if isinstance(value, (list, dict)) else "literal[]")
 Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]

@@ -38,7 +38,8 @@ def read_recipe(path: Path) -> RecipeData:
     """The mapping that a YAML file holds, unchecked, its experts said in full. Raises RecipeError."""
     where = str(path)
     if path.is_dir():
-        own, other = path / "recipe.yaml", f"a recipe.yaml; modekit inspect {path} looks at a mixture"
+        own = path / "recipe.yaml"
+        other = f"a recipe.yaml; modekit inspect {path} looks at a mixture"
         remedy = f"give the path of {own if own.is_file() else other}"
         raise RecipeError("this is a folder, not a recipe", where=where, remedy=remedy)
     try:

@@ -150,7 +150,9 @@ class Recipe(Strict):
         return checked(self, problems)
 
     def _problems_of_names(self) -> Iterator[str]:
-        names, mixture, always_on = self.names, self.mixture, self.mixture.always_on
+        names = self.names
+        mixture = self.mixture
+        always_on = self.mixture.always_on
         dimensions = mixture.router.dimensions
         for key, most in (("top_k", mixture.top_k), ("groups", mixture.groups), ("router.dimensions", dimensions)):
             if (most or 0) > len(names):
@@ -180,7 +182,9 @@ class Recipe(Strict):
 
     def beyond_plain(self) -> list[str]:
         """What of it only the modekit architecture can say."""
-        mixture, fit, router = self.mixture, self.mixture.fit, self.mixture.router
+        mixture = self.mixture
+        fit = self.mixture.fit
+        router = self.mixture.router
         reasons = ["modules other than the whole FFN"] if mixture.modules not in ("auto", ["mlp"]) else []
         reasons += ["only some layers"] if mixture.layers is not None else []
         reasons += [key for key in ("top_p", "groups", "threshold", "always_on") if getattr(mixture, key) is not None]
@@ -193,7 +197,9 @@ class Recipe(Strict):
         return reasons + ["experts that have only some layers"] * any(each.layers for each in self.experts)
 
     def _problems_of_the_form(self) -> Iterator[str]:
-        mixture, fit, output = self.mixture, self.mixture.fit, self.output
+        mixture = self.mixture
+        fit = self.mixture.fit
+        output = self.output
         asked = [key for key in ("channels", "carry", "rank") if getattr(output, key) is not None and not mixture.is_open]
         if asked and (output.format == "modekit" or not mixture.is_carried):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a plain checkpoint; remove it"

@@ -16,7 +16,8 @@ SELF = "self"
 WRITTEN_FOLDER = "self-text"
 """Beside a recipe: what its experts wrote themselves."""
 
-_NAME, LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+LONGEST_NAME = 64
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=LONGEST_NAME)]
 """Of an expert and its domain; also a file's name."""
 NAME_RULE = "letters, digits, '_', '.' and '-', 64 at most, a letter or digit first"

@@ -34,7 +34,8 @@ from modekit.sources.tokenizer_choice import chat_template
 from modekit.text.documents import is_local
 from modekit.text.written import texts_of
 
-CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
+CARD_FILE = "README.md"
+LICENCE_FILE = "LICENSE.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -52,7 +53,9 @@ def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> 
     data = _metadata(checkpoint, sources)
     if shown is not None:
         sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
-    known, table, problems = facts(sources), as_markdown(licence_table(sources), plain), list[str]()
+    known = facts(sources)
+    table = as_markdown(licence_table(sources), plain)
+    problems = list[str]()
     values = {**_measured(checkpoint, problems), **_made_of(Checkpoint(checkpoint.folder, shown or checkpoint.record))}
     template = files("modekit.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     values |= {"source_table": table, "facts": [plain(fact) for fact in known]}
@@ -68,7 +71,8 @@ def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> 
 
 def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
     """The front matter. A mixture of fine-tunes is a `merge` in the hub's words (adapter, finetune, merge, quantized)."""
-    recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
+    recipe = checkpoint.record.recipe
+    root = checkpoint.recipe_root
     specs = dict.fromkeys(source.spec for source in sources)
     bases = [spec for spec in specs if _HUB_ID.fullmatch(spec) and locate(spec, root) is None]
     texts = [spec for expert in recipe.experts for spec in texts_of(expert)]
@@ -134,7 +138,8 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, object]:
 def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     """What the template says of the mixture and of how it was made."""
     record = checkpoint.record
-    recipe, router = record.recipe, record.router
+    recipe = record.recipe
+    router = record.router
     dumped = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=120).rstrip()
     text = [
         [domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))]

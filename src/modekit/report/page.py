@@ -65,10 +65,15 @@ def make_page(checkpoint: Checkpoint, content: Content) -> str:
 
 def _keys(checkpoint: Checkpoint, content: Content) -> list[tuple[str, str, str]]:
     """The figures at the top: what it is, the figure, and what it means."""
-    size, results, found = checkpoint.parameters, content.results, list[tuple[str, str, str]]()
+    size = checkpoint.parameters
+    results = content.results
+    found = list[tuple[str, str, str]]()
     if results is not None and (mixture := results.of_kind("mixture")) is not None:
-        domains, base = results.domains, results.of_kind("base")
-        gap, error, loss = mixture.mean_gap(domains), mixture.mean_gap_error(domains), mixture.mean_loss(domains)
+        domains = results.domains
+        base = results.of_kind("base")
+        gap = mixture.mean_gap(domains)
+        error = mixture.mean_gap_error(domains)
+        loss = mixture.mean_loss(domains)
         if gap is not None:
             spread = "" if error is None else f"±{error:.3f} standard error; "
             found.append(("Gap closed", f"{gap:.2f}", f"{spread}mean of {results.averaged}; 1 is every domain's own expert"))

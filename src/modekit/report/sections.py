@@ -80,7 +80,8 @@ class Content:
 def make_content(checkpoint: Checkpoint) -> Content:
     """Read what is there about a checkpoint; what is missing, or of another state of it, is left out."""
     missing: list[str] = []
-    results, inspection = Results.find(checkpoint, missing), Inspection.find(checkpoint, missing)
+    results = Results.find(checkpoint, missing)
+    inspection = Inspection.find(checkpoint, missing)
     sections = []
     if results is not None:
         chart = gap_chart(results)
@@ -126,7 +127,8 @@ def _size(checkpoint: Checkpoint) -> Section:
 
 
 def _sources(checkpoint: Checkpoint) -> Section:
-    record, sources = checkpoint.record, sources_of(checkpoint)
+    record = checkpoint.record
+    sources = sources_of(checkpoint)
     read = [(s, name, file) for s in record.sources for name, file in s.files.items()]
     files = [[s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3] for s, name, file in read]
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)

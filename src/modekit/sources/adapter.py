@@ -32,7 +32,8 @@ from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of
 from modekit.sources.weight_files import no_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _SAME_BASE = "use an adapter that was trained on this base model"
 _JOIN = (
@@ -123,7 +124,8 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     naming = naming_of([name.removeprefix(_PREFIX) for name in tensors])
     reading = _Reading(where, settings, base, naming)
     beside = reading.sort(tensors)
-    changes, replaced = reading.changes(), reading.replaced()
+    changes = reading.changes()
+    replaced = reading.replaced()
     if not changes and not replaced:
         raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, replaced, beside=beside)
@@ -155,7 +157,10 @@ class _Reading:
     """
 
     def __init__(self, where: str, settings: LoraSettings, base: ModelSource, naming: Naming) -> None:
-        self._where, self._settings, self._base, self._naming = where, settings, base, naming
+        self._where = where
+        self._settings = settings
+        self._base = base
+        self._naming = naming
         self._parts: dict[str, dict[str, TensorRef]] = {}  # adapted module -> its adapter tensors by part
         self._whole: dict[str, TensorRef] = {}  # saved modules, biases, embeddings: by their name in the base
         self._patterns = Patterns()
@@ -203,7 +208,8 @@ class _Reading:
         found: dict[str, LowRank] = {}
         wrapped = self._wrapped()
         for module, parts in self._parts.items():
-            first, weight = next(iter(parts.values())), wrapped.get(module)
+            first = next(iter(parts.values()))
+            weight = wrapped.get(module)
             if (self._is_tied and module in self._ends) or (self._family.shares and module == self._ends[0]):
                 raise self._tied(first)
             if weight is None:
@@ -223,7 +229,8 @@ class _Reading:
 
     def _module(self, module: str, first: TensorRef) -> Adapted:
         """The weight of a module that is adapted as a whole."""
-        name, found = weight_of(module), self._family
+        name = weight_of(module)
+        found = self._family
         if name not in self._base_names:
             raise self._unknown(first, module)
         shape = self._whole.get(weight_of(f"{module}.base_layer"), self._base.tensors[name]).shape
@@ -240,9 +247,11 @@ class _Reading:
 
     def _wrapped(self) -> dict[str, Adapted]:
         """The parameters that `target_parameters` names, of matrices and fused experts, in the order of the class."""
-        ends, weights = tuple(f".{each}" for each in self._settings.target_parameters or ()), list[Adapted]()
+        ends = tuple(f".{each}" for each in self._settings.target_parameters or ())
+        weights = list[Adapted]()
         for name in (self._family.tensors or self._base.tensors) if ends else ():
-            shape, key = self._base.tensors[name].shape if name in self._base_names else (), self._naming.named(name)
+            shape = self._base.tensors[name].shape if name in self._base_names else ()
+            key = self._naming.named(name)
             if len(shape) in (2, 3) and f".{key}".endswith(ends):
                 turned = len(shape) == 3 and self._family.keeps_columns(module_of(name))
                 rank = self._said("rank_pattern", key, self._settings.r) if len(shape) == 3 else 0

@@ -183,7 +183,8 @@ def check_values(config: Config, family: Family, *, where: str) -> None:
 
     For configs of the families with a row: others may call something else by these names.
     """
-    where, pair = f"{where}: config.json", family.pair
+    where = f"{where}: config.json"
+    pair = family.pair
     of_stacks = (key for stack in family.stacks for key in (stack.count[-1], stack.ffn_width))
     for key in (family.width, *of_stacks, "vocab_size", *(() if pair else ("num_attention_heads",))):
         if config.get(key) is None:

@@ -108,7 +108,8 @@ class WeightFile:
         return self._error("a weight file became shorter while it was read")
 
     def _unreadable(self, error: OSError) -> SourceError:
-        what, remedy = "a weight file cannot be read", "put it back, make it readable, or mend the disk"
+        what = "a weight file cannot be read"
+        remedy = "put it back, make it readable, or mend the disk"
         return self._error(what, error.strerror or error, remedy)
 
     def _error(self, what: str, found: object = None, remedy: str = _ALONE) -> SourceError:

@@ -26,7 +26,8 @@ def other_cuts(one: ReadTokens, other: ReadTokens, where: str, readers: Readers)
     """
     from tokenizers import Tokenizer
 
-    whose, special = readers.whose, sorted(one.added.keys() & other.added.keys())
+    whose = readers.whose
+    special = sorted(one.added.keys() & other.added.keys())
     beside = {f"one {token} two{token}\n three": token for token in special}
     try:
         both = [Tokenizer.from_file(str(each.folder / "tokenizer.json")) for each in (one, other)]

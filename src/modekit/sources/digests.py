@@ -31,7 +31,9 @@ def settings_digest(config: Config) -> str:
 
 def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     """A file's hash, read now; `progress` is told the bytes so far and in all. Raises SourceError."""
-    file, digest, done = WeightFile(path), blake3(), 0
+    file = WeightFile(path)
+    digest = blake3()
+    done = 0
     try:
         for chunk in file.chunks(0, file.state.size):
             digest.update(chunk)

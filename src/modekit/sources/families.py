@@ -44,7 +44,8 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
 
 def _windows_after(config: Config) -> list[str]:
     """Qwen2 and Qwen3: the layers from max_window_layers on have the window, if there is one."""
-    layers, first = whole(config, "num_hidden_layers"), whole(config, "max_window_layers")
+    layers = whole(config, "num_hidden_layers")
+    first = whole(config, "max_window_layers")
     windowed = config.get("sliding_window") is not None
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
 

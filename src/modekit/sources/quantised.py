@@ -66,7 +66,9 @@ class PackedRef(TensorRef):
 
     def unpacked(self, read: Read, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of its own in float32."""
-        start, stop, size = self.start + start, self.start + stop, 4 * self.form.unit
+        start = self.start + start
+        stop = self.start + stop
+        size = 4 * self.form.unit
         first = start // size
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named by who reads it
             values = self.form.values(read, first, -(-stop // size))
@@ -78,7 +80,8 @@ class PackedRef(TensorRef):
 
 def packed(name: str, form: Form, written: str) -> PackedRef:
     """A tensor of a form."""
-    first, size = form.parts[0], 4 * math.prod(form.shape)
+    first = form.parts[0]
+    size = 4 * math.prod(form.shape)
     return PackedRef(name, first.file, "F32", form.shape, 0, size, first.state, form=form, written=written)
 
 
@@ -162,7 +165,8 @@ def unpack(
     `settings` is config.json's quantization_config. Raises SourceError: a form that is not read, or parts that do not fit.
     """
     said = settings if isinstance(settings, Mapping) else {}
-    method, parts = str(said.get("quant_method")), _Parts(tensors, where)
+    method = str(said.get("quant_method"))
+    parts = _Parts(tensors, where)
     if not (method == "fp8" or (method == "bitsandbytes" and not said.get("load_in_8bit"))):
         raise SourceError(
             "the model is quantised in a form that modekit does not read",

@@ -64,7 +64,8 @@ def is_own_file(path: Path, folder: Path) -> bool:
     beside it.
     """
     try:
-        target, snapshot = path.resolve(strict=True), folder.resolve()
+        target = path.resolve(strict=True)
+        snapshot = folder.resolve()
     except (OSError, RuntimeError):  # a link to nothing, or to itself
         return False
     blobs = snapshot.parents[1] / "blobs" if snapshot.parent.name == "snapshots" else None
@@ -210,7 +211,9 @@ def check_alike(
     """Raise MismatchError that names the tokens with ids `below` in which two tokenizers differ, for other merges, and where
     they cut a page of text otherwise. Notes where they differ around a text, or beside special tokens, alone.
     """
-    ours, theirs, called = one.tokens, other.tokens, readers.ours.removesuffix(" model")
+    ours = one.tokens
+    theirs = other.tokens
+    called = readers.ours.removesuffix(" model")
     found = {token for token, number in ours.items() ^ theirs.items() if number < below} if ours != theirs else set()
     if found:
         differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
@@ -286,7 +289,9 @@ def share_tokens(sources: Sequence[ModelSource], *, more: bool) -> SharedTokens:
     """
     base = sources[0]
     first = read_tokens(base.folder, where=base.where)
-    found, largest, notes = [first], 0, list[str]()
+    found = [first]
+    largest = 0
+    notes = list[str]()
     if first is None and not has_tokenizer(base.folder):
         notes.append(f"{base.label}: its folder has no tokenizer, which fit, eval, chat and serve need: put its files there")
     for number, source in enumerate(sources[1:], 1):
@@ -309,7 +314,8 @@ def share_tokens(sources: Sequence[ModelSource], *, more: bool) -> SharedTokens:
 
 def _other_ends(sources: Sequence[ModelSource], shared: SharedTokens) -> Iterator[str]:
     """Notes on experts whose texts end where those of the base, and of the mixture, go on."""
-    known, where = {*ends_of(sources[0], shared.tokens)}, "eos_token_id in the base model's generation_config.json"
+    known = {*ends_of(sources[0], shared.tokens)}
+    where = "eos_token_id in the base model's generation_config.json"
     for source in sources[1:]:
         if others := sorted({*ends_of(source, shared.tokens)} - known):
             yield f"{source.label}: its texts end at {shared.shown(others)}, and the mixture's go on there: add it to {where}"

@@ -70,10 +70,12 @@ def may_wrap(config: Config) -> bool:
 
 def unwrapped(source: ModelSource) -> ModelSource:
     """The language model in files that may be a wrapper's. Raises SourceError, or UnsupportedError, where it cannot be read."""
-    config, tensors = source.config, source.tensors
+    config = source.config
+    tensors = source.tensors
     if not may_wrap(config):
         return source
-    names, wraps = plain_names(tensors, where=source.where), config["model_type"] in WRAPPERS
+    names = plain_names(tensors, where=source.where)
+    wraps = config["model_type"] in WRAPPERS
     own = {name: replace(tensors[named], name=name) for name, named in names.items()}
     text = text_config(config, own, where=source.where) if wraps else config
     beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}

@@ -19,7 +19,8 @@ _PICKLES = {
     "adapter_model.bin",
 }
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 FROM_GGUF = (
     "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
     "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
@@ -28,7 +29,8 @@ FROM_GGUF = (
 
 def named_weights(folder: Path, *, where: str) -> list[Path]:
     """The files that hold a model's weights, by its index or name, whether they are there or not. Raises SourceError."""
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    index = folder / INDEX_FILE
+    single = folder / SINGLE_FILE
     if single.exists() or not index.exists():  # first, as in transformers: the index may be of a model that was saved before
         return [single]
     return [folder / name for name in _shard_names(index, where=f"{where}: {index.name}")]

@@ -33,16 +33,19 @@ _Doubles = npt.NDArray[np.float64]
 
 _STARTS = {1: (-1.3,), 2: (-1.365, -4.744), 3: (-0.925, -3.044, -7.659), 4: (-0.536, -1.847, -4.896, -12.644)}
 _CUT = 0.002  # of the smallest sizes
-_POINTS, _FAR_POINTS = 257, 33
+_POINTS = 257
+_FAR_POINTS = 33
 _FAR, _FAR_WEIGHT = 3.0, 0.1
 """Streams of first tokens may be a hundred times as large as others, few as they are: every token attends to them."""
 _RIDGE = 1e-7
-_ROUNDS, _LEAST_STEP = 60, 1e-4
+_ROUNDS = 60
+_LEAST_STEP = 1e-4
 _LEAST = 1e-14
 """Of the largest eigenvalue: directions below are rounding."""
 _LEAST_SQUARE = 1e-12
 """The same where products in float32 were summed."""
-_OVERSAMPLED, _PASSES = 8, 3
+_OVERSAMPLED = 8
+_PASSES = 3
 
 
 class LayerStream(NamedTuple):
@@ -129,7 +132,8 @@ def row_basis(
     `rows(start, stop)` gives the differences (stop - start, I) of every expert, `shares_V` how often a row is used. Randomised
     subspace iteration (Algorithm 4.4, arXiv:0909.4061) that never holds a difference whole.
     """
-    roots_V, width = np.sqrt(shares_V)[:, None], min(rank + 8, count)
+    roots_V = np.sqrt(shares_V)[:, None]
+    width = min(rank + 8, count)
     inner = [np.random.default_rng(number).standard_normal((each.shape[1], width)) for number, each in enumerate(rows(0, 1))]
     basis_VR = np.zeros((count, width))
     for _ in range(3):
@@ -152,7 +156,8 @@ def row_basis(
 def _top(gram: _Doubles, rank: int) -> tuple[_Doubles, _Doubles]:
     """The largest eigenvalues, what is rounding being 0, and their eigenvectors."""
     values, vectors = np.linalg.eigh(gram)
-    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    values = values[::-1][:rank]
+    vectors = vectors[:, ::-1][:, :rank]
     return np.where(values > _LEAST * max(float(values[0]), 1e-300), values, 0.0), vectors
 
 
@@ -176,7 +181,8 @@ def fit_pass_through(sizes_N: npt.NDArray[np.floating], terms: int) -> PassThrou
     middle = float(np.median(sizes_N))
     t_N = sizes_N.astype(np.float64) / middle
     far_N = t_N[t_N > _FAR]
-    points, weights = np.quantile(t_N, np.linspace(_CUT, 1, _POINTS)), np.full(_POINTS, 1 / _POINTS)
+    points = np.quantile(t_N, np.linspace(_CUT, 1, _POINTS))
+    weights = np.full(_POINTS, 1 / _POINTS)
     if len(far_N):
         points = np.concatenate([points, np.quantile(far_N, np.linspace(0, 1, _FAR_POINTS))])
         weights = np.concatenate([weights * (1 - _FAR_WEIGHT), np.full(_FAR_POINTS, _FAR_WEIGHT / _FAR_POINTS)])
@@ -205,7 +211,10 @@ def _searched(alphas: _Doubles, points: _Doubles, weights: _Doubles) -> tuple[_D
                 tried[place] *= factor
                 found, missed = _solved(tried, points, weights)
                 if missed < error:
-                    alphas, betas, error, better = tried, found, missed, True
+                    alphas = tried
+                    betas = found
+                    error = missed
+                    better = True
         step = step if better else step / 2
         if step < _LEAST_STEP:
             break

@@ -117,7 +117,8 @@ def _subspace(delta_OI: Array32, rank: int) -> Array64:
         inputs_IP, triangle_PP = np.linalg.qr((delta_OI.T @ basis_OP).astype(np.float64))
         image_OP = delta_OI @ inputs_IP.astype(np.float32)  # C basis = image triangle
         core_PP = (basis_OP.T @ image_OP).astype(np.float64) @ triangle_PP
-        before, kept = kept, float(_eigen(core_PP)[0][:rank].sum())
+        before = kept
+        kept = float(_eigen(core_PP)[0][:rank].sum())
         if kept - before <= max(_TOLERANCE * (total - kept), _ROUNDING * total):
             break
         basis_OP = _orthonormal(image_OP)

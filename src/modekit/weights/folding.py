@@ -40,7 +40,8 @@ def folded(change: LowRank, base: FlatArray, shape: tuple[int, ...], read: Read)
     `base` is the base's weight, or the adapter's replacement of it, flat, in any float dtype. An element never depends on the
     slices by which it is read. Reading in order computes every row once (a DoRA embedding twice, for the norms of its columns).
     """
-    count, columns = math.prod(shape[:-1]), shape[-1]
+    count = math.prod(shape[:-1])
+    columns = shape[-1]
     group = max(1, BLOCK // 4 // max(1, columns))  # float64 and its temporaries fit in a block
 
     def given(first: int, last: int) -> Singles:
@@ -63,7 +64,8 @@ def _per_expert(change: LowRank, given: _Given, size: int, read: Read) -> Callab
         shift = np.empty(origin.shape, np.float64)
         for expert in range(first // size, -(-last // size)):
             start, stop = max(first, expert * size), min(last, (expert + 1) * size)
-            a_RI, b_OR = a_ERI[expert].astype(np.float64), b_ORE[:, :, expert].astype(np.float64)
+            a_RI = a_ERI[expert].astype(np.float64)
+            b_OR = b_ORE[:, :, expert].astype(np.float64)
             left, right = (a_RI.T, b_OR.T) if change.transposed else (b_OR, a_RI)
             shift[start - first : stop - first] = left[start - expert * size : stop - expert * size] @ right
         with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
@@ -81,7 +83,8 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
     magnitude = None if change.magnitude is None else read(change.magnitude).astype(np.float64)
 
     def plain(first: int, last: int) -> _Double:
-        origin, some = given(first, last), left[first:last].astype(np.float64)
+        origin = given(first, last)
+        some = left[first:last].astype(np.float64)
         shift = np.zeros(origin.shape, np.float64)  # of tokens that the adapter does not know, nothing
         shift[: len(some)] = change.scale * (some @ right)
         return moved(origin, shift)

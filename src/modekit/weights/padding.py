@@ -89,7 +89,9 @@ Fills = Callable[[CarriedPart, int], Fill]  # what is carried, and the number of
 def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, fills: Fills | None) -> Rows:
     """The rows of a larger tensor, matrix by matrix, from the numbers of the base's tensor of this shape."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
-    tall, code, entries = rows + pad.rows, DTYPES[dtype], sorted(pad.entries)
+    tall = rows + pad.rows
+    code = DTYPES[dtype]
+    entries = sorted(pad.entries)
 
     @lru_cache(maxsize=1)
     def fill_of(matrix: int) -> Fill:
@@ -97,7 +99,8 @@ def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, 
 
     def of_matrix(out: Array, matrix: int, at: int) -> None:
         """Fill rows of one matrix, of which `at` is the first here."""
-        fill, own = fill_of(matrix), max(0, min(len(out), rows - at))
+        fill = fill_of(matrix)
+        own = max(0, min(len(out), rows - at))
         if own:
             first = (matrix * rows + at) * columns
             numbers = given[first : first + own * columns].reshape(own, columns)
@@ -118,7 +121,8 @@ def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, 
             out[row - start, column] = np.float32(value)
 
     def of_matrices(first: int, last: int) -> Array:
-        out, row = np.zeros((last - first, columns + pad.columns), code), first
+        out = np.zeros((last - first, columns + pad.columns), code)
+        row = first
         while row < last:  # what does not fit the dtype is infinite, which whoever writes it finds
             matrix, at = divmod(row, tall)
             stop = min(last, (matrix + 1) * tall)
