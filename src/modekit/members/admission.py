@@ -176,9 +176,12 @@ def _of_scores(scores: Mapping[str, Score], nearest: tuple[str, float, float] | 
     expert = scores["expert"].loss
     found = f"{', '.join(f'{row} {score.loss:.3f}' for row, score in scores.items())} nats per token"
     if not expert < base:  # nor where it is no number
-        what = "it is not better than the base model on its own text"
-        to_do = "check that model and text belong together"
-        yield Finding("error", what, found, to_do)
+        yield Finding(
+            "error",
+            "it is not better than the base model on its own text",
+            found,
+            "check that model and text belong together",
+        )
         return
     shares = {row: (base - score.loss) / (base - expert) for row, score in scores.items()}
     if not is_gap(scores["base"], scores["expert"]):

@@ -86,8 +86,6 @@ def _of_whole_models(count: int) -> tuple[RecipeData, RecipeData, RecipeData]:
 def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
     shared, plain, own = _of_whole_models(whole)
     merged: RecipeData = {"backbone": "average"} if whole else {}
-    arrow = {"fit": "arrow", "granularity": "context"}
-    context = {"fit": "logistic", "granularity": "context"}
     if any(expert.text for expert in recipe.experts):
         why = "lexical, the best measured in a plain checkpoint"
         return (
@@ -99,11 +97,14 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
     if any(expert.prompts for expert in recipe.experts):
         return (
             Way({"router": {"fit": "logistic"}, **merged}, _OF_PROMPTS, plain=True),
-            Way({"router": context, **merged}, _OF_PROMPTS),
+            Way({"router": {"fit": "logistic", "granularity": "context"}, **merged}, _OF_PROMPTS),
             Way({"router": _PAIRS, **own}, _OF_MODEKIT, plain=False),
         )
     return (
-        Way({"router": arrow, **merged}, "arrow, from the adapters alone, as no expert has text"),
+        Way(
+            {"router": {"fit": "arrow", "granularity": "context"}, **merged},
+            "arrow, from the adapters alone, as no expert has text",
+        ),
         Way({"method": "linear", **merged}, "none (fixed weights), as no expert has text"),
         Way({"router": {"fit": "random"}, **merged}, "random, as no expert has text"),
     )

@@ -40,8 +40,11 @@ def read_recipe(path: Path) -> RecipeData:
     if path.is_dir():
         own = path / "recipe.yaml"
         other = f"a recipe.yaml; modekit inspect {path} looks at a mixture"
-        remedy = f"give the path of {own if own.is_file() else other}"
-        raise RecipeError("this is a folder, not a recipe", where=where, remedy=remedy)
+        raise RecipeError(
+            "this is a folder, not a recipe",
+            where=where,
+            remedy=f"give the path of {own if own.is_file() else other}",
+        )
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
