@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from modekit.files.write import digest_of_data
 from modekit.sources.config import Config
 from modekit.sources.contents import WeightFile
 from modekit.sources.header import FileState
@@ -25,8 +24,7 @@ _KNOWN: dict[tuple[Path, FileState], str] = {}
 
 def settings_digest(config: Config) -> str:
     """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
-    said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return digest_of_data({key: value for key, value in config.items() if key not in _NO_SETTINGS})
 
 
 def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
