@@ -18,7 +18,8 @@ from modekit.weights.numeric import BLOCK
 
 def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
     """The columns that an embedding has."""
-    itemsize, (height, width) = ITEMSIZE[embedding.dtype], embedding.shape
+    itemsize = ITEMSIZE[embedding.dtype]
+    height, width = embedding.shape
     first = channels.evidence.start * itemsize
     size = (channels.evidence.stop - channels.evidence.start) * itemsize
     columns = memoryview(bytearray(height * size))

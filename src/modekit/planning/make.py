@@ -124,7 +124,8 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
 
 
 def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, changed: Changed, run: Run) -> Plan:
-    (form, why), sources = laid, vocabulary.sources
+    form, why = laid
+    sources = vocabulary.sources
     recipe = form.shape.recipe
     tensors = [*_backbone(sources, form), *form.experts()]
     notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried, changed)

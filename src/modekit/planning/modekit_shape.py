@@ -109,7 +109,8 @@ class ModekitShape(AnyShape):
         for module, place in self.mixture.places.items():
             served.setdefault(place.router, []).append(split_layer(module))
         for module in sorted(served, key=natural_key):
-            place, (layers, paths) = self.mixture.places[module], zip(*served[module], strict=True)
+            place = self.mixture.places[module]
+            layers, paths = zip(*served[module], strict=True)
             assert place.width is not None and place.rows is not None, module  # checked when the config was read
             parts = len(self.routing.averages)
             shared = self.routing.dimensions or 0

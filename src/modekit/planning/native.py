@@ -182,7 +182,8 @@ class NativeForm:
                 yield widened(plain, self._pad(part, layer, number))
         if self._native.fused is not None:
             ref = self._in_base(of_base, "gate")
-            (rows, columns), code = ref.shape, self.code_of(ref)
+            rows, columns = ref.shape
+            code = self.code_of(ref)
             both, down = (in_layer(layer, path) for path in self._native.fused)
             gate_up = [each for pair in zip(made["gate"], made["up"], strict=True) for each in pair]
             apart = widened(of_all(both, code, gate_up, (rows, columns), 2 * self._inner), self._pad("gate_up", layer))

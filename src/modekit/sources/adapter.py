@@ -220,7 +220,8 @@ class _Reading:
 
     def _check_layer(self, module: str, first: TensorRef) -> None:
         """Raise SourceError for a part of a layer that PEFT would not adapt, and would drop without a word."""
-        layers, (layer, _) = self._settings.layers_to_transform, split_layer(module)
+        layers = self._settings.layers_to_transform
+        layer, _ = split_layer(module)
         if layers in (None, []) or layer is None or self._naming.named(module) in (self._settings.target_modules or ()):
             return
         number = int(str(layer).rpartition(".")[2])
@@ -337,7 +338,8 @@ class _Reading:
         )
 
     def _unknown(self, ref: TensorRef, module: str) -> MismatchError:
-        layers, (layer, _) = layers_of(self._base_names), split_layer(module)
+        layers = layers_of(self._base_names)
+        layer, _ = split_layer(module)
         if layer is not None and layer not in layers:
             return self._other_base("has more layers than the base model", ref, f"layer {layer}", f"{len(layers)} layers")
         mixed = ", itself a mixture of experts" if is_mixture(self._base.config) else ""

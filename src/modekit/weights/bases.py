@@ -202,7 +202,8 @@ def _starts(terms: int, far_N: _Doubles) -> list[tuple[float, ...]]:
 
 def _searched(alphas: _Doubles, points: _Doubles, weights: _Doubles) -> tuple[_Doubles, _Doubles, float]:
     """The alphas and betas (K,) that a coordinate search ends in, and their error."""
-    (betas, error), step = _solved(alphas, points, weights), 0.5
+    betas, error = _solved(alphas, points, weights)
+    step = 0.5
     for _ in range(_ROUNDS):
         better = False
         for place in range(len(alphas)):
