@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
 from modekit.checkpoint.evidence_file import changed_blake3, embedding_writer
@@ -47,6 +45,7 @@ from modekit.sources.names import weight_of
 from modekit.sources.tokenizer import COPIED_FILES
 from modekit.sources.weight_files import INDEX_FILE
 from modekit.weights.flat import read_float32
+from modekit.weights.numeric import Singles
 
 
 class _Config(BaseModel):
@@ -130,7 +129,7 @@ class Checkpoint:
         sizes = {name: ref.numel for name, ref in self.tensors.items()}
         return self.shape.parameters(sizes, self.record.dense_parameters)
 
-    def gates(self) -> list[npt.NDArray[np.float32]]:
+    def gates(self) -> list[Singles]:
         """The gate of every router slot as it is on disk."""
         with OpenFiles() as opened:
             return [read_float32(opened, self.tensors[slot.name]) for slot in self.slots]

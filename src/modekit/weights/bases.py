@@ -27,9 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.numeric import Singles
-
-_Doubles = npt.NDArray[np.float64]
+from modekit.weights.numeric import Doubles, Singles
 
 _STARTS = {1: (-1.3,), 2: (-1.365, -4.744), 3: (-0.925, -3.044, -7.659), 4: (-0.536, -1.847, -4.896, -12.644)}
 _CUT = 0.002  # of the smallest sizes
@@ -99,7 +97,7 @@ def input_duals(products: Sequence[Singles], sample_TI: Singles, rank: int) -> S
     return _filled(sample_TI.T @ (vectors_TR / sizes_R), rank)
 
 
-def _principal(parts: Sequence[Singles], rank: int) -> tuple[_Doubles, _Doubles]:
+def _principal(parts: Sequence[Singles], rank: int) -> tuple[Doubles, Doubles]:
     """Principal directions (N, R) of the columns of all parts (N, X), R at most `rank`, and their singular values (R,).
 
     Randomised subspace iteration (Algorithm 4.4, arXiv:0909.4061): where the parts have no more than `rank` directions, it
@@ -125,7 +123,7 @@ def _principal(parts: Sequence[Singles], rank: int) -> tuple[_Doubles, _Doubles]
 
 
 def row_basis(
-    rows: Callable[[int, int], Sequence[Singles]], count: int, shares_V: _Doubles, rank: int, *, step: int = 4_096
+    rows: Callable[[int, int], Sequence[Singles]], count: int, shares_V: Doubles, rank: int, *, step: int = 4_096
 ) -> Singles:
     """Z (count, rank) with Z^T diag(shares) Z = 1: what the rows of all experts' differences are combinations of.
 
@@ -153,7 +151,7 @@ def row_basis(
     return _filled((basis_VR @ turn[:, ::-1][:, :rank][:, kept]) / np.maximum(roots_V, 1e-12), rank)
 
 
-def _top(gram: _Doubles, rank: int) -> tuple[_Doubles, _Doubles]:
+def _top(gram: Doubles, rank: int) -> tuple[Doubles, Doubles]:
     """The largest eigenvalues, what is rounding being 0, and their eigenvectors."""
     values, vectors = np.linalg.eigh(gram)
     values = values[::-1][:rank]
@@ -161,7 +159,7 @@ def _top(gram: _Doubles, rank: int) -> tuple[_Doubles, _Doubles]:
     return np.where(values > _LEAST * max(float(values[0]), 1e-300), values, 0.0), vectors
 
 
-def _filled(columns: _Doubles, rank: int) -> Singles:
+def _filled(columns: Doubles, rank: int) -> Singles:
     return np.pad(columns, ((0, 0), (0, rank - columns.shape[1]))).astype(np.float32)
 
 
@@ -191,7 +189,7 @@ def fit_pass_through(sizes_N: npt.NDArray[np.floating], terms: int) -> PassThrou
     return PassThrough(middle, tuple(map(float, alphas)), tuple(map(float, betas)), error)
 
 
-def _starts(terms: int, far_N: _Doubles) -> list[tuple[float, ...]]:
+def _starts(terms: int, far_N: Doubles) -> list[tuple[float, ...]]:
     """Where a search begins: units for sizes around the median, or some of them for the far ones."""
     starts = [_STARTS[terms]]
     for near in range(1, terms) if len(far_N) else ():
@@ -200,7 +198,7 @@ def _starts(terms: int, far_N: _Doubles) -> list[tuple[float, ...]]:
     return starts
 
 
-def _searched(alphas: _Doubles, points: _Doubles, weights: _Doubles) -> tuple[_Doubles, _Doubles, float]:
+def _searched(alphas: Doubles, points: Doubles, weights: Doubles) -> tuple[Doubles, Doubles, float]:
     """The alphas and betas (K,) that a coordinate search ends in, and their error."""
     betas, error = _solved(alphas, points, weights)
     step = 0.5
@@ -222,7 +220,7 @@ def _searched(alphas: _Doubles, points: _Doubles, weights: _Doubles) -> tuple[_D
     return alphas, betas, error
 
 
-def _solved(alphas: _Doubles, t_N: _Doubles, weights_N: _Doubles) -> tuple[_Doubles, float]:
+def _solved(alphas: Doubles, t_N: Doubles, weights_N: Doubles) -> tuple[Doubles, float]:
     """The best betas (K,), and the relative error; a little ridge keeps large ones of different signs away."""
     inside_NK = alphas / t_N[:, None]
     units_NK = inside_NK / (1 + np.exp(np.minimum(-inside_NK, 700.0))) / t_N[:, None]

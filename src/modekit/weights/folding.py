@@ -13,17 +13,15 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.sources.adapter import LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.weights.flat import FlatArray, Rows, stored
-from modekit.weights.numeric import BLOCK, Array, Singles, moved, to_float32
+from modekit.weights.numeric import BLOCK, Array, Doubles, Singles, moved, to_float32
 
 Read = Callable[[TensorRef], Array]
 """The whole of a tensor of the adapter as a flat array, in its own dtype."""
-_Double = npt.NDArray[np.float64]
 _Given = Callable[[int, int], Singles]
 """Rows of a weight (O, I)."""
 
@@ -82,7 +80,7 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
     right = (b.T if change.transposed else a).astype(np.float64)
     magnitude = None if change.magnitude is None else read(change.magnitude).astype(np.float64)
 
-    def plain(first: int, last: int) -> _Double:
+    def plain(first: int, last: int) -> Doubles:
         origin = given(first, last)
         some = left[first:last].astype(np.float64)
         shift = np.zeros(origin.shape, np.float64)  # of tokens that the adapter does not know, nothing
@@ -90,7 +88,7 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
         return moved(origin, shift)
 
     @cache
-    def of_columns() -> _Double:
+    def of_columns() -> Doubles:
         assert magnitude is not None
         squares = np.zeros(shape[1], np.float64)
         for first in range(0, shape[0], group):
@@ -109,11 +107,11 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
     return rows
 
 
-def _ratio(magnitude: _Double, squares: _Double) -> _Double:
+def _ratio(magnitude: Doubles, squares: Doubles) -> Doubles:
     """DoRA's m / ||W'||, from sums of squares. The norm is rounded to float32 as PEFT's is, so that an untrained m gives one.
 
     A row of zeros gives NaN, as in PEFT; whoever writes the weight checks that it is finite.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio: _Double = magnitude / np.sqrt(squares).astype(np.float32)
+        ratio: Doubles = magnitude / np.sqrt(squares).astype(np.float32)
     return ratio

@@ -12,10 +12,9 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.weights.flat import FlatArray, Rows
-from modekit.weights.numeric import DTYPES, Array, Singles, to_float32
+from modekit.weights.numeric import DTYPES, Array, Doubles, Singles, to_float32
 
 Entry = tuple[int, int, float]  # row, column and value of one number in the new part of a larger tensor
 
@@ -31,7 +30,7 @@ class MeasuredColumn(NamedTuple):
     scale: float
     norm_eps: float
 
-    def sizes(self, rows_VD: Singles) -> npt.NDArray[np.float64]:
+    def sizes(self, rows_VD: Singles) -> Doubles:
         """By what a row's new numbers are multiplied, so that they are themselves behind the first norm: (V,)."""
         squares = np.square(rows_VD.astype(np.float64) * self.scale).mean(axis=1)
         return np.asarray(np.sqrt(squares + self.norm_eps) / self.scale)
