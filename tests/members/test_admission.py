@@ -143,7 +143,7 @@ def test_a_licence_that_differs_is_said(shop: Workshop) -> None:
         found = door(shop, "python")
     finally:
         readme.unlink()
-    assert any("non-commercial" in finding.what for finding in found.findings)
+    assert any(finding.found == "cc-by-nc-4.0; no licence found" for finding in found.findings)
     assert found.refused == []
 
 

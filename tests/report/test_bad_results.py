@@ -74,7 +74,7 @@ def test_a_card_and_a_page_of_hostile_names(checkpoint: Checkpoint) -> None:
         outside = "".join(text.split("```")[::2])
         assert "<script" not in outside and "\x1b" not in text and "\u202e" not in text and "](javascript" not in outside
     page = make_page(said, make_content(said))
-    assert page.count("<script") == 2 and "&lt;script&gt;" in page
+    assert "<script" not in page and "&lt;script&gt;" in page
 
 
 @pytest.mark.parametrize("content", ["---" + "\n" * 900_000, "---\n" + "\n--- x" * 150_000, "---\n" + "[" * 60_000 + "\n---\n"])

@@ -20,16 +20,14 @@ from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection
 from modekit.evaluation.results import Results, Row, Score, with_gaps
 from modekit.evaluation.tables import cells_of
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.report.page import write_report
-from modekit.report.sections import SAMPLE_BYTES, gap_chart
+from modekit.report.sections import gap_chart
 from modekit.routing.fit import refit
 from modekit.training.train import train
-from pair_models import make_pair_workshop
 from refusal import run_python
 from trained import short_settings
 
@@ -229,12 +227,6 @@ class Tags(HTMLParser):
         assert tag in {"path", "rect"} or self._open.pop() == tag
 
 
-def samples_in(page: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="samples">(.*?)</script>', page.read_text(), re.S)
-    assert found is not None
-    return json.loads(found[1])  # type: ignore[no-any-return]
-
-
 def test_the_page_shows_what_was_found(told: Checkpoint, page: Path) -> None:
     """Every figure of the tables in the files beside it, and the gap."""
     html = page.read_text()
@@ -250,7 +242,7 @@ def test_the_page_shows_what_was_found(told: Checkpoint, page: Path) -> None:
     assert write_report(told).page.read_text() == html  # the same results give the same bytes
 
 
-def test_the_page_may_run_its_own_script_alone(opened: Opened, page: Path) -> None:
+def test_the_page_runs_no_script(opened: Opened, page: Path) -> None:
     """A script that got in by markup is stopped by the policy: one that we put there ourselves does not run."""
     broken = page.with_name("broken.html")
     broken.write_text(page.read_text().replace("</main>", "<script>window.got_in = 1</script></main>"))
@@ -258,66 +250,33 @@ def test_the_page_may_run_its_own_script_alone(opened: Opened, page: Path) -> No
     tab = context.browser.new_context().new_page()
     tab.goto(broken.as_uri())
     assert tab.evaluate("window.got_in") is None
-    assert tab.locator(".tok").count() == 40
+    assert tab.locator(".tok").count() == 40 * (len(DOMAINS) + 1)
     tab.context.close()
     broken.unlink()
 
 
-def weights_shown(tab: Any) -> dict[str, float]:
-    names = tab.locator("#detail li span").all_text_contents()
-    return dict(zip(names, map(float, tab.locator("#detail li data").all_text_contents()), strict=True))
-
-
-def test_the_slider_and_pointing_change_what_is_shown(opened: Opened, page: Path) -> None:
-    data, tab = samples_in(page), opened()
-
-    def expect(text: int, router: int, token: int) -> None:
-        sample = data["texts"][text]
-        wanted = dict(zip(DOMAINS, (weight / 1000 for weight in sample["weights"][router][token]), strict=True))
-        assert weights_shown(tab) == pytest.approx(wanted, abs=0.0051)
-        said = tab.locator("#detail p").text_content()
-        assert f"Token {token + 1} of 40" in said and data["routers"][router] in said
-        loss = sample["tokens"][token]["loss"]
-        assert ("not predicted" in said) if loss is None else (f"loss {loss:.2f} nats" in said)
-        for place in range(40):
-            row = sample["weights"][router][place]
-            assert f"e{row.index(max(row))}" in tab.locator(f"#t{place}").get_attribute("class").split()
-
-    expect(0, 1, 1)
-    tab.locator("#t7").hover()
-    expect(0, 1, 7)
-    tab.locator("#layer").fill("2")
-    expect(0, 2, 7)
-    assert tab.locator("#layer-name").text_content() == "layer 2" == tab.locator("#layer").get_attribute("aria-valuetext")
-    tab.locator("#tokens").focus()
-    for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
-        tab.keyboard.press(key)
-    expect(0, 2, 8)
-    assert tab.locator("#tokens").get_attribute("aria-activedescendant") == "t8"
-    tab.keyboard.press("End")
-    expect(0, 2, 39)
-    tab.keyboard.press("ArrowRight")
-    expect(0, 2, 39)
-    tab.locator("#sample").select_option(index=4)
-    expect(4, 2, 1)
-    tab.keyboard.press("Home")
-    assert tab.locator("#sample option").all_text_contents()[4] == "medicine, 2"
+def test_a_token_has_the_colour_of_the_expert_that_leads(told: Checkpoint, opened: Opened) -> None:
+    found = Inspection.find(told)
+    assert found is not None
+    shown = opened().locator(".tokens").first.locator(".tok")
+    for place, token in enumerate(found.texts[0].tokens):
+        means = np.mean([rows[place] for rows in found.texts[0].weights], axis=0)
+        leader = int(np.argmax(means))
+        assert f"e{leader % 8}" in shown.nth(place).get_attribute("class").split()
+        said = "-" if token.loss is None else f"{token.loss:.2f}"
+        assert shown.nth(place).get_attribute("title") == f"{found.experts[leader]} {means[leader]:.2f}, loss {said}"
 
 
 def test_text_of_others_is_shown_and_never_run(opened: Opened, page: Path) -> None:
     tab = opened()
-    shown = [tab.locator(f"#t{place}").text_content() for place in range(len(HOSTILE))]
-    assert [text.replace("⏎", "") for text in shown] == list(HOSTILE)
-    for place in range(len(HOSTILE)):
-        tab.locator(f"#t{place}").dispatch_event("click")
+    assert tab.locator(".tok").all_text_contents()[: len(HOSTILE)] == list(HOSTILE)
     body = tab.locator("body").inner_text()
     for text in ("a note with <i>markup</i>", "qa <i>1</i>", "three <questions>"):
         assert text in body
     assert tab.locator("#main b, #main img, #main i").count() == 0
     links = tab.locator("a").evaluate_all("nodes => nodes.map(node => node.getAttribute('href'))")
     assert links and all(link.startswith("#") for link in links)
-    source = page.read_text()
-    assert source.count("<script") == 2 and source.count("</script") == 2 and "\u2028" not in source
+    assert "<script" not in page.read_text()
 
 
 def test_a_phone_scrolls_tables_and_not_the_page(opened: Opened) -> None:
@@ -347,7 +306,7 @@ _CONTRASTS = """() => {
   const found = [];
   for (const node of document.querySelectorAll("body *")) {
     const text = [...node.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).join("");
-    if (!text || node.closest(".sr,.skip,script,noscript,option") || !node.checkVisibility()) continue;
+    if (!text || node.closest(".sr,.skip") || !node.checkVisibility()) continue;
     const style = getComputedStyle(node), below = under(node);
     const ink = over(rgba(node.closest("svg") ? style.fill : style.color), below);
     const [a, b] = [light(ink), light(below)].sort((x, y) => y - x);
@@ -384,18 +343,16 @@ def test_who_does_not_see_it_can_use_it(opened: Opened, page: Path) -> None:
     assert html["lang"] == "en"
     tab = opened()
     assert tab.title() == "TOLD: modekit report"
-    assert tab.locator("#detail").get_attribute("aria-live") == "polite"
-    for label in ("Text", re.compile("Router")):
-        assert tab.get_by_label(label, exact=isinstance(label, str)).count() >= 1
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.className") == "skip"
     assert tab.locator(".skip").bounding_box()["x"] >= 0
 
 
 def large(checkpoint: Checkpoint) -> dict[str, Any]:
-    """64 layers with a router per projection, and longer texts than a page has room for."""
+    """64 layers with a router per projection, and texts of more domains than a page has room for."""
     routers = [(layer, part) for layer in range(64) for part in ("q", "k", "v", "o", "gate", "up", "down")]
-    return inspection_of(checkpoint, routers=routers, tokens=60, texts=2, pieces=("word ",))
+    unseen = tuple(f"unseen{number}" for number in range(40))
+    return inspection_of(checkpoint, routers=routers, unseen=unseen, tokens=20, texts=1, pieces=("word ",))
 
 
 def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened) -> None:
@@ -403,12 +360,7 @@ def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened) ->
     put(checkpoint, "inspect.json", large(checkpoint))
     report = write_report(checkpoint)
     assert report.page.stat().st_size < LIMIT
-    samples = samples_in(report.page)
-    assert [sample["domain"] for sample in samples["texts"][:4]] == [*DOMAINS, "music"]
-    assert len(json.dumps(samples["texts"], separators=(",", ":"))) <= SAMPLE_BYTES * 1.01
-    tab = opened(report.page)
-    tab.locator("#layer").fill("63")
-    assert tab.locator("#layer-name").text_content() == "layer 63"
+    assert opened(report.page).locator("#words h3").all_text_contents()[:4] == [*DOMAINS, "unseen0"]
 
 
 def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, opened: Opened) -> None:
@@ -443,38 +395,6 @@ def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop:
     assert report.notes == ["there is no eval.json: run `modekit eval`", "there is no inspect.json: run `modekit inspect`"]
     assert report.page == checkpoint.folder / "results" / "report.html"
     opened(report.page)
-
-
-@pytest.fixture(scope="module")
-def pairs_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a mixture of models with an encoder, whose routers stand in both of its stacks."""
-    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 1}}
-    out = make_pair_workshop(tmp_path_factory.mktemp("pairs"), "bart").build(mixture=mixture)
-    checkpoint = open_checkpoint(out)
-    inspect(checkpoint, tokens_per_domain=300, sequence_length=64)
-    return write_report(checkpoint).page
-
-
-def test_a_router_colours_the_side_of_a_pair_that_it_reads(pairs_page: Path, opened: Opened) -> None:
-    data, tab = samples_in(pairs_page), opened(pairs_page)
-    tokens, source = data["texts"][0]["tokens"], data["texts"][0]["source"]
-    assert 0 < source < len(tokens) and [token["loss"] is None for token in tokens] == [
-        place < source for place in range(len(tokens))
-    ]
-    for router, rows in enumerate(data["texts"][0]["weights"]):
-        tab.locator("#layer").fill(str(router))
-        read = [place for place, row in enumerate(rows) if any(row)]
-        assert read in (list(range(source)), list(range(source, len(tokens))))
-        classes = [tab.locator(f"#t{place}").get_attribute("class").split() for place in range(len(tokens))]
-        assert ["unread" in each for each in classes] == [place not in read for place in range(len(tokens))]
-        assert not any(name[0] in "es" and name[1:].isdigit() for each in classes if "unread" in each for name in each)
-        for place in (0, 1, source, source + 1):
-            tab.locator(f"#t{place}").dispatch_event("click")
-            said = tab.locator("#detail p").text_content()
-            assert ("source, not predicted" in said) == (place < source) and ("nats" in said) == (place >= source)
-            assert ("which does not read it" in said) == (place not in read)
-            assert len(weights_shown(tab)) == (len(DOMAINS) if place in read else 0)
-    assert {any(rows[0]) for rows in data["texts"][0]["weights"]} == {True, False}
 
 
 def evenly(loss: float) -> Score:

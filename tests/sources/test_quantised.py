@@ -33,12 +33,6 @@ from rounding import assert_close
 RANDOM = {"method": "routing", "top_k": 1, "router": {"fit": "random"}}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of each test's own."""
-    monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
-
-
 def numbers_of(folder: Path) -> dict[str, torch.Tensor]:
     source = open_source("m", str(folder), folder)
     with OpenFiles() as opened:

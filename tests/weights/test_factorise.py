@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modekit.weights.factorise import Array32, Factors, factorise
+from modekit.weights.factorise import Factors, factorise
+from modekit.weights.numeric import Singles
 
 
-def spectrum(outputs: int, inputs: int, values: np.ndarray, seed: int = 0) -> Array32:
+def spectrum(outputs: int, inputs: int, values: np.ndarray, seed: int = 0) -> Singles:
     """A matrix with given singular values."""
     generator = np.random.default_rng(seed)
     left, right = (np.linalg.qr(generator.standard_normal((size, len(values))))[0] for size in (outputs, inputs))
@@ -23,7 +24,7 @@ def best_error(delta: np.ndarray, rank: int) -> float:
     return float(np.linalg.norm(values[rank:]) / np.linalg.norm(values))
 
 
-def error_of(delta: Array32, factors: Factors) -> float:
+def error_of(delta: Singles, factors: Factors) -> float:
     product = factors.b.astype(np.float64) @ factors.a
     return float(np.linalg.norm(delta - product) / np.linalg.norm(delta))
 

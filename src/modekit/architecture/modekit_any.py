@@ -30,7 +30,8 @@ class MixedAny(Mixed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; of an expert alone what its own module does."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)] or [self.weight]
-        flow, shape_BS = self._flow[0], self._flow[0].shape_BS
+        flow = self._flow[0]
+        shape_BS = self._flow[0].shape_BS
         plain = len(given) == len(args) + len(kwargs) == 1 and not any(True for _ in self._dense.children())
         layout = self._layout(given[0]) if plain else None
         if flow.alone is not None:

@@ -59,7 +59,8 @@ class CarriesRouterStates:
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[misc]
-        self.router_states, self.of_modules = {}, {}
+        self.router_states = {}
+        self.of_modules = {}
 
     def crop(self, tokens: int) -> None:
         """Take tokens back from the keys and values. An average cannot take them back: what it held is forgotten, and

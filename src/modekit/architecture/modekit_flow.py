@@ -142,7 +142,8 @@ class Recomputing:
     """Gradient checkpointing whose second run of a layer finds the masks, states and decisions of the first one's pass."""
 
     def __init__(self, flow: Flow, checkpoint: Callable[..., Any]) -> None:
-        self._flow, self._checkpoint = flow, checkpoint
+        self._flow = flow
+        self._checkpoint = checkpoint
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         """As the checkpoint's own function is called."""

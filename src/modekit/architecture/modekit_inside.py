@@ -78,7 +78,8 @@ class MixedInside(MixedAny):
         parts = [(expert, weights_TE[:, expert]) for expert in (*self.own, *self.adapters)]
         left_T = 1.0 - torch.stack([weight for _, weight in parts]).sum(0)
         parts.append((-1, torch.where(left_T.abs() < 1e-6, 0.0, left_T)))
-        total, beside = torch.zeros_like(x).flatten(0, 1), ()
+        total = torch.zeros_like(x).flatten(0, 1)
+        beside = ()
         for expert, weight_T in parts:
             rows = weight_T.nonzero().squeeze(-1)
             if len(rows) == 0:
@@ -113,7 +114,8 @@ class MixedInside(MixedAny):
             return type(experts).forward(experts, x_TI, index_TK, weight_TK)
 
         def linear(x: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
-            weight, bias = getattr(experts, leaf)[expert], getattr(experts, f"{leaf}_bias", None)
+            weight = getattr(experts, leaf)[expert]
+            bias = getattr(experts, f"{leaf}_bias", None)
             y = nn.functional.linear(x, weight.t() if experts.is_transposed else weight, None if bias is None else bias[expert])
             change = changes[leaf]
             if change is None:

@@ -123,7 +123,8 @@ class Mixed(nn.Module):
 
         Raises RuntimeError when it has not run.
         """
-        flow, leader = self._flow[0], self._leader[0].router
+        flow = self._flow[0]
+        leader = self._leader[0].router
         if self.router is not None and not self.router.has_decided:
             self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
         if flow.target_weights is not None and not flow.encoding:  # routers run all the same: statistics are of what they read
@@ -191,7 +192,8 @@ class Mixed(nn.Module):
         """Return y + B s A x with one adapter's A and B, whatever others there are, down to the last bit: sums over all ranks
         are rounded as their number says.
         """
-        first, rank = sum(self.ranks[:expert]), self.ranks[expert]
+        first = sum(self.ranks[:expert])
+        rank = self.ranks[expert]
         if not rank:
             return y
         hidden, lora_B = self._hidden(x, y.dtype, slice(first, first + rank))
@@ -199,7 +201,8 @@ class Mixed(nn.Module):
 
     def _hidden(self, x: torch.Tensor, dtype: torch.dtype, ranks: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """A x (B, S, R) of some ranks, and what it is multiplied with, B (O, R). Of an embedding B[x] and A^T."""
-        lora_A, lora_B = self.lora_A[ranks], self.lora_B[:, ranks]
+        lora_A = self.lora_A[ranks]
+        lora_B = self.lora_B[:, ranks]
         if self._reads_ids:
             rows = nn.functional.embedding(x, lora_B.to(dtype)) * getattr(self.base, "embed_scale", 1.0)
             return rows, lora_A.to(dtype).t().contiguous()
@@ -210,7 +213,8 @@ class Mixed(nn.Module):
         if not (y.dtype == weighted.dtype == lora_B.dtype and y.is_contiguous() and weighted.is_contiguous()):
             return y + nn.functional.linear(weighted, lora_B)
         # The sum costs a few per cent as a pass of its own: the matrix product adds to what is there.
-        y_TO, weighted_TR = y.view(-1, y.shape[-1]), weighted.view(-1, weighted.shape[-1])
+        y_TO = y.view(-1, y.shape[-1])
+        weighted_TR = weighted.view(-1, weighted.shape[-1])
         if torch.is_grad_enabled() or not self._owns_output:
             return torch.addmm(y_TO, weighted_TR, lora_B.t()).view(y.shape)
         y_TO.addmm_(weighted_TR, lora_B.t())
@@ -283,7 +287,8 @@ class FewBits(nn.Module):
 
     def __init__(self, outputs: int, inputs: int, bits: int, *, looked_up: bool) -> None:
         super().__init__()
-        self.inputs, self.looked_up = inputs, looked_up
+        self.inputs = inputs
+        self.looked_up = looked_up
         self.register_buffer("codes", torch.zeros(outputs, bits, -(-inputs // 8), dtype=torch.uint8))
         self.steps = nn.Parameter(torch.zeros(outputs))
 
@@ -295,7 +300,8 @@ class FewBits(nn.Module):
 
     def _rows(self, codes_XPC: torch.Tensor, steps_X: torch.Tensor) -> torch.Tensor:
         """The numbers (X, I) that codes and steps stand for."""
-        bits, places = codes_XPC.shape[-2], torch.arange(8, dtype=torch.uint8, device=codes_XPC.device)
+        bits = codes_XPC.shape[-2]
+        places = torch.arange(8, dtype=torch.uint8, device=codes_XPC.device)
         level_XI = torch.zeros((), dtype=torch.uint8, device=codes_XPC.device)
         for plane in range(bits):
             level_XI = level_XI + (((codes_XPC[..., plane, :, None] >> places) & 1) << plane)

@@ -37,15 +37,18 @@ _IDS, _WEIGHTS = "source_ids", "source_weights"
 def _before_encoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell the routers what the source is."""
     given = _given(module, args, kwargs)
-    flow.encoding, flow.source_weights = True, None
+    flow.encoding = True
+    flow.source_weights = None
     start_pass(flow, given)
-    flow.source_ids_BS, flow.source_mask_BS = flow.ids_BS, flow.mask_BS
+    flow.source_ids_BS = flow.ids_BS
+    flow.source_mask_BS = flow.mask_BS
     _check_one_each(flow, given)
 
 
 def _after_encoder(flow: Flow, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
     """Let the source's ids, and what one router for all places says of it, go with the output."""
-    flow.encoding, flow.fresh = False, {}
+    flow.encoding = False
+    flow.fresh = {}
     if output is None:  # it was interrupted
         return
     leaders = {id(mixed.leader): mixed.leader for mixed in flow.mixed.values()}
@@ -88,7 +91,8 @@ def _tokens(given: dict[str, Any]) -> Any:
 
 def _check_one_each(flow: Flow, given: dict[str, Any]) -> None:
     """Raise ValueError unless one expert is named for all sources, or one for each: an encoder runs before there are beams."""
-    tokens, named = _tokens(given), torch.as_tensor(0 if flow.forced is None else flow.forced).numel()
+    tokens = _tokens(given)
+    named = torch.as_tensor(0 if flow.forced is None else flow.forced).numel()
     if tokens is not None and 1 < named != len(tokens):
         raise ValueError(f"use_expert was given {named} experts, for {len(tokens)} sequences")
 
@@ -155,13 +159,15 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
             given = {**dict(zip(arguments, args, strict=False)), **kwargs}
             encoded: Any = given.get("encoder_outputs")
             carried = dict(encoded) if hasattr(encoded, "keys") else {}
-            flow.source_ids_BS, flow.source_weights = carried.get(_IDS, given.get("input_ids")), carried.get(_WEIGHTS)
+            flow.source_ids_BS = carried.get(_IDS, given.get("input_ids"))
+            flow.source_weights = carried.get(_WEIGHTS)
             flow.source_mask_BS = given.get("attention_mask")
             flow.padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
             try:
                 return dense.forward(self, *args, **kwargs)
             finally:
-                flow.padding, flow.encoding = {}, False
+                flow.padding = {}
+                flow.encoding = False
 
     return forward
 

@@ -41,14 +41,16 @@ class Router(nn.Module):
     def __init__(self, name: str, place: Mapping[str, Any], flow: Flow, experts: int, routing: Mapping[str, Any]) -> None:
         """`place` is its entry in `modekit.places` (see `Mixed`)."""
         super().__init__()
-        self.place, self.experts = name, experts
+        self.place = name
+        self.experts = experts
         self.of_source = place.get("of_source", False)  # it stands in a decoder and reads an encoder's output
         self.in_decoder = name.removeprefix("model.").startswith("decoder.")
         self.reads_target = flow.pair and self.in_decoder and not self.of_source
         self.features = place.get("features", 0)  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.set(routing)
-        parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or 0
+        parts = len(self.routing["averages"])
+        shared = self.routing.get("dimensions") or 0
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(self.features, 1) * experts + shared, parts * place["width"]))
 
@@ -146,7 +148,8 @@ class Router(nn.Module):
         return [found[order] for order in orders]
 
     def _ngram_rows(self, ids_BS: torch.Tensor, order: int, buckets: int, kinds: int) -> torch.Tensor:
-        flow, key = self._flow[0], f"{self.place}.ids" + (f".{order}" if kinds > 1 else "")
+        flow = self._flow[0]
+        key = f"{self.place}.ids" + (f".{order}" if kinds > 1 else "")
         if flow.keeper is not None:
             return flow.keeper.ngram_rows(key, ids_BS, order, buckets)
         mask_BS = flow.source_mask_BS if flow.pair else flow.mask_BS
@@ -158,7 +161,8 @@ class Router(nn.Module):
         return rows_BS
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool) -> torch.Tensor:
-        flow, key = self._flow[0], f"{self.place}.{number}"
+        flow = self._flow[0]
+        key = f"{self.place}.{number}"
         prefix = self.routing.get("prefix")
         if flow.keeper is not None:
             return means_of(flow.keeper.sums(key, scores_BSG, average["decay"], prefix))
@@ -260,8 +264,10 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any], left_out: int | Non
     if left_out is not None:
         logits = logits.index_fill(-1, _index(left_out, logits), float("-inf"))
         always_on = always_on if always_on.get("expert") != left_out else {}
-    own, share = always_on.get("expert"), always_on.get("weight")
-    taken, ranked = torch.ones_like(logits, dtype=torch.bool), logits
+    own = always_on.get("expert")
+    share = always_on.get("weight")
+    taken = torch.ones_like(logits, dtype=torch.bool)
+    ranked = logits
     if own is not None and share is None:  # among the chosen whatever its logit; its weight is what the logit says
         place = torch.arange(logits.shape[-1], device=logits.device) == own
         ranked = logits.masked_fill(place, float("inf"))
@@ -301,7 +307,8 @@ def places_of(
     """
     if expert is None:
         return None
-    names, labels = said["experts"], said.get("labels")
+    names = said["experts"]
+    labels = said.get("labels")
     labels = {key: at for key, at in labels.items() if type(at) is int} if isinstance(labels, dict) else {}
     known = {**labels, **{name: at for at, name in enumerate(names)}}
     listed = isinstance(expert, (list, tuple)) or getattr(expert, "ndim", 0) > 0

@@ -87,7 +87,8 @@ class BiasedHead(nn.Module):
 
     def __init__(self, head: nn.Linear, bias_1V: torch.Tensor) -> None:
         super().__init__()
-        self.in_features, self.out_features = head.in_features, head.out_features
+        self.in_features = head.in_features
+        self.out_features = head.out_features
         self.weight = head.weight
         self.final_logits_bias = nn.Buffer(bias_1V.clone())
 

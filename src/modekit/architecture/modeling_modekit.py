@@ -85,9 +85,11 @@ class MixtureForCausalLM(InBoth):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         flow = self.base_model.flow = Flow()
-        inner, config_class = _inner(self), config.__class__
+        inner = _inner(self)
+        config_class = config.__class__
         dense_model: Any = type(inner)
-        inner.__class__, inner.flow = _mixture_class(dense_model, config_class), flow
+        inner.__class__ = _mixture_class(dense_model, config_class)
+        inner.flow = flow
         # By its class a model is known to record hidden states and attentions.
         getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).update({str(inner.__class__): inner._can_record_outputs})
         install(self, "", config, flow)  # type: ignore[arg-type]
@@ -230,7 +232,8 @@ def _twice(value: Any, sequences: int) -> Any:
 
 def _averaged(output: Any, sequences: int, weight: float) -> Any:
     """A pass's output for B sequences: the last hidden states averaged, all else as the routed half has it."""
-    routed, common = output[0][:sequences], output[0][sequences:]
+    routed = output[0][:sequences]
+    common = output[0][sequences:]
     hidden = (1.0 - weight) * routed + weight * common
     if isinstance(output, tuple):
         return (hidden, *(tuple(one[:sequences] for one in each) if isinstance(each, tuple) else each for each in output[1:]))
@@ -339,7 +342,9 @@ def finish_pass(flow: Flow, output: Any) -> None:
         remembering(cache)
         cache.router_states = flow.fresh
         cache.streams = 1 if flow.sequences is None else 2
-    flow.states, flow.fresh, flow.cache = {}, {}, None
+    flow.states = {}
+    flow.fresh = {}
+    flow.cache = None
 
 
 class ModekitModel:

@@ -43,7 +43,6 @@ from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles, WeightFile
-from modekit.sources.digests import keep_digest
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import folders_of
@@ -276,7 +275,6 @@ class Inspector:
         finally:
             opened.close()
         digest: str = hasher.hexdigest()
-        keep_digest(file, opened.state, digest)
         if self._known.get(file, digest) != digest:
             raise SourceError(
                 "a model has changed since the mixture was built, and something of it is needed again",

@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
 from modekit.checkpoint.evidence_file import changed_blake3, embedding_writer
@@ -47,6 +45,7 @@ from modekit.sources.names import weight_of
 from modekit.sources.tokenizer import COPIED_FILES
 from modekit.sources.weight_files import INDEX_FILE
 from modekit.weights.flat import read_float32
+from modekit.weights.numeric import Singles
 
 
 class _Config(BaseModel):
@@ -130,7 +129,7 @@ class Checkpoint:
         sizes = {name: ref.numel for name, ref in self.tensors.items()}
         return self.shape.parameters(sizes, self.record.dense_parameters)
 
-    def gates(self) -> list[npt.NDArray[np.float32]]:
+    def gates(self) -> list[Singles]:
         """The gate of every router slot as it is on disk."""
         with OpenFiles() as opened:
             return [read_float32(opened, self.tensors[slot.name]) for slot in self.slots]
@@ -142,7 +141,8 @@ class Checkpoint:
         Weights (but for the two files that a router is written into), tokenizer and config are those that lie there now.
         Raises SourceError.
         """
-        files, record = {ref.file for ref in self.tensors.values()}, self.record
+        files = {ref.file for ref in self.tensors.values()}
+        record = self.record
         digests = {file.name: known_blake3(file) for file in sorted(files) if file.name != ROUTER_FILE}
         made_from = [[source.digests for source in record.sources], record.expert_sources]
         return {
@@ -177,8 +177,12 @@ class Checkpoint:
         return Path(os.path.realpath(self.folder / source.folder))
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
-        where, found = str(self.folder), shortened(error)
-        return CheckpointError(f"{file} is missing or damaged", where=where, found=found, remedy=BUILD_AGAIN)
+        return CheckpointError(
+            f"{file} is missing or damaged",
+            where=str(self.folder),
+            found=shortened(error),
+            remedy=BUILD_AGAIN,
+        )
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
@@ -197,7 +201,8 @@ class Checkpoint:
             dtype = found
         gate_file = router_bytes(changed.slots, gates, dtype)
         files: dict[str, Content] = {ROUTER_FILE: gate_file}
-        fitted, trained = router.model_copy(update={"sha256": sha256_of(gate_file)}), self.record.trained
+        fitted = router.model_copy(update={"sha256": sha256_of(gate_file)})
+        trained = self.record.trained
         if evidence is not None:
             channels, embedding = self.carrier
             files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)
@@ -215,8 +220,8 @@ class Checkpoint:
 
     def recipe_file(self, recipe: Recipe, folder: Path) -> dict[str, Content]:
         """The file of a changed recipe, for the mixture in a folder, where modekit wrote one beside this one."""
-        foreign, is_there = foreign_files(self.folder), (self.folder / RECIPE_FILE).is_file()
-        if not is_there or foreign is None or RECIPE_FILE in foreign:
+        foreign = foreign_files(self.folder)
+        if not (self.folder / RECIPE_FILE).is_file() or foreign is None or RECIPE_FILE in foreign:
             return {}
         return {RECIPE_FILE: as_file(recipe, self.recipe_root, folder)}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.checkpoint.evidence_file import rows_of
 from modekit.checkpoint.router_file import FIT_ANEW
@@ -16,12 +15,13 @@ from modekit.errors import CheckpointError, RecipeError
 from modekit.planning.channels import Channels
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
-from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
+from modekit.weights.numeric import DTYPES, Doubles, Singles, as_array, is_finite, to_bytes, to_float32
 
 
-def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
+def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: Singles) -> memoryview:
     """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
-    parts, unit = [], _unit(channels, (sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)))
+    parts = []
+    unit = _unit(channels, (sizes_V for _, _, sizes_V in _sized_rows(channels, embedding)))
     for start, _, sizes_V in _sized_rows(channels, embedding):
         values = unit * channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
         parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
@@ -35,29 +35,28 @@ def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDA
     return columns
 
 
-def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
+def read_table(channels: Channels, embedding: TensorRef) -> Singles:
     """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
-    parts, sizes = [], list[npt.NDArray[np.float64]]()
+    parts = []
+    sizes = list[Doubles]()
     for _, values, sizes_V in _sized_rows(channels, embedding):
         sizes.append(sizes_V)
         with np.errstate(all="ignore"):
             parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
-    table_VN: npt.NDArray[np.float32] = np.concatenate(parts) / np.float32(_unit(channels, sizes))
+    table_VN: Singles = np.concatenate(parts) / np.float32(_unit(channels, sizes))
     if not np.isfinite(table_VN).all():
         raise CheckpointError("the router's table in the embedding is not finite", where=str(embedding.file), remedy=FIT_ANEW)
     return table_VN
 
 
-def _unit(channels: Channels, sizes: Iterable[npt.NDArray[np.float64]]) -> float:
+def _unit(channels: Channels, sizes: Iterable[Doubles]) -> float:
     """What evidence is multiplied with: where penalties follow from it (planning/penalties.py), the usual size of an embedding,
     by which the norm behind attention divides it. Only there the sizes are asked for.
     """
     return float(np.median(np.concatenate([*sizes]))) * channels.embedding_scale if channels.inner else 1.0
 
 
-def _sized_rows(
-    channels: Channels, embedding: TensorRef
-) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float64]]]:
+def _sized_rows(channels: Channels, embedding: TensorRef) -> Iterator[tuple[int, Singles, Doubles]]:
     """Blocks of rows: the place of the first, the rows in float32, and their sizes."""
     with OpenFiles() as opened:
         for start, rows in rows_of(opened, embedding):

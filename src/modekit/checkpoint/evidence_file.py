@@ -18,8 +18,10 @@ from modekit.weights.numeric import BLOCK
 
 def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
     """The columns that an embedding has."""
-    itemsize, (height, width) = ITEMSIZE[embedding.dtype], embedding.shape
-    first, size = channels.evidence.start * itemsize, (channels.evidence.stop - channels.evidence.start) * itemsize
+    itemsize = ITEMSIZE[embedding.dtype]
+    height, width = embedding.shape
+    first = channels.evidence.start * itemsize
+    size = (channels.evidence.stop - channels.evidence.start) * itemsize
     columns = memoryview(bytearray(height * size))
     with OpenFiles() as opened:
         file = opened.file(embedding)
@@ -61,6 +63,7 @@ def _changed(channels: Channels, embedding: TensorRef, columns: memoryview) -> I
 def rows_of(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memoryview]]:
     """Blocks of whole rows, and the number of the first in each."""
     height, width = embedding.shape
-    row, step = width * ITEMSIZE[embedding.dtype], max(1, BLOCK // width)
+    row = width * ITEMSIZE[embedding.dtype]
+    step = max(1, BLOCK // width)
     for start in range(0, height, step):
         yield start, opened.read(embedding, start * row, min(start + step, height) * row)

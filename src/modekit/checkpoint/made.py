@@ -16,7 +16,8 @@ def make_record(plan: Plan, out: Path, sources: list[SourceRecord], router: Rout
 
     `carried`: sha256 of carried.safetensors.
     """
-    unique, carry = list(dict.fromkeys(plan.sources)), plan.shape.channels and plan.shape.channels.carry
+    unique = list(dict.fromkeys(plan.sources))
+    carry = plan.shape.channels and plan.shape.channels.carry
     return MixtureRecord(
         format=1,
         modekit_version=version("modekit"),

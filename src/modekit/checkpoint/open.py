@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,9 @@ from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import finish_change, is_in_the_making, mend
 from modekit.files.read import UNREADABLE, content_of, read_json
 from modekit.files.typed import as_kind, shortened
-from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN
 from modekit.sources.contents import OpenFiles
-from modekit.sources.digests import is_settled
 from modekit.sources.header import DTYPE_NAMES
 from modekit.weights.numeric import is_finite
 
@@ -69,8 +66,7 @@ def check_router(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
     modekit.json, and finite; SourceError where they cannot be read. What a checkpoint without gates has is not compared.
 
-    Where a training moved the embedding, that is known by its own digest. One that this user's modekit has looked through
-    is not read again while its file is what it was.
+    Where a training moved the embedding, that is known by its own digest.
     """
     file = checkpoint.folder / ROUTER_FILE
     inside = {name: ref for name, ref in checkpoint.tensors.items() if ref.file == file}
@@ -78,26 +74,25 @@ def check_router(checkpoint: Checkpoint) -> None:
     if {slot.name: slot.shape for slot in checkpoint.slots} != shapes:
         raise _other_router(file, "gates of other names or shapes, or a strange dtype", "those of config.json")
     if inside:
-        digest, gates = sha256_of(content_of(file)), zip(checkpoint.slots, checkpoint.gates(), strict=True)
+        digest = sha256_of(content_of(file))
+        gates = zip(checkpoint.slots, checkpoint.gates(), strict=True)
         broken = next((slot.name for slot, gate in gates if not np.isfinite(gate).all()), None)
         _compare(file, digest, broken, checkpoint.record.router.sha256)
     if checkpoint.shape.channels is None:
         return
     channels, embedding = checkpoint.carrier
     if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
-        found = f"{embedding.dtype} {list(embedding.shape)}"
-        raise _other_router(embedding.file, found, f"{channels.hidden + channels.spare} columns")
-    trained, state = checkpoint.record.trained.get(embedding.name), embedding.state
+        raise _other_router(
+            embedding.file,
+            f"{embedding.dtype} {list(embedding.shape)}",
+            f"{channels.hidden + channels.spare} columns",
+        )
+    trained = checkpoint.record.trained.get(embedding.name)
     expected = checkpoint.record.router.evidence if trained is None else trained
-    claim = f"evidence {os.path.realpath(embedding.file)} {state and astuple(state)} {channels.evidence} {expected}"
-    if is_proven_here(claim):
-        return
     columns = read_evidence(channels, embedding)
     with OpenFiles() as opened:
         digest = sha256_of(columns) if trained is None else opened.blake3(embedding)
     _compare(embedding.file, digest, None if is_finite(columns, embedding.dtype) else embedding.name, expected)
-    if state is not None and is_settled(state):
-        keep_proven(claim)
 
 
 def _compare(file: Path, found: str, broken: str | None, expected: str) -> None:
@@ -123,5 +118,10 @@ def refuse_pairs(checkpoint: Checkpoint, what: str, remedy: str = "call it in Py
     Asked first, before any other reason, whose remedies such a mixture could not follow.
     """
     if checkpoint.shape.family.pair:
-        where = str(checkpoint.folder)
-        raise UnsupportedError(what, where=where, found="it has an encoder", expected="a decoder alone", remedy=remedy)
+        raise UnsupportedError(
+            what,
+            where=str(checkpoint.folder),
+            found="it has an encoder",
+            expected="a decoder alone",
+            remedy=remedy,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -9,15 +10,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    field_serializer,
-    model_serializer,
+    PlainSerializer,
     model_validator,
 )
 
 from modekit.files.marker import STATISTICS
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
 from modekit.planning.carry import CarrySize
+from modekit.recipes.edit import as_written
 from modekit.recipes.mixture import Router
 from modekit.recipes.recipe import Recipe
 
@@ -48,12 +48,7 @@ class SourceRecord(_Record):
     folder: RelativePath
     files: dict[PlainName, FileRecord]
     config: Digest = ""
-    packed: str = ""
-
-    @model_serializer(mode="wrap")
-    def _packed_where_it_is(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        said: dict[str, Any] = handler(self)
-        return said if self.packed else {key: value for key, value in said.items() if key != "packed"}
+    packed: str = Field("", exclude_if=not_)
 
     @property
     def digests(self) -> list[str]:
@@ -143,13 +138,15 @@ class Change(_Record):
 class MixtureRecord(_Record):
     """modekit.json.
 
-    `carry` says what besides FFN experts a native checkpoint carries. `trained` names the tensors, gates aside, that a training
-    moved, with the blake3 of their bytes. `history` has who came and went since the build.
+    Of the recipe it has what the user set: a default that has no effect is fine unsaid, and an
+    error when said. `carry` says what besides FFN experts a native checkpoint carries. `trained`
+    names the tensors, gates aside, that a training moved, with the blake3 of their bytes. `history`
+    has who came and went since the build.
     """
 
     format: Literal[1]
     modekit_version: str
-    recipe: Recipe
+    recipe: Annotated[Recipe, PlainSerializer(as_written)]
     recipe_digest: Digest
     recipe_folder: RelativePath
     dense_config: dict[str, Any]
@@ -158,11 +155,11 @@ class MixtureRecord(_Record):
     expert_sources: list[int]
     sources: list[SourceRecord] = Field(min_length=1)
     router: RouterRecord
-    carry: CarryRecord | None = None
+    carry: CarryRecord | None = Field(None, exclude_if=not_)
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
-    history: list[Change] = []
-    tokens: TokensRecord | None = None
+    history: list[Change] = Field([], exclude_if=not_)
+    tokens: TokensRecord | None = Field(None, exclude_if=not_)
 
     @property
     def pinned_recipe(self) -> Recipe:
@@ -182,14 +179,3 @@ class MixtureRecord(_Record):
         if len(self.sources) > 1 + len(numbers):
             raise ValueError("sources must be the base model's and the experts', each once")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What most mixtures do not have: those that were only built no history, those of one vocabulary no tokens."""
-        said: dict[str, Any] = handler(self)
-        return {key: value for key, value in said.items() if value or key not in ("history", "tokens", "carry")}
-
-    @field_serializer("recipe")
-    def _as_written(self, recipe: Recipe) -> dict[str, Any]:
-        """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
-        return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)

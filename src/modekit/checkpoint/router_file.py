@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from modekit.errors import RecipeError
@@ -17,11 +16,11 @@ from modekit.files.write import json_bytes, safetensors_header, write_file, writ
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.shape import RouterSlot
 from modekit.sources.weight_files import INDEX_FILE
-from modekit.weights.numeric import DTYPES, is_finite, to_bytes
+from modekit.weights.numeric import DTYPES, Singles, is_finite, to_bytes
 
 FIT_ANEW = "put it back, or set the router again with `modekit fit`"
 Writer = Callable[[io.FileIO], None]
-Gates = Sequence[npt.NDArray[np.float32]]
+Gates = Sequence[Singles]
 """The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
 
 

@@ -1,7 +1,6 @@
 """The models that a mixture was made from: what is recorded of them, and whether they are that still.
 
-A weight file is read again only where its size, times or inode are not those that it had when this user's modekit read it last
-(files/user_cache.py). Settings (config.json, adapter_config.json) are small and always read.
+A command reads a weight file once for it; settings (config.json, adapter_config.json) are small and always read.
 """
 
 from __future__ import annotations

@@ -6,6 +6,6 @@ marker.py, lock.py  what in a folder is modekit's own, and may be replaced or re
 output.py           may OUT be written, and what a kill left of it
 staging.py          a folder in the making, which appears by rename; the same command continues it after a kill
 change.py           several files of a finished folder, all together
-user_cache.py       what this user's modekit found out about large files
+user_cache.py       what this user's modekit has proven
 figures.py          sizes and times as people read them
 """

@@ -31,8 +31,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         if not (number and type(error).__name__ in ("SafetensorError", "Exception")) and not torch_writes:
             raise
         code = int(number[1]) if number else errno.EIO
-        said = os.strerror(code) if number else "a file could not be written whole: is the disk full?"
-        raise OSError(code, said, str(path)) from None
+        raise OSError(
+            code,
+            os.strerror(code) if number else "a file could not be written whole: is the disk full?",
+            str(path),
+        ) from None
 
 
 @contextmanager

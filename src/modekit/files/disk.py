@@ -41,14 +41,20 @@ def _nearest(out: Path) -> Path:
 
 def failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
     """What is said of an output that cannot be written, and of what is left of it."""
-    place, found, remedy = _nearest(out), f"{error.strerror or error}", "choose a folder that can be written"
+    place = _nearest(out)
+    found = f"{error.strerror or error}"
+    remedy = "choose a folder that can be written"
     if error.errno in FULL:
         found += f" ({disk_of(out).free:,} bytes free)"
         remedy = "free space, or choose a folder on another disk"
     elif not place.is_dir():
         found = f"{place} is a file"
-    what = f"the output folder cannot be written; {left_of(out, finished=finished)}"
-    return OutputError(what, where=str(out), found=found, remedy=None if finished else remedy)
+    return OutputError(
+        f"the output folder cannot be written; {left_of(out, finished=finished)}",
+        where=str(out),
+        found=found,
+        remedy=None if finished else remedy,
+    )
 
 
 def left_of(out: Path, *, finished: bool) -> str:

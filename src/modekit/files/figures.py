@@ -33,7 +33,8 @@ def three_digits(value: float) -> str:
 def clock_of(seconds: float) -> str:
     """A time as a clock shows it: 0:07, 12:30, 1:02:30."""
     whole = round(seconds)
-    minutes, hours = whole // 60 % 60, whole // 3600
+    minutes = whole // 60 % 60
+    hours = whole // 3600
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 

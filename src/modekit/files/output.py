@@ -13,7 +13,10 @@ from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, MARKER, Marker, read_marker
 from modekit.files.write import empty_folder, is_temporary, remove, remove_if_empty, write_file
 
-JOURNAL, NEW, OLD, LOCK = "journal", "new", "old", "lock"
+JOURNAL = "journal"
+NEW = "new"
+OLD = "old"
+LOCK = "lock"
 _ATTEMPTS = 20
 
 
@@ -27,7 +30,8 @@ def mend_commit(work: Path, out: Path) -> None:
 
     Raises OutputError when something else has taken its place.
     """
-    old, new = work / OLD, work / NEW
+    old = work / OLD
+    new = work / NEW
     if old.is_symlink() or not old.is_dir():
         remove(old)
     elif not os.path.lexists(out):
@@ -57,7 +61,8 @@ class WorkFolder:
             raise OutputError("the output needs a folder of its own", where=str(out), remedy="name a folder in it")
         self.path = out.with_name(f"{out.name}.{kind}")
         self.lock = Lock(self.path / LOCK)
-        self._marker, self._last = Marker(kind=kind, of=out.name), (*last, MARKER)
+        self._marker = Marker(kind=kind, of=out.name)
+        self._last = (*last, MARKER)
 
     @property
     def is_ours(self) -> bool:

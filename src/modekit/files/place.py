@@ -24,8 +24,11 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
     if not os.path.lexists(out) or replace == "in place":
         return
     if replace == "nothing":
-        remedy = "choose another folder" + (" or pass --overwrite" if read_marker(out) is not None else "")
-        raise OutputError("the output folder exists", where=str(out), remedy=remedy)
+        raise OutputError(
+            "the output folder exists",
+            where=str(out),
+            remedy="choose another folder" + (" or pass --overwrite" if read_marker(out) is not None else ""),
+        )
     is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     foreign = foreign_files(out) if out.is_dir() and not is_empty else None
     if not is_empty and foreign != []:
@@ -42,5 +45,9 @@ def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
     real = Path(os.path.realpath(out))  # Path.resolve raises where links go round
     for folder in (Path(os.path.realpath(source)) for source in sources):
         if real == folder or real in folder.parents or folder in real.parents:
-            what, found = "the output must not touch what it is made from", f"it is, holds or lies in {folder}"
-            raise OutputError(what, where=str(out), found=found, remedy="choose a folder beside it")
+            raise OutputError(
+                "the output must not touch what it is made from",
+                where=str(out),
+                found=f"it is, holds or lies in {folder}",
+                remedy="choose a folder beside it",
+            )

@@ -51,13 +51,16 @@ class Staging:
     """An output folder in the making. Use `staging(...)`."""
 
     def __init__(self, out: Path, digest: str, kind: Kind, *, replace: Replace, sync: bool) -> None:
-        self.out, self._work = out, work_of(out)
+        self.out = out
+        self._work = work_of(out)
         self.folder = self._work.path / NEW
         self.last: Callable[[], None] = lambda: None
         """Called when nobody else can change the old folder any more, before the new one is whole; what it raises ends it."""
         self.is_done = False
         """Whether OUT is what was made here."""
-        self._kind, self._replace, self._sync = kind, replace, sync
+        self._kind = kind
+        self._replace = replace
+        self._sync = sync
         self._disk = ThreadPoolExecutor(1, "sync")
         self._taken: dict[Path, Future[None]] = {}
         try:
@@ -77,7 +80,8 @@ class Staging:
         """Write one safetensors file, unless an earlier run of the same command has; `write_tensor(number, stream)` writes the
         bytes of an entry to the unbuffered stream. While the next file is written, the disk takes this one.
         """
-        path, header = self.folder / file, safetensors_header(entries)
+        path = self.folder / file
+        header = safetensors_header(entries)
         size = len(header) + sum(nbytes for *_, nbytes in entries)
         if file not in self._journal[1:] or path.is_symlink() or not path.is_file() or path.stat().st_size != size:
             remove(path)
@@ -135,7 +139,8 @@ class Staging:
         remove(self.folder / MARKER)
         foreign = foreign_files(self.out) if self._replace == "in place" else []
         if foreign is not None:
-            marker, below = Marker(kind=self._kind), files_below(self.folder)
+            marker = Marker(kind=self._kind)
+            below = files_below(self.folder)
             names = [name for name in below if not (marker.owns(name) or (self.folder / name).is_symlink())]
             write_file(self.folder / MARKER, marker.with_files(self.folder, names, but=foreign).as_bytes(), sync=False)
 
@@ -234,6 +239,9 @@ def staging(
         if isinstance(error, OSError):
             raise failed(out, error, finished=finished) from None
         if isinstance(error, KeyboardInterrupt):
-            remedy = None if finished else "run the command again to start over"
-            raise InterruptError(f"interrupted; {left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
+            raise InterruptError(
+                f"interrupted; {left_of(out, finished=finished)}",
+                where=str(out),
+                remedy=None if finished else "run the command again to start over",
+            ) from None
         raise

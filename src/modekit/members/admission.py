@@ -10,7 +10,6 @@ each, where there are both.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.building.text import write_texts
 from modekit.building.update import CheckpointUpdate
-from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_weights
 from modekit.errors import ModekitError, TextError, some_of
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
 from modekit.evaluation.results import Score, is_gap
 from modekit.members.change import opened_expert
-from modekit.members.licences import facts, licence_of, sources_of
+from modekit.members.licences import licence_of, sources_of
 from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
 from modekit.sources.names import split_layer
@@ -95,8 +93,12 @@ def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: i
     from modekit.loaded.load import load_model, load_tokenizer
     from modekit.loaded.shapes import mixture_of
 
-    plan, checkpoint, mixture = before.plan, before.checkpoint, before.checkpoint.folder
-    base, source, expert = plan.sources[0], plan.sources[1 + place], plan.recipe.experts[place]
+    plan = before.plan
+    checkpoint = before.checkpoint
+    mixture = before.checkpoint.folder
+    base = plan.sources[0]
+    source = plan.sources[1 + place]
+    expert = plan.recipe.experts[place]
     texts = RecipeTexts(plan.recipe, plan.root, models=[base.folder, source.folder], mixture=mixture)
     try:
         own = texts.own(place)
@@ -118,7 +120,8 @@ def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: i
 
     found: dict[str, Score] = {}
     score(load_model(base.folder, run=run), "base", base)
-    model, replaces = load_model(mixture, run=run), expert.name in checkpoint.names
+    model = load_model(mixture, run=run)
+    replaces = expert.name in checkpoint.names
     if not replaces:
         score(model, "mixture")
     if (rival := expert.name if replaces else nearest) is not None:
@@ -130,7 +133,9 @@ def _scores(before: CheckpointUpdate, place: int, nearest: str | None, tokens: i
 
 def _models_that_are_there(before: CheckpointUpdate, place: int, run: Run) -> dict[str, ModelSource]:
     """The other experts' models, as far as they can be opened and are what they were."""
-    checkpoint, plan, opener = before.checkpoint, before.plan, Opener(before.plan.root, run)
+    checkpoint = before.checkpoint
+    plan = before.plan
+    opener = Opener(before.plan.root, run)
     found: dict[str, ModelSource] = {}
     for number, (expert, origin) in enumerate(zip(plan.recipe.experts, before.origins, strict=True)):
         opened = None if expert.is_base or origin is None else opened_expert(checkpoint, opener, origin, plan.sources[0])
@@ -146,7 +151,8 @@ def _likeness(
 ) -> tuple[float, tuple[str, float, float] | None]:
     """Its drift, and name, cosine and distance of the nearest expert whose model is there."""
     plan = before.plan
-    base, new = plan.sources[0], plan.sources[1 + place]
+    base = plan.sources[0]
+    new = plan.sources[1 + place]
     if plan.recipe.experts[place].is_base:
         return 0.0, None
     names = plan.family.own_names(base)
@@ -166,11 +172,16 @@ def _of_scores(scores: Mapping[str, Score], nearest: tuple[str, float, float] | 
         to_do = "give --text, a few hundred documents"
         yield Finding("note", "what it brings was not measured", "no held-out text of its own", to_do)
         return
-    base, expert = scores["base"].loss, scores["expert"].loss
+    base = scores["base"].loss
+    expert = scores["expert"].loss
     found = f"{', '.join(f'{row} {score.loss:.3f}' for row, score in scores.items())} nats per token"
     if not expert < base:  # nor where it is no number
-        what, to_do = "it is not better than the base model on its own text", "check that model and text belong together"
-        yield Finding("error", what, found, to_do)
+        yield Finding(
+            "error",
+            "it is not better than the base model on its own text",
+            found,
+            "check that model and text belong together",
+        )
         return
     shares = {row: (base - score.loss) / (base - expert) for row, score in scores.items()}
     if not is_gap(scores["base"], scores["expert"]):
@@ -196,24 +207,23 @@ def _of_likeness(drift: float, nearest: tuple[str, float, float] | None, missed:
         yield Finding("note", f"it was not compared with {some_of(missed)}", "their models are gone or have changed")
     if nearest is not None and nearest[1] >= _NEAR_COSINE:
         other, cosine, distance = nearest
-        found = f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base"
-        to_do = f"put it in that one's place: modekit replace OUT {other} --model ..."
-        yield Finding("error", f"it is nearly the same model as {other}", found, to_do)
+        yield Finding(
+            "error",
+            f"it is nearly the same model as {other}",
+            f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base",
+            f"put it in that one's place: modekit replace OUT {other} --model ...",
+        )
     if not drift:
         yield Finding("note", "it equals the base model", to_do="give --model base, which needs no tensors of its own")
 
 
 def _of_licences(before: CheckpointUpdate, place: int) -> Iterator[Finding]:
-    """What is true of the licences with it and was not without it."""
-    checkpoint, source = before.checkpoint, before.plan.sources[1 + place]
-    if source is before.plan.sources[0]:
-        return
-    folder = os.path.relpath(source.folder, checkpoint.folder)
-    record = SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files={})
-    name = before.plan.recipe.names[place]
-    there = [each for each in sources_of(checkpoint) if f"expert {name}" not in each.used_as]
-    new = licence_of(record, (f"expert {name}",), checkpoint)
-    known = {each.said for each in there}
-    for fact in facts([*there, new]) if new.said not in known else ():
-        if fact not in facts(there):
-            yield Finding("warning", fact, to_do="see whether what you do with the mixture agrees with all of them")
+    licence, _ = licence_of(before.plan.sources[1 + place].folder)
+    others = {each.licence for each in sources_of(before.checkpoint)}
+    if licence not in others:
+        yield Finding(
+            "warning",
+            "its licence is another than those of the mixture",
+            f"{licence}; {some_of(sorted(others))}",
+            "see whether what you do with the mixture agrees with all of them",
+        )

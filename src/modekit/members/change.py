@@ -50,7 +50,8 @@ def write_change(checkpoint: Checkpoint, edit: MixtureEdit, out: Path, *, run: R
 
 def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, refits: bool = False, run: Run = QUIET) -> CheckpointUpdate:
     """The change, planned: nothing is written. `refits`: the router is set anew even where it was trained. Raises as above."""
-    record, opener = checkpoint.record, Opener(checkpoint.recipe_root, run)
+    record = checkpoint.record
+    opener = Opener(checkpoint.recipe_root, run)
     base = opener.base(record.recipe)
     _check_base(checkpoint, base, run)
     new = {
@@ -78,7 +79,8 @@ def opened_expert(checkpoint: Checkpoint, opener: Opener, number: int, base: Mod
     read (building/build.py).
     """
     record = checkpoint.record
-    source, expert = record.sources[record.expert_sources[number]], record.pinned_recipe.experts[number]
+    source = record.sources[record.expert_sources[number]]
+    expert = record.pinned_recipe.experts[number]
     folder = checkpoint.source_folder(source)
     with suppress(ModekitError, OSError):
         if folder.is_dir() and not changed_settings(source, folder):
@@ -183,7 +185,7 @@ def _changed_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> str | None:
     tokens = checkpoint.record.tokens
     if tokens is not None and tokens.tokenizer != 0:
         return None
-    copied = copied_files(base.folder, where=f"base_model ({base.spec})")
+    copied = copied_files(base.folder, where=base.where)
     for file in copied:
         same = tokens is not None and file.name in tokens.written
         with suppress(*UNREADABLE):

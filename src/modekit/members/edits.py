@@ -127,7 +127,8 @@ def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:
 
     The average that several carried full models share is chosen anew: beside a single one the base stays (recipes/choices.py).
     """
-    recipe, carries = checkpoint.record.recipe, checkpoint.record.carry is not None
+    recipe = checkpoint.record.recipe
+    carries = checkpoint.record.carry is not None
     if carries and recipe.mixture.backbone == "average" and sum(each.is_whole for each in recipe.experts) > 1:
         del data["mixture"]["backbone"]
     return checkpoint.shape.pinned(parse_recipe(data, where=str(checkpoint.folder)))

@@ -32,7 +32,8 @@ def changes(base: ModelSource, model: ModelSource, family: Family) -> Change:
     A sample of each tensor finds most differences; where it finds none, whole tensors are compared: embedding and head first,
     of which a few rows may differ, up to so many bytes that a plan need not wait for the disk.
     """
-    ffn, gone = f".{family.decoder.ffn}.", is_gone(model)
+    ffn = f".{family.decoder.ffn}."
+    gone = is_gone(model)
     with OpenFiles() as opened:
         if not _changed_ffn_alone(model) and (gone or _differ(opened, base, model, lambda name: ffn not in name)):
             return "more"

@@ -58,7 +58,8 @@ def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, r
     """The same over models that are open."""
     family, vocabulary = _one_vocabulary(sources)
     changed = cache(lambda model: changes(vocabulary.sources[0], model, family))  # each is looked at once
-    laid, plans = _settled(recipe, family, vocabulary, changed), list[Plan]()
+    laid = _settled(recipe, family, vocabulary, changed)
+    plans = list[Plan]()
     for each in laid:
         with suppress(UnsupportedError) if each is not laid[-1] else nullcontext():
             plans.append(_planned(each, vocabulary, root, changed, run))
@@ -66,7 +67,7 @@ def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, r
 
 
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
-    family = family_of(sources[0].config, where=f"base_model ({sources[0].spec})")
+    family = family_of(sources[0].config, where=sources[0].where)
     if family.derived is not None:  # their sizes under the usual names, too; what was one model stays one
         full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
         sources = tuple(full[id(each)] for each in sources)
@@ -75,7 +76,7 @@ def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabular
 
 
 def _with_own_sizes(source: ModelSource) -> ModelSource:
-    family = family_of(source.config, where=f"{source.label} ({source.spec})")
+    family = family_of(source.config, where=source.where)
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
@@ -84,10 +85,12 @@ def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary, changed: Ch
     architecture, where both hold all of the experts. Raises what the first choice raises where none is left.
     """
     is_open = recipe.mixture.is_open or recipe.mixture.is_carried
-    whole, refused = whole_models(recipe, vocabulary.sources, changed) if is_open else 0, list[UnsupportedError]()
+    whole = whole_models(recipe, vocabulary.sources, changed) if is_open else 0
+    refused = list[UnsupportedError]()
     not_plain = why_modekit(recipe) if recipe.beyond_plain() else None
     same_size = not whole and all(expert.is_whole or expert.is_base for expert in recipe.experts)  # in either form
-    ways, found = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))], list[_Laid]()
+    ways = choices(recipe, whole=whole) if is_open else [(recipe, Way({}))]
+    found = list[_Laid]()
     for settled, way in ways:
         if found and not (way.plain is False and (not whole or "modules" in way.mixture)):  # it does not hold all
             continue
@@ -110,7 +113,8 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
     """In an architecture that other tools know, where one holds it. Raises UnsupportedError when the recipe asks for one in
     vain, or nothing of an adapter is mixed. The decay that a recipe leaves open follows chats where the tokenizer knows them.
     """
-    sources, code_of = vocabulary.sources, partial(_code_of, recipe.output.dtype)
+    sources = vocabulary.sources
+    code_of = partial(_code_of, recipe.output.dtype)
     following = with_following(recipe) if vocabulary.tokenizer.has_template else recipe
     native, why = _native_form(recipe, following, sources, family, code_of)
     form: Form = native or ModekitForm(following, sources, family, code_of)
@@ -120,7 +124,8 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
 
 
 def _planned(laid: _Laid, vocabulary: Vocabulary, root: Path, changed: Changed, run: Run) -> Plan:
-    (form, why), sources = laid, vocabulary.sources
+    form, why = laid
+    sources = vocabulary.sources
     recipe = form.shape.recipe
     tensors = [*_backbone(sources, form), *form.experts()]
     notes = partial(notes_of, form.shape, vocabulary, form.mixes_more, form.mixed | form.carried, changed)
@@ -149,7 +154,8 @@ def _backbone(sources: tuple[ModelSource, ...], form: Form) -> Iterable[PlannedT
 
     Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
     """
-    base, merged = sources[0], backbone_of(form.shape.recipe, sources)
+    base = sources[0]
+    merged = backbone_of(form.shape.recipe, sources)
     refs = {name: base.tensors[name] for name in form.shape.family.own_names(base)}
     refs |= {name: base.tensor(original) for name, original in form.unties.items()}
     for name, ref in refs.items():
@@ -174,14 +180,15 @@ def _native_form(
     """In a native architecture, or None, and why: as the recipe that is `following` where its attention can fade so. Raises
     UnsupportedError when the recipe asks for one in vain.
     """
-    base, is_asked = sources[0], recipe.output.format == "plain"
+    base = sources[0]
+    is_asked = recipe.output.format == "plain"
     if (why_not := why_modekit(recipe)) is not None:
         return None, why_not
     native, tried = choose_native(family, base.config)
     if native is None and is_asked:
         raise UnsupportedError(
             f"no plain checkpoint holds a mixture of this '{family.model_type}' model exactly",
-            where=f"base_model ({base.spec})",
+            where=base.where,
             found=" | ".join(tried),
             remedy="use output: {format: modekit}, or choose a base model without these features",
         )
@@ -194,7 +201,8 @@ def _native_form(
         if is_asked or recipe.output.channels is not None:
             raise
         return None, error.what
-    kind, name = f"'{family.model_type}'", native.native_type
+    kind = f"'{family.model_type}'"
+    name = native.native_type
     if native.routed is not None:
         return form, f"fine-tunes of one {kind} fit into one with the experts of all"
     if form.carried:

@@ -205,7 +205,8 @@ class MixtureConfig(_Said):
     @property
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve the mixture; None where it does."""
-        routing, places = self.routing, self.places.values()
+        routing = self.routing
+        places = self.places.values()
         if self.family.head in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if any(place.bits for place in places):
@@ -259,8 +260,10 @@ def prefix_of(router: Router) -> int | None:
 
 def routing_config(recipe: Recipe) -> Routing:
     """`modekit.routing` of config.json; see architecture/modekit_router.py."""
-    mixture, router = recipe.mixture, recipe.mixture.router
-    always_on, read = None, dict[str, Any]()
+    mixture = recipe.mixture
+    router = recipe.mixture.router
+    always_on = None
+    read = dict[str, Any]()
     if mixture.always_on is not None:
         index = recipe.names.index(mixture.always_on.expert) if mixture.always_on.expert in recipe.names else None
         apart = {"apart": True} if mixture.always_on.apart else {}

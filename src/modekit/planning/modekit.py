@@ -35,8 +35,12 @@ class ModekitForm:
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
-        self._recipe, self._sources, self._family, self.code_of = recipe, sources, family, code_of
-        self._base, self.unties = sources[0], untied(recipe, sources[0], family)
+        self._recipe = recipe
+        self._sources = sources
+        self._family = family
+        self.code_of = code_of
+        self._base = sources[0]
+        self.unties = untied(recipe, sources[0], family)
         self._places = Places(recipe, sources, family).all()
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
         by_tensor = ((ref.name, place) for place in self._places for ref in place.refs if ref.name.startswith(place.prefix))
@@ -45,7 +49,8 @@ class ModekitForm:
         self.mixed = {name for name, place in self._by_tensor.items() if place.is_mixed}
         self.shape = self._shape()
         if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "changes":
-            mixture, own = self.shape.mixture, dict[str, int]()
+            mixture = self.shape.mixture
+            own = dict[str, int]()
             for place in (each for each in self._places if each.own or each.inside):
                 own[place.module] = next(expert for expert in range(len(recipe.experts)) if place.has(expert))
             leaders = [module for module, place in mixture.places.items() if place.router == module]
@@ -91,7 +96,8 @@ class ModekitForm:
 
     def _shape(self) -> ModekitShape:
         """The base's config.json with what is mixed where under `modekit`."""
-        recipe, family = self._recipe, self._family
+        recipe = self._recipe
+        family = self._family
         config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
         optional: dict[str, Any] = {"variant": family.variant, "labels": recipe.other_labels, "derived": family.derived}
         said = MixtureConfig(

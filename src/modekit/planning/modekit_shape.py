@@ -58,11 +58,17 @@ class ModekitShape(AnyShape):
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
         except ValueError as error:
-            what = "config.json does not say what is mixed"
-            raise CheckpointError(what, where=f"{where}: modekit", found=error, remedy=BUILD_AGAIN) from None
+            raise CheckpointError(
+                "config.json does not say what is mixed",
+                where=f"{where}: modekit",
+                found=error,
+                remedy=BUILD_AGAIN,
+            ) from None
         if said.experts != recipe.names or said.labels != recipe.other_labels:
-            found = f"{len(said.experts)} experts, of other names or labels, or in another order"
-            raise other_record(f"{where}: modekit.experts", found)
+            raise other_record(
+                f"{where}: modekit.experts",
+                f"{len(said.experts)} experts, of other names or labels, or in another order",
+            )
         try:
             if said.derived is None:
                 check_values(config, said.family, where=where)
@@ -103,9 +109,11 @@ class ModekitShape(AnyShape):
         for module, place in self.mixture.places.items():
             served.setdefault(place.router, []).append(split_layer(module))
         for module in sorted(served, key=natural_key):
-            place, (layers, paths) = self.mixture.places[module], zip(*served[module], strict=True)
+            place = self.mixture.places[module]
+            layers, paths = zip(*served[module], strict=True)
             assert place.width is not None, module  # checked when the config was read
-            parts, shared = len(self.routing.averages), self.routing.dimensions or 0
+            parts = len(self.routing.averages)
+            shared = self.routing.dimensions or 0
             slot = RouterSlot(module + GATE, place.width, self.experts, place.features, parts, shared)
             common = commonpath([path.replace(".", "/") for path in paths]) if len({*layers}) == 1 else ""
             layer = layers[0] if len({*layers}) == 1 else None
@@ -128,7 +136,8 @@ class ModekitShape(AnyShape):
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> ModekitShape:
         """With the recipe's routing, and its routers where that puts them."""
-        leaders, changed = leaders_of(self.mixture.places, recipe, self.family), {}
+        leaders = leaders_of(self.mixture.places, recipe, self.family)
+        changed = {}
         for module, place in self.mixture.places.items():
             held = tensors.get(f"{module}.base.weight") or tensors.get(f"{module}.experts.0.weight")
             kept = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
@@ -162,13 +171,17 @@ class ModekitShape(AnyShape):
         """What is known of an adapter that is no longer there, with the file that it lay in: tensors of the base that it
         replaced, and its low-rank changes.
         """
-        replaced, changes, leaves = dict[str, TensorRef](), dict[str, LowRank](), _leaves(tensors)
+        replaced = dict[str, TensorRef]()
+        changes = dict[str, LowRank]()
+        leaves = _leaves(tensors)
         for module, place in self.mixture.places.items():
             for leaf in leaves.get(module, []) if expert in place.own else ():
-                name, shape = place.tensor(module, leaf), tensors[f"{module}{_FIRST}{leaf}"].shape
+                name = place.tensor(module, leaf)
+                shape = tensors[f"{module}{_FIRST}{leaf}"].shape
                 replaced[name] = unread(name, file, base.tensor(name).dtype, shape)
             if place.ranks[expert]:
-                name, rank = place.tensor(module, "weight"), place.ranks[expert]
+                name = place.tensor(module, "weight")
+                rank = place.ranks[expert]
                 a, b = (tensors[f"{module}.lora_{each}"] for each in "AB")
                 of_a = unread(f"{name} A", file, a.dtype, (rank, a.shape[1]))
                 of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], rank))
@@ -178,7 +191,8 @@ class ModekitShape(AnyShape):
                     name = place.tensor(module, each.tensor)
                     a, b = (tensors[f"{module}.{each.name}.lora_{side}"] for side in "AB")
                     shape = base.tensor(name).shape
-                    experts, turned = shape[0] if len(shape) == 3 else 0, a.shape[1] != shape[-1]
+                    experts = shape[0] if len(shape) == 3 else 0
+                    turned = a.shape[1] != shape[-1]
                     count = each.ranks[expert] * (experts or 1)
                     of_a = unread(f"{name} A", file, a.dtype, (count, a.shape[1]))
                     of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], count))
@@ -187,17 +201,20 @@ class ModekitShape(AnyShape):
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Adapters are active as a whole: their product with a weight of zero is computed. Of a table a token reads a row."""
-        leaves, fit = _leaves(sizes), self.recipe.mixture.fit
+        leaves = _leaves(sizes)
+        fit = self.recipe.mixture.fit
         tables = sum(sizes[slot.name] for slot in self.slots) if fit is not None and fit.reads_ids else 0
         one = {
             module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
         }
-        total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
+        total = sum(sizes.values())
+        idle = sum(size * self._idle(module) for module, size in one.items())
         return Parameters(total, sum(one.values()), total - tables - idle, dense)
 
     def _idle(self, module: str) -> int:
         """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""
-        place, always_on = self.mixture.places[module], self.routing.always_on
+        place = self.mixture.places[module]
+        always_on = self.routing.always_on
         beside = always_on is not None and always_on.expert is not None and always_on.weight is not None
         chosen = self.recipe.top_k + beside  # an expert that is always on with a share of its own is not among the top k
         chosen_from = len(place.own) + (place.base and not runs_base(self.recipe, self.family, module))
@@ -223,14 +240,18 @@ def _promised(module: str, place: Place, tensors: Tensors, leaves: list[str]) ->
         shape = tensors[f"{module}{_FIRST}{leaf}"].shape
         found |= dict.fromkeys((f"{module}.experts.{number}.{leaf}" for number in range(len(place.own))), shape)
         found |= {f"{module}.base.{leaf}": shape} if place.base else {}
-    weight, ranks, bias = tensors.get(f"{module}.base.weight"), sum(place.ranks), tensors.get(f"{module}.lora_bias")
+    weight = tensors.get(f"{module}.base.weight")
+    ranks = sum(place.ranks)
+    bias = tensors.get(f"{module}.lora_bias")
     rows, columns = weight.shape if weight is not None and len(weight.shape) == 2 else (0, 0)
     if ranks:
         found |= {f"{module}.base.weight": (rows, columns)}
         found |= {f"{module}.lora_A": (ranks, columns), f"{module}.lora_B": (rows, ranks)}
     for inside in place.inside:
-        held, name = tensors.get(f"{module}.base.{inside.tensor}"), f"{module}.{inside.name}"
-        shape, a = (0, 0) if held is None else held.shape, tensors.get(f"{name}.lora_A")
+        held = tensors.get(f"{module}.base.{inside.tensor}")
+        name = f"{module}.{inside.name}"
+        shape = (0, 0) if held is None else held.shape
+        a = tensors.get(f"{name}.lora_A")
         count = sum(inside.ranks) * (shape[0] if len(shape) == 3 else 1)
         inputs, outputs = shape[:-3:-1] if a is None or a.shape[1:] == shape[-1:] else shape[-2:]
         found |= {f"{name}.lora_A": (count, inputs), f"{name}.lora_B": (outputs, count)}
@@ -246,7 +267,8 @@ def gate_of(
     module: str, weight: tuple[int, ...] | None, leader: str, recipe: Recipe, family: Family, config: Config
 ) -> dict[str, object]:
     """What a place says of its router; `weight`: the shape of the module's weight, None for a whole FFN."""
-    router, said = recipe.mixture.router, dict[str, object]()
+    router = recipe.mixture.router
+    said = dict[str, object]()
     if router.scope == "feature" and recipe.mixture.fit is not None and weight is not None:
         said["features"] = weight[0]
     if leader == module:

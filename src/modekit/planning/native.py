@@ -41,8 +41,12 @@ class NativeForm:
     kind: ClassVar[type[NativeShape]] = NativeShape
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
-        self._recipe, self._sources, self._native, self.code_of = recipe, sources, native, code_of
-        self._family, self._base = native.family, sources[0]
+        self._recipe = recipe
+        self._sources = sources
+        self._native = native
+        self.code_of = code_of
+        self._family = native.family
+        self._base = sources[0]
         self._dense = self._family.dense_config(self._base.config)
         self._inner = 1 if native.routed is None else native.routed.count(self._dense)
         self._count = len(recipe.experts) * self._inner
@@ -58,7 +62,8 @@ class NativeForm:
         if self._channels is not None:
             self.code_of = partial(_code_beside_channels, code_of)
             self._check_dtype()
-        self.router_dtype, self._sizes = self.code_of(gate), gate.shape
+        self.router_dtype = self.code_of(gate)
+        self._sizes = gate.shape
         top_k = recipe.top_k if native.routed is None else whole(self._dense, native.top_k_key)
         sizes = {"experts": self._count, "top_k": top_k, "expert_hidden": gate.shape[0]}
         config = native.config(self._base.config, **sizes, dtype=DTYPE_NAMES[self.router_dtype])
@@ -87,8 +92,8 @@ class NativeForm:
         """Tensors of the base by which experts may differ although all share them."""
         if self._carry is None or self._channels is None:
             return set()
-        widening, parts = self._channels.widening, self._family.decoder.parts
-        modules = [*(parts[part] for part in ("q", "k", "v", "o")), *widening.norms]
+        parts = self._family.decoder.parts
+        modules = [*(parts[part] for part in ("q", "k", "v", "o")), *self._channels.widening.norms]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
         return names | {weight_of(module) for module, carried in ends.items() if carried}
@@ -116,7 +121,7 @@ class NativeForm:
             if self._native.routed is None and path.startswith(f"{self._family.decoder.ffn}."):
                 raise UnsupportedError(
                     "the FFN has a tensor that the native experts do not",
-                    where=f"base_model ({self._base.spec}): {tensor.name}",
+                    where=f"{self._base.where}: {tensor.name}",
                     expected=", ".join(self._family.decoder.mlp.values()),
                     remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
                 )
@@ -142,7 +147,8 @@ class NativeForm:
         letters = {"D": self._sizes[1] + spare, "F": self._sizes[0] + units, "E": self._count}
         for layer in range(self._layers + self._front):
             for constant in self._native.constants:
-                shape, name = tuple(letters.get(each) or int(each) for each in constant.shape), in_layer(layer, constant.name)
+                shape = tuple(letters.get(each) or int(each) for each in constant.shape)
+                name = in_layer(layer, constant.name)
                 yield PlannedTensor(name, self.router_dtype, shape, "constant", Zeros(shape))
 
     def _in_front(self) -> Iterable[PlannedTensor]:
@@ -152,7 +158,8 @@ class NativeForm:
         assert self._channels is not None
         # A gate of what all tokens have keeps its numbers, although what it opens is zero.
         gate = None if self._native.routed is None else self._native.routed.shared_gate
-        kept, within = {*self._channels.widening.norms, gate}, in_layer(0)
+        kept = {*self._channels.widening.norms, gate}
+        within = in_layer(0)
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self.mixed and not is_ignored(name):
                 made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in kept else Zeros(ref.shape)
@@ -163,7 +170,8 @@ class NativeForm:
 
         Fused, all experts lie in two tensors, gate and up side by side in the first: there, matrices are widened one by one.
         """
-        factors, of_base = self._factors(), max(0, layer - self._front)
+        factors = self._factors()
+        of_base = max(0, layer - self._front)
         for part, path in (self._native.experts or {}).items():
             ref = self._in_base(of_base, part)
             for number, own in enumerate(made[part]):
@@ -174,7 +182,8 @@ class NativeForm:
                 yield widened(plain, self._pad(part, layer, number))
         if self._native.fused is not None:
             ref = self._in_base(of_base, "gate")
-            (rows, columns), code = ref.shape, self.code_of(ref)
+            rows, columns = ref.shape
+            code = self.code_of(ref)
             both, down = (in_layer(layer, path) for path in self._native.fused)
             gate_up = [each for pair in zip(made["gate"], made["up"], strict=True) for each in pair]
             apart = widened(of_all(both, code, gate_up, (rows, columns), 2 * self._inner), self._pad("gate_up", layer))
@@ -225,6 +234,7 @@ def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
 
 def of_all(name: str, code: str, parts: Sequence[Made | None], matrix: tuple[int, int], each: int) -> PlannedTensor:
     """All experts in one tensor, `each` matrices of every one below each other; zeros without parts."""
-    found, shape = tuple(made for made in parts if made is not None), (len(parts), *matrix)
+    found = tuple(made for made in parts if made is not None)
+    shape = (len(parts), *matrix)
     made = Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)
     return PlannedTensor(name, code, shape, "expert", made)

@@ -54,15 +54,20 @@ class NativeShape(AnyShape):
         try:
             native = native_of(native_type, str(dense.get("model_type")))
         except StopIteration:
-            what = "modekit.json names a family that this version of modekit does not know"
-            raise CheckpointError(what, where=where, found=native_type, remedy=BUILD_AGAIN) from None
+            raise CheckpointError(
+                "modekit.json names a family that this version of modekit does not know",
+                where=where,
+                found=native_type,
+                remedy=BUILD_AGAIN,
+            ) from None
         cls._check_counts(config, recipe, where, native, dense)
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
 
     @classmethod
     def _check_counts(cls, config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> None:
         for key in (native.num_experts_key, native.top_k_key):
-            count, most = config.get(key), len(recipe.experts)
+            count = config.get(key)
+            most = len(recipe.experts)
             if type(count) is not int or not 1 <= count <= most:
                 raise other_record(f"{where}: {key}", shortened(repr(count)), f"1 to {most}, the number of experts")
 
@@ -112,13 +117,15 @@ class NativeShape(AnyShape):
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers: one each."""
-        hidden, router = whole(self.config, "hidden_size"), self.native.router
+        hidden = whole(self.config, "hidden_size")
+        router = self.native.router
         return tuple(RouterSlot(in_layer(layer, router), hidden, self.experts) for layer in range(self._layers))
 
     @property
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where they stand: before the FFN of every layer."""
-        module, router = self.native.family.decoder.ffn, self.native.router
+        module = self.native.family.decoder.ffn
+        router = self.native.router
         return tuple(RouterPosition(in_layer(layer, router), layer, module) for layer in range(self._layers))
 
     @property
@@ -130,8 +137,11 @@ class NativeShape(AnyShape):
     @property
     def mixture(self) -> MixtureConfig:
         """Nothing that could be asked for by place. Raises UnsupportedError."""
-        what, remedy = "a plain checkpoint holds whole experts, no adapters", "build with output: {format: modekit}"
-        raise UnsupportedError(what, where=self.where, remedy=f"{remedy}, or see `modekit extract`")
+        raise UnsupportedError(
+            "a plain checkpoint holds whole experts, no adapters",
+            where=self.where,
+            remedy="build with output: {format: modekit}, or see `modekit extract`",
+        )
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
         """The same experts under another recipe's routing."""
@@ -149,7 +159,8 @@ class NativeShape(AnyShape):
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
         self.check_sizes(tensors)
-        native, count = self.native, self.experts * self.inner
+        native = self.native
+        count = self.experts * self.inner
         paths = [path.format(expert=expert) for path in (native.experts or {}).values() for expert in range(count)]
         ranks = dict.fromkeys(paths, 2) | dict.fromkeys(native.fused or (), 3)
         ranks |= {each.name: len(each.shape) for each in native.constants}
@@ -169,7 +180,8 @@ class NativeShape(AnyShape):
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """How many a checkpoint with tensors of these sizes has; `dense`, the base's by its files, counts with channels."""
-        native, layers = self.native, range(self._layers)
+        native = self.native
+        layers = range(self._layers)
         total = sum(sizes.values())
         besides = [slot.name for slot in self.slots]
         besides += [in_layer(layer, each.name) for layer in layers for each in native.constants]
@@ -193,8 +205,12 @@ def _channels_said_by(
         channels = channels_of(recipe, native, dense, carry)
         wide = {} if channels is None else channels.widened(config)
     except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        what, place = "modekit.json does not say a base that could carry this router", f"{where}: dense_config"
-        raise CheckpointError(what, where=place, found=shortened(str(error)), remedy=BUILD_AGAIN) from None
+        raise CheckpointError(
+            "modekit.json does not say a base that could carry this router",
+            where=f"{where}: dense_config",
+            found=shortened(str(error)),
+            remedy=BUILD_AGAIN,
+        ) from None
     for key, value in wide.items():
         if config.get(key) != value:
             raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), value)

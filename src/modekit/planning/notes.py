@@ -37,7 +37,8 @@ _TENSORS, _NUMBERS = 8, 2**14  # that are looked at, of each, to see how far a m
 
 def notes_of(shape: AnyShape, vocabulary: Vocabulary, way_out: str, mixed: Collection[str], changed: Changed) -> Iterator[str]:
     """All of them. `mixed`: tensors of the base by which experts differ; `way_out`: how more are mixed."""
-    recipe, sources = shape.recipe, vocabulary.sources
+    recipe = shape.recipe
+    sources = vocabulary.sources
     yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
     yield from _of_strangers(recipe, sources)
     yield from _of_text(recipe, shape, sources[0])
@@ -54,7 +55,8 @@ def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[st
     """Experts that may be made from another base: adapters name another, or weights lie further from it than its own size."""
     base = sources[0]
     known = (base.spec, str(base.folder), str(base.config.get("_name_or_path", "")))  # what an adapter may call it
-    names, others = {_unpacked(each) for each in known}, dict[str, list[str]]()
+    names = {_unpacked(each) for each in known}
+    others = dict[str, list[str]]()
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             said = source.config.get("base_model_name_or_path")
@@ -85,7 +87,8 @@ def _drift(model: ModelSource, base: ModelSource) -> float | None:
         for pair in both[:: -(-len(both) // _TENSORS) or 1]:
             count = min(ref.numel for ref in pair)
             x, y = (stored(opened, ref)[: min(count, _NUMBERS)].astype(np.float64) for ref in pair)
-            moved, size = moved + float(np.square(x - y).sum()), size + float(np.square(y).sum())
+            moved += float(np.square(x - y).sum())
+            size += float(np.square(y).sum())
         return float(np.sqrt(moved / size)) if size and np.isfinite(moved) else None
     return None
 
@@ -119,7 +122,8 @@ def _of_text(recipe: Recipe, shape: AnyShape, base: ModelSource) -> Iterator[str
 
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     """Whether the router is fitted on chats, too."""
-    tokenizer, mixture = vocabulary.tokenizer, recipe.mixture
+    tokenizer = vocabulary.tokenizer
+    mixture = recipe.mixture
     if mixture.needs_text and mixture.router.chat is not False and tokenizer.has_template:
         whose = "the base's" if tokenizer.number == 0 else "its"
         made = "questions cut from documents, or asked in conversations, of the text"
@@ -134,18 +138,28 @@ def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str,
     """Raise UnsupportedError when an adapter changes nothing that is mixed."""
     for source in (each for each in sources if isinstance(each, AdapterSource)):
         if _changed(source).isdisjoint(mixed):
-            what, found = "the adapter changes nothing that this recipe mixes", f"it changes {_kinds(_changed(source))}"
-            raise UnsupportedError(what, where=source.where, found=found, remedy=f"{way_out}, or remove the expert")
+            raise UnsupportedError(
+                "the adapter changes nothing that this recipe mixes",
+                where=source.where,
+                found=f"it changes {_kinds(_changed(source))}",
+                remedy=f"{way_out}, or remove the expert",
+            )
 
 
 def check_text(recipe: Recipe, tokenizer: TokenizerChoice, reads: Reads) -> None:
     """Raise SourceError where a fit has nothing to read text with, RecipeError where it is to read chats without a template, or
     what a model with an encoder is to write.
     """
-    folder, spec = tokenizer.source.folder, tokenizer.source.spec
+    folder = tokenizer.source.folder
+    spec = tokenizer.source.spec
     if reads == "pairs" and any(expert.writes_text for expert in recipe.experts):
-        said, remedy = "a model with an encoder cannot write text of its own", "give parallel text"
-        raise RecipeError(said, where="experts: text", found=SELF, expected="pairs of source and target", remedy=remedy)
+        raise RecipeError(
+            "a model with an encoder cannot write text of its own",
+            where="experts: text",
+            found=SELF,
+            expected="pairs of source and target",
+            remedy="give parallel text",
+        )
     if not recipe.mixture.needs_text:
         return
     if not has_tokenizer(folder):
@@ -168,7 +182,9 @@ def _lost(
     shape: AnyShape, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str], changed: Changed
 ) -> Iterator[str]:
     """A note on the experts of which something is lost, or may be; none on a merged backbone, or when all is mixed."""
-    recipe, lost, models = shape.recipe, list[str](), list[str]()
+    recipe = shape.recipe
+    lost = list[str]()
+    models = list[str]()
     mixture = recipe.mixture
     kept = mixture.backbone.expert if isinstance(mixture.backbone, BackboneExpert) else None
     ffns = shape.inner == 1 and mixture.layers is None and (not isinstance(mixture.modules, list) or "mlp" in mixture.modules)

@@ -52,7 +52,8 @@ def front_units(channels: Channels, part: FFNKind, of_all: bool) -> tuple[Entry,
 
 def _units(channels: Channels) -> tuple[tuple[Entry, ...], tuple[Entry, ...], tuple[Entry, ...]]:
     """Of gate, up and down of one expert."""
-    units, starts = list(enumerate(permutations(range(channels.experts), 2))), _averages(channels)
+    units = list(enumerate(permutations(range(channels.experts), 2)))
+    starts = _averages(channels)
     gate = (
         (unit, start + expert, sign * _SHARP)
         for unit, pair in units

@@ -84,24 +84,29 @@ class PlannedPlace:
 
 def _check_kind(recipe: Recipe, family: Family) -> None:
     """Raise UnsupportedError for what no mixture with an encoder can be."""
-    mixture, router, fit = recipe.mixture, recipe.mixture.router, recipe.mixture.fit
+    mixture = recipe.mixture
+    router = recipe.mixture.router
+    fit = recipe.mixture.fit
     decides_once = mixture.method == "linear" or (fit is not None and fit.reads_ids)
     said = f"this is granularity: {router.granularity}, a router per {router.scope}"
     of_pairs = (
         (
             mixture.modules == "decoder",
             "modules: decoder is for models that are a decoder alone, and this one has an encoder",
-            *("modules", "write modules: all (whole models), or layers: [decoder] with modules: auto"),
+            "modules",
+            "write modules: all (whole models), or layers: [decoder] with modules: auto",
         ),
         (
             not decides_once and (router.granularity == "sequence") != (router.scope == "model"),
             f"with an encoder one router serves all layers where it decides once per source, and only there; {said}",
-            *("router", "write granularity: sequence and per: model together, or neither"),
+            "router",
+            "write granularity: sequence and per: model together, or neither",
         ),
         (
             mixture.always_on is not None and bool(mixture.always_on.apart),
             "a common expert that runs apart is for models without an encoder",
-            *("always_on", "leave 'apart' out"),
+            "always_on",
+            "leave 'apart' out",
         ),
     )
     for holds, what, where, remedy in of_pairs if family.pair else ():
@@ -118,7 +123,10 @@ class Places:
     """Finds the places of one recipe."""
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
-        self._recipe, self._sources, self._family, self._base = recipe, sources, family, sources[0]
+        self._recipe = recipe
+        self._sources = sources
+        self._family = family
+        self._base = sources[0]
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
         self._unties = untied(recipe, sources[0], family)
         derived = family.derived
@@ -126,7 +134,8 @@ class Places:
         self._not_linear = set() if derived is None else {*derived.lookups, *derived.columns, *derived.blocks}
         self._wanted = _wanted_parts(recipe, sources, family)
         self._sorted_names = sorted((name, place) for place, name in enumerate(self._base.tensors))
-        said, sizes = [expert.layers for expert in recipe.experts], family.sizes(self._base.config)
+        said = [expert.layers for expert in recipe.experts]
+        sizes = family.sizes(self._base.config)
         self._layers: list[list[Layer] | None] = [
             each and named_layers(each, sizes, f"experts[{place}].layers") for place, each in enumerate(said)
         ]
@@ -170,7 +179,8 @@ class Places:
 
     def _check_modules(self) -> None:
         """Raise UnsupportedError for parts that the family has not, or of a module whose other parts are not named."""
-        modules, family = self._recipe.mixture.modules, self._family
+        modules = self._recipe.mixture.modules
+        family = self._family
         for part in modules if isinstance(modules, list) else ():
             path = family.decoder.parts.get(part)
             partners = [other for other, its in family.decoder.parts.items() if path is not None and its == path]
@@ -203,9 +213,12 @@ class Places:
         own = [module for module in modules if module not in self._shared]
         first = first_to_run(own, self._family)
         if first != next((each for each in self._family.called if each in own), first or None):
-            what = "modules: decoder has its router at the norm or the attention with which the first layer begins"
-            found = f"a pass of a '{self._family.model_type}' model begins with another module"
-            raise UnsupportedError(what, where="mixture.modules", found=found, remedy="write modules: all (whole models)")
+            raise UnsupportedError(
+                "modules: decoder has its router at the norm or the attention with which the first layer begins",
+                where="mixture.modules",
+                found=f"a pass of a '{self._family.model_type}' model begins with another module",
+                remedy="write modules: all (whole models)",
+            )
         return (place for place in map(self._place, modules) if place.module == first or place.is_mixed)
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
@@ -218,11 +231,16 @@ class Places:
 
     def _all_modules(self) -> list[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
-        family, embedding = self._family, self._family.embedding
+        family = self._family
+        embedding = self._family.embedding
         for source in self._sources[1:]:
             if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
-                what, where = f"the expert has a {LOGITS_BIAS} and the base model none", f"{source.label} ({source.spec})"
-                raise MismatchError(what, where=where, remedy="open the base model with transformers, and save it again")
+                what = f"the expert has a {LOGITS_BIAS} and the base model none"
+                raise MismatchError(
+                    what,
+                    where=source.where,
+                    remedy="open the base model with transformers, and save it again",
+                )
         modules = {embedding, self._module_of(weight_of(family.head or embedding))}
         if family.model_type in INEXACT_WHOLE:
             what = f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}"
@@ -238,7 +256,7 @@ class Places:
                 parts = ["mlp", *(part for part in _all_parts(family) if part not in inside)]
                 raise UnsupportedError(
                     f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
-                    where=f"base_model ({self._base.spec}): {name}",
+                    where=f"{self._base.where}: {name}",
                     remedy=f"write the parts to mix: modules: [{', '.join(parts)}]",
                 )
             modules.add(module_of(name))
@@ -287,7 +305,8 @@ class Places:
 
     def _within(self, module: str) -> list[TensorRef]:
         """The base's tensors whose names begin with a module's, in its order."""
-        names, prefix = self._sorted_names, f"{module}."
+        names = self._sorted_names
+        prefix = f"{module}."
         begin = bisect_left(names, (prefix, 0))
         found = takewhile(lambda entry: entry[0].startswith(prefix), islice(names, begin, None))
         return [self._base.tensors[name] for name, _ in sorted(found, key=lambda entry: entry[1])]
@@ -296,7 +315,9 @@ class Places:
         """Whether an expert has a module of its own at a place, an adapter's change, the rank of a change, and the bits of a
         difference.
         """
-        source, said, module = self._sources[1 + expert], self._recipe.experts[expert], place.module
+        source = self._sources[1 + expert]
+        said = self._recipe.experts[expert]
+        module = place.module
         layers = self._layers[expert]
         if said.is_base or module in self._shared or (layers is not None and split_layer(module)[0] not in layers):
             return _THE_BASES
@@ -320,7 +341,9 @@ def _wanted_parts(recipe: Recipe, sources: Sequence[ModelSource], family: Family
     """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what they
     change, for parts of models every linear part.
     """
-    modules, wanted, every = recipe.mixture.modules, set[str](), set(_all_parts(family))
+    modules = recipe.mixture.modules
+    wanted = set[str]()
+    every = set(_all_parts(family))
     if isinstance(modules, list):
         return set(modules)
     for expert, source in zip(recipe.experts, sources[1:], strict=True):

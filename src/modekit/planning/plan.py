@@ -95,7 +95,8 @@ class Plan:
     @cached_property
     def tensors(self) -> tuple[PlannedTensor, ...]:
         """All tensors of the result, the gates last."""
-        code, slots = self.router_dtype, self.shape.slots
+        code = self.router_dtype
+        slots = self.shape.slots
         gates = (PlannedTensor(slot.name, code, slot.shape, "router", Zeros(slot.shape)) for slot in slots)
         return (*(tensor for shard in self.shards for tensor in shard.tensors), *gates)
 

@@ -78,7 +78,8 @@ class _Finder:
     """Finds in the checkpoint what a new plan asks for; the checkpoint is the last of the plan's models."""
 
     def __init__(self, model: ModelSource, before: Plan, after: Plan, origins: Origins) -> None:
-        self._model, self._origins = model, origins
+        self._model = model
+        self._origins = origins
         experts = zip(after.sources[1:], origins, strict=True)
         self._new = {file for source, origin in experts if origin is None for file in source.files} - {*after.sources[0].files}
         self._same = range(before.shape.experts)
@@ -121,7 +122,8 @@ def _parts(made: Join, origins: Origins) -> list[tuple[object, ...]]:
 
 def _stored_parts(made: Join, ref: TensorRef) -> Iterator[Copy | Columns]:
     """Every part where it lies in a stored tensor."""
-    position, size = 0, ITEMSIZE[ref.dtype]
+    position = 0
+    size = ITEMSIZE[ref.dtype]
     for part in made.of:
         stop = position + (part.shape[1] if made.axis else math.prod(part.shape))
         if made.axis:

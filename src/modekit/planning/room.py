@@ -36,7 +36,8 @@ def bytes_to_carry(plan: Plan) -> int:
     """Bytes of memory in which a build runs the base for what is carried; where not all is, also each expert, as it is and as
     wide as the result, beside logits of a text.
     """
-    channels, words = plan.shape.channels, whole(plan.config, "vocab_size")
+    channels = plan.shape.channels
+    words = whole(plan.config, "vocab_size")
     if channels is None or channels.carry is None:
         return 0
     sample = SAMPLE_TOKENS * 4 * channels.layers * (channels.hidden + channels.heads * channels.head_dim)
@@ -47,6 +48,7 @@ def bytes_to_carry(plan: Plan) -> int:
 
 def held_by_layers(plan: Plan) -> int:
     """Numbers of a base that are in memory while it runs: embedding, head, and one layer."""
-    base, words = plan.sources[0], whole(plan.config, "vocab_size")
+    base = plan.sources[0]
+    words = whole(plan.config, "vocab_size")
     one = sum(ref.numel for name, ref in base.tensors.items() if split_layer(name)[0] == 0)
     return 2 * words * whole(base.config, plan.family.width) + one

@@ -76,10 +76,14 @@ class RoutedShape(NativeShape):
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Active are top k experts of each layer, as in the base."""
-        native, layers, count = self.native, range(self._layers), self.experts * self.inner
+        native = self.native
+        layers = range(self._layers)
+        count = self.experts * self.inner
         names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
         one = sum(sizes[in_layer(layer, name)] for layer in layers for name in names) // (count if native.fused else 1)
-        total, chosen, channels = sum(sizes.values()), whole(self.config, native.top_k_key), self.channels
+        total = sum(sizes.values())
+        chosen = whole(self.config, native.top_k_key)
+        channels = self.channels
         assert channels is not None
         idle = 3 * channels.hidden * channels.expert_hidden * channels.layers * (self.inner - chosen)
         return Parameters(total, one * self.inner, total - one * (count - chosen), dense, idle)
@@ -108,7 +112,8 @@ class RoutedForm(NativeForm):
         if self._routed.sums_to_one(self._dense):
             return super()._carried_size()
         adapters = (each for each in self._sources[1:] if isinstance(each, AdapterSource))
-        asked, more = self._recipe.output.carry, any(reaches(each, self._base, self._family) for each in adapters)
+        asked = self._recipe.output.carry
+        more = any(reaches(each, self._base, self._family) for each in adapters)
         if asked == "all" or (asked is None and more):
             raise UnsupportedError(_NOT_ONE, where="output.carry", remedy=f"write output: {{carry: ffn}}, or {_MODEKIT}")
         return None
@@ -116,7 +121,8 @@ class RoutedForm(NativeForm):
     def notes(self) -> Iterable[str]:
         """What a user should know of this form: what it costs, and what it loses."""
         yield from super().notes()
-        base, top_k = self._base, whole(self._dense, self._native.top_k_key)
+        base = self._base
+        top_k = whole(self._dense, self._native.top_k_key)
         refs = [base.tensor(in_layer(layer, path)) for layer in range(self._layers) for path in self._routed.own[:2]]
         size = bytes_of(sum(ref.numel * ITEMSIZE[self.code_of(ref)] for ref in refs))
         active = base.parameters - sum(ref.numel for ref in refs) // self._inner * (self._inner - top_k)
@@ -141,7 +147,8 @@ class RoutedForm(NativeForm):
         yield from super().experts()
         for layer in range(self._layers + 1):
             ref = self._base.tensor(in_layer(max(0, layer - 1), self._routed.gate))
-            shape, count = (len(self._recipe.experts), *ref.shape), len(self._recipe.experts)
+            shape = (len(self._recipe.experts), *ref.shape)
+            count = len(self._recipe.experts)
             given = Join(tuple(as_in(source, ref) for source in self._sources[1:]), experts=tuple(range(count)))
             made: Made = given if layer else Zeros(shape)
             name = in_layer(layer, self._native.router)
@@ -158,7 +165,8 @@ class RoutedForm(NativeForm):
 
 def own_part(given: Copy | Fold, part: FFNKind, number: int) -> Made:
     """Gate, up or down of one of a fine-tune's own experts, of what it has of the tensor that holds it."""
-    half, ref = given.shape[1] // 2, _cut(given.ref, number, part)
+    half = given.shape[1] // 2
+    ref = _cut(given.ref, number, part)
     rows = {"gate": (0, half), "up": (half, 2 * half)}.get(part)
     return Fold(ref, replace(given.change, member=number, rows=rows)) if isinstance(given, Fold) else Copy(ref)
 

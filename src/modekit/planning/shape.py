@@ -30,8 +30,13 @@ Recorded = tuple[dict[str, TensorRef], dict[str, LowRank]]
 
 def other_record(where: str, found: object, expected: object = None) -> CheckpointError:
     """The error where config.json says something else than modekit.json."""
-    what = "config.json and modekit.json disagree"
-    return CheckpointError(what, where=where, found=found, expected=expected, remedy=BUILD_AGAIN)
+    return CheckpointError(
+        "config.json and modekit.json disagree",
+        where=where,
+        found=found,
+        expected=expected,
+        remedy=BUILD_AGAIN,
+    )
 
 
 @dataclass(frozen=True)
@@ -117,20 +122,26 @@ class AnyShape:
 
     def check_sizes(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless the weights have the layers and the width of config.json, before such a size is made."""
-        there, family = layers_of(tensors), self.family
+        there = layers_of(tensors)
+        family = self.family
         for stack in family.stacks:
             layers = 1 + max((number for name, number in map(stack_of, there) if name == stack.name), default=-1)
             if stack.size(self.config) > layers:
                 raise self.disagreement(stack.count[0], f"{stack.size(self.config)}, and weights of {layers} layers")
         names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
-        widths, width = {size for name in names for size in tensors[name].shape[-1:]}, whole(self.config, family.width)
+        widths = {size for name in names for size in tensors[name].shape[-1:]}
+        width = whole(self.config, family.width)
         if family.derived is None and width not in widths:
             raise self.disagreement(family.width, f"{width}, which is not the embedding's")
 
     def disagreement(self, where: str, found: object = None) -> CheckpointError:
         """The error where config.json promises other tensors than there are."""
-        what = "config.json and the weights disagree"
-        return CheckpointError(what, where=f"{self.where}: {where}", found=found, remedy=BUILD_AGAIN)
+        return CheckpointError(
+            "config.json and the weights disagree",
+            where=f"{self.where}: {where}",
+            found=found,
+            remedy=BUILD_AGAIN,
+        )
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that this form cannot say."""

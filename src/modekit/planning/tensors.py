@@ -105,11 +105,17 @@ class PlannedTensor:
         reading.check_all_finite(self.made.refs)
         parts = self.made.of if isinstance(self.made, Join) else (self.made,)
         culprit = next((part for part in parts if not _fits(part.numbers(reading), self.dtype)), self.made)
-        what, where, remedy = "the weights do not fit", where_of(reading.models, culprit.refs), ""
+        what = "the weights do not fit"
+        where = where_of(reading.models, culprit.refs)
+        remedy = ""
         if isinstance(self.inner, Merged):
-            what, where, remedy = "the merged backbone overflows", f"mixture.backbone: {self.name}", ", or a smaller scale"
+            what = "the merged backbone overflows"
+            where = f"mixture.backbone: {self.name}"
+            remedy = ", or a smaller scale"
         elif isinstance(culprit, Padded):
-            what, where, remedy = "what the experts differ by does not fit", self.name, ", or output: {carry: ffn}"
+            what = "what the experts differ by does not fit"
+            where = self.name
+            remedy = ", or output: {carry: ffn}"
         remedy = f"choose output: {{dtype: bfloat16}} or float32{remedy}"
         return SourceError(f"{what} {DTYPES[self.dtype]}", where=where, remedy=remedy)
 
@@ -156,10 +162,12 @@ def _group_of(tensor: PlannedTensor) -> str:
 
 
 def _parts(tensors: Sequence[PlannedTensor], shard_size: int) -> list[tuple[PlannedTensor, ...]]:
-    parts, size = list[list[PlannedTensor]](), 0
+    parts = list[list[PlannedTensor]]()
+    size = 0
     for tensor in tensors:
         if not parts or size + tensor.nbytes > shard_size:
-            parts, size = [*parts, []], 0
+            parts = [*parts, []]
+            size = 0
         parts[-1].append(tensor)
         size += tensor.nbytes
     return [tuple(part) for part in parts]

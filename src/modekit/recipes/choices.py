@@ -34,7 +34,8 @@ class Way:
     def of(self, recipe: Recipe) -> RecipeData:
         """The recipe in this way; its own settings stay."""
         said = as_written(recipe)
-        given, output = said.get("mixture", {}), omit(said.get("output", {}), *(["format"] if self.output else []))
+        given = said.get("mixture", {})
+        output = omit(said.get("output", {}), *(["format"] if self.output else []))
         decides = "router" in self.mixture or recipe.mixture.is_open
         router = {**self.mixture.get("router", {}), **omit(given.get("router", {}), *(["fit"] if decides else []))}
         chooses = {*CHOICES} & given.keys() or given.get("method", "routing") != "routing"
@@ -43,7 +44,9 @@ class Way:
         return {**said, **{key: part for key, part in parts.items() if part or key in said}}
 
 
-_TOKENS, _PAIRS, _MODEKIT = {"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2]}, {"format": "modekit"}
+_TOKENS = {"fit": "lexical"}
+_PAIRS = {"fit": "lexical", "orders": [1, 2]}
+_MODEKIT = {"format": "modekit"}
 _OF_PROMPTS = "logistic, the best measured with prompts alone"
 _OF_MODEKIT = "lexical, the best measured in the modekit architecture"
 
@@ -83,7 +86,6 @@ def _of_whole_models(count: int) -> tuple[RecipeData, RecipeData, RecipeData]:
 def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
     shared, plain, own = _of_whole_models(whole)
     merged: RecipeData = {"backbone": "average"} if whole else {}
-    arrow, context = {"fit": "arrow", "granularity": "context"}, {"fit": "logistic", "granularity": "context"}
     if any(expert.text for expert in recipe.experts):
         why = "lexical, the best measured in a plain checkpoint"
         return (
@@ -95,11 +97,14 @@ def _of_an_open_router(recipe: Recipe, whole: int) -> tuple[Way, ...]:
     if any(expert.prompts for expert in recipe.experts):
         return (
             Way({"router": {"fit": "logistic"}, **merged}, _OF_PROMPTS, plain=True),
-            Way({"router": context, **merged}, _OF_PROMPTS),
+            Way({"router": {"fit": "logistic", "granularity": "context"}, **merged}, _OF_PROMPTS),
             Way({"router": _PAIRS, **own}, _OF_MODEKIT, plain=False),
         )
     return (
-        Way({"router": arrow, **merged}, "arrow, from the adapters alone, as no expert has text"),
+        Way(
+            {"router": {"fit": "arrow", "granularity": "context"}, **merged},
+            "arrow, from the adapters alone, as no expert has text",
+        ),
         Way({"method": "linear", **merged}, "none (fixed weights), as no expert has text"),
         Way({"router": {"fit": "random"}, **merged}, "random, as no expert has text"),
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
 from modekit.recipes.fits import AUTO, FITS, Fit, Scope, fits_with, row_of
 from modekit.recipes.layers import Layers
-from modekit.recipes.strict import BASE, Name, RecipePart, Strict, checked, did_you_mean
+from modekit.recipes.strict import BASE, Name, RecipePart, Strict, checked, did_you_mean, is_unset
 
 
 def known_fit(value: str) -> str:
@@ -28,8 +28,6 @@ CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "dimensions")
-
     fit: FitName = AUTO
     tokens_per_domain: int = Field(16_384, ge=16)
     sequence_length: int = Field(512, ge=8)
@@ -41,13 +39,13 @@ class Router(Strict):
     granularity: Literal["token", "context", "sequence"] = "token"
     decay: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(None, min_length=1, max_length=256)
     prefix: int | None = Field(None, ge=1)
-    dimensions: int | None = Field(None, ge=2)
+    dimensions: int | None = Field(None, ge=2, exclude_if=is_unset)
     per: Scope = "layer"
     jitter: float = Field(0.0, ge=0, lt=1)
     noise: float = Field(0.0, ge=0)
     buckets: int = Field(2**18, ge=2, le=2**24)
-    orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(None, min_length=1, max_length=4)
-    chat: bool | None = None
+    orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(None, min_length=1, max_length=4, exclude_if=is_unset)
+    chat: bool | None = Field(None, exclude_if=is_unset)
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Router:
@@ -98,7 +96,8 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
             yield key, f"'{key}' has no effect with fit: {row.name} (only with {', '.join(fits)}); remove it"
 
 
-_ONE, _MANY = Tag("literal[]"), Tag("literal[s]")
+_ONE = Tag("literal[]")
+_MANY = Tag("literal[s]")
 _ONE_OR_MANY = Discriminator(lambda value: "literal[s]" if isinstance(value, (list, dict)) else "literal[]")
 Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
@@ -117,23 +116,21 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 class AlwaysOn(Strict):
     """An expert, or the base, that takes part in every token."""
 
-    later: ClassVar[tuple[str, ...]] = ("apart",)
-
     expert: Name
     weight: float | None = Field(None, gt=0, lt=1)
-    apart: bool | None = None
+    apart: bool | None = Field(None, exclude_if=is_unset)
 
 
 class Mixture(Strict):
     """How the experts are mixed."""
 
-    later: ClassVar[tuple[str, ...]] = ("groups", "threshold")
-
     method: Method = "routing"
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
-    groups: int | None = Field(None, ge=2)
-    threshold: Annotated[Annotated[_Share, _ONE] | Annotated[dict[Name, _Share], _MANY], _ONE_OR_MANY] | None = None
+    groups: int | None = Field(None, ge=2, exclude_if=is_unset)
+    threshold: Annotated[Annotated[_Share, _ONE] | Annotated[dict[Name, _Share], _MANY], _ONE_OR_MANY] | None = Field(
+        None, exclude_if=is_unset
+    )
     modules: Annotated[
         Annotated[Literal["auto", "decoder", "all"], _ONE] | Annotated[list[Part], Field(min_length=1), _MANY], _ONE_OR_MANY
     ] = "auto"

@@ -47,7 +47,8 @@ def explain(problem: RecipeData) -> list[str]:
 
 def _message(problem: RecipeData) -> str:
     """What pydantic found, in the words of who writes recipes."""
-    context, found = problem.get("ctx") or {}, problem.get("input")
+    context = problem.get("ctx") or {}
+    found = problem.get("input")
     if breaks_name_rule(problem["type"], context):
         return f"not a name; write {NAME_RULE}"
     if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -9,6 +11,7 @@ from pydantic import ValidationError
 
 from modekit.errors import RecipeError
 from modekit.files.read import read_text
+from modekit.files.typed import said_by
 from modekit.recipes.choices import choices
 from modekit.recipes.paths import spelled_out
 from modekit.recipes.problems import explain
@@ -17,11 +20,10 @@ from modekit.recipes.strict import RecipeData
 
 _MOST_PROBLEMS = 20  # shown at once; the others are counted
 _LONGEST_LINE = 400  # characters
-LARGEST = 2**20
-"""Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
-_MOST, _CHARACTERS = 2**16, 256  # values once every alias is written out, a long text counting as several
-_DEEPEST = 50  # collections within each other
-_LARGEST_NUMBER = 10**100
+LARGEST = 2**18
+"""Bytes of a file, also with every alias written out: far more than any recipe has, and read within seconds."""
+_NO_VALUE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What YAML's parser and constructors raise for 2001-99-99, !!int x and what is nested without end."""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -36,9 +38,13 @@ def read_recipe(path: Path) -> RecipeData:
     """The mapping that a YAML file holds, unchecked, its experts said in full. Raises RecipeError."""
     where = str(path)
     if path.is_dir():
-        own, other = path / "recipe.yaml", f"a recipe.yaml; modekit inspect {path} looks at a mixture"
-        remedy = f"give the path of {own if own.is_file() else other}"
-        raise RecipeError("this is a folder, not a recipe", where=where, remedy=remedy)
+        own = path / "recipe.yaml"
+        other = f"a recipe.yaml; modekit inspect {path} looks at a mixture"
+        raise RecipeError(
+            "this is a folder, not a recipe",
+            where=where,
+            remedy=f"give the path of {own if own.is_file() else other}",
+        )
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
@@ -74,52 +80,38 @@ def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would silently drop the first; values that are none; bombs of aliases."""
+    """Refuses a key given twice, of which YAML would silently drop the first, and bombs of aliases."""
 
-    _size = _depth = 0
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._sizes: dict[str | None, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node. Raises YAMLError as soon as there are too many, each alias written out, or they nest too deeply."""
-        event, before = self.peek_event(), self._size  # type: ignore[no-untyped-call]
-        self._depth += 1
-        if isinstance(event, yaml.AliasEvent):
-            self._size += self._sizes.get(event.anchor, _MOST if event.anchor in self.anchors else 0)
-        else:
-            self._size += 1 + len(getattr(event, "value", "")) // _CHARACTERS
-        if self._size > _MOST or self._depth > _DEEPEST:
-            what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST} values, aliases written out"
-            raise yaml.composer.ComposerError(None, None, what, event.start_mark)
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        if event.anchor is not None:
-            self._sizes[event.anchor] = self._size - before
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
-        """The value of a node. Raises YAMLError where it is none of its kind: 2001-99-99, !!int x, half of a character."""
-        try:
-            value = super().construct_object(node, deep)
-            if isinstance(value, str):
-                value.encode()
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
-            raise _problem(f"this is no {node.tag.rpartition(':')[2][:40]}", node) from None
-        if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:
-            raise _problem("a number of more than 100 digits", node)
-        return value
+    def construct_document(self, node: yaml.Node) -> object:
+        """The value of a whole text. Raises YAMLError where it is too large with every alias written out."""
+        if _written_out(node, {}) > LARGEST:
+            raise _problem(f"more than {LARGEST:,} characters with every alias written out", node)
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """Build a dict from a YAML mapping."""
         seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise _problem(f"'{key.value[:100]}' is given twice", key)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Characters of a node with every alias written out; an empty value counts as one.
+
+    Raises RecursionError where a node lies within itself.
+    """
+    if node not in sizes:
+        if isinstance(node, yaml.ScalarNode):
+            inside = len(node.value)
+        else:
+            parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            inside = sum(_written_out(part, sizes) for part in parts)
+        sizes[node] = 1 + inside
+    return sizes[node]
 
 
 def read_yaml(path: Path) -> object:
@@ -130,9 +122,13 @@ def read_yaml(path: Path) -> object:
 def parse_yaml(text: str, name: str) -> object:
     """What YAML of that name says, unchecked. Raises ValueError that says what is wrong where."""
     try:
-        return yaml.load(text, StrictLoader)
+        value = yaml.load(text, StrictLoader)
+        json.dumps(value, default=str, ensure_ascii=False).encode()  # no half characters, no endless numbers
+        return value
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split()).replace('"<unicode string>"', name)) from None
+    except _NO_VALUE as error:
+        raise ValueError(f"{name} has a value that is none of its kind: {said_by(error)}") from None
 
 
 def _problem(what: str, node: yaml.Node) -> yaml.constructor.ConstructorError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import fits_with
 from modekit.recipes.layers import Layers
 from modekit.recipes.mixture import CHOICES, Mixture
-from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Size, Strict, checked
+from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Size, Strict, checked, is_unset
 
 DType = Literal["float32", "bfloat16", "float16", "source"]
 Format = Literal["auto", "plain", "modekit"]
@@ -38,20 +38,18 @@ Texts = Annotated[list[_Said], BeforeValidator(_as_list, json_schema_input_type=
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "bits", "layers")
-
     name: Name
     model: str | None = Field(None, min_length=1)
     adapter: str | None = Field(None, min_length=1)
     as_: Literal["full", "lora"] = Field("full", alias="as")
     rank: int | None = Field(None, ge=1)
-    bits: int | None = Field(None, ge=1, le=8)
-    layers: Layers | None = Field(None, min_length=1)
+    bits: int | None = Field(None, ge=1, le=8, exclude_if=is_unset)
+    layers: Layers | None = Field(None, min_length=1, exclude_if=is_unset)
     revision: str | None = None
     text: Texts | None = None
     prompts: list[_Said] | None = Field(None, min_length=1)
     negative_prompts: list[_Said] | None = Field(None, min_length=1)
-    labels: list[Name] | None = Field(None, min_length=1, max_length=_MOST_LABELS)
+    labels: list[Name] | None = Field(None, min_length=1, max_length=_MOST_LABELS, exclude_if=is_unset)
 
     @model_validator(mode="after")
     def _one_source(self) -> Expert:
@@ -105,14 +103,12 @@ class Expert(Strict):
 class Output(Strict):
     """Shape of the result."""
 
-    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank")
-
     format: Format = "auto"
     dtype: DType = "source"
     shard_size: Size = Field(5 * 10**9, gt=0)
-    channels: int | None = Field(None, ge=32, le=2**16, multiple_of=32)
-    carry: Literal["ffn", "all"] | None = None
-    rank: int | None = Field(None, ge=1, le=2**12)
+    channels: int | None = Field(None, ge=32, le=2**16, multiple_of=32, exclude_if=is_unset)
+    carry: Literal["ffn", "all"] | None = Field(None, exclude_if=is_unset)
+    rank: int | None = Field(None, ge=1, le=2**12, exclude_if=is_unset)
 
 
 _InShortToo = Annotated[Expert, BeforeValidator(lambda said: said, json_schema_input_type=Expert | str)]
@@ -154,7 +150,9 @@ class Recipe(Strict):
         return checked(self, problems)
 
     def _problems_of_names(self) -> Iterator[str]:
-        names, mixture, always_on = self.names, self.mixture, self.mixture.always_on
+        names = self.names
+        mixture = self.mixture
+        always_on = self.mixture.always_on
         dimensions = mixture.router.dimensions
         for key, most in (("top_k", mixture.top_k), ("groups", mixture.groups), ("router.dimensions", dimensions)):
             if (most or 0) > len(names):
@@ -184,7 +182,9 @@ class Recipe(Strict):
 
     def beyond_plain(self) -> list[str]:
         """What of it only the modekit architecture can say."""
-        mixture, fit, router = self.mixture, self.mixture.fit, self.mixture.router
+        mixture = self.mixture
+        fit = self.mixture.fit
+        router = self.mixture.router
         reasons = ["modules other than the whole FFN"] if mixture.modules not in ("auto", ["mlp"]) else []
         reasons += ["only some layers"] if mixture.layers is not None else []
         reasons += [key for key in ("top_p", "groups", "threshold", "always_on") if getattr(mixture, key) is not None]
@@ -197,7 +197,9 @@ class Recipe(Strict):
         return reasons + ["experts that have only some layers"] * any(each.layers for each in self.experts)
 
     def _problems_of_the_form(self) -> Iterator[str]:
-        mixture, fit, output = self.mixture, self.mixture.fit, self.output
+        mixture = self.mixture
+        fit = self.mixture.fit
+        output = self.output
         asked = [key for key in ("channels", "carry", "rank") if getattr(output, key) is not None and not mixture.is_open]
         if asked and (output.format == "modekit" or not mixture.is_carried):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a plain checkpoint; remove it"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+from pydantic import BaseModel, BeforeValidator, StringConstraints
 
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
@@ -16,7 +16,8 @@ SELF = "self"
 WRITTEN_FOLDER = "self-text"
 """Beside a recipe: what its experts wrote themselves."""
 
-_NAME, LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+LONGEST_NAME = 64
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=LONGEST_NAME)]
 """Of an expert and its domain; also a file's name."""
 NAME_RULE = "letters, digits, '_', '.' and '-', 64 at most, a letter or digit first"
@@ -67,13 +68,10 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
 class Strict(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
     """Part of a recipe: an unknown key, another type, or a number that is none is an error."""
 
-    later: ClassVar[tuple[str, ...]] = ()
-    """Keys that older versions did not know: unset, they are not written, so that digests of what said nothing stay."""
 
-    @model_serializer(mode="wrap")
-    def _without_later(self, write: SerializerFunctionWrapHandler) -> RecipeData:
-        said: RecipeData = write(self)
-        return {key: value for key, value in said.items() if value is not None or key not in self.later}
+def is_unset(value: object) -> bool:
+    """Whether nobody has given a value, of a key that is then left out of what is written and of a digest."""
+    return value is None
 
 
 def checked(model: _Model, problems: list[str]) -> _Model:

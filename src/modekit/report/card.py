@@ -24,8 +24,9 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.tables import ResultTable, as_markdown, plain
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
-from modekit.members.licences import Source, facts, sources_of
+from modekit.members.licences import Source, facts, is_licence_id, sources_of
 from modekit.recipes.choices import why_chosen
+from modekit.recipes.paths import locate
 from modekit.recipes.strict import BASE
 from modekit.report.sections import licence_table
 from modekit.sources.config import architecture_of
@@ -33,7 +34,9 @@ from modekit.sources.tokenizer_choice import chat_template
 from modekit.text.documents import is_local
 from modekit.text.written import texts_of
 
-CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
+CARD_FILE = "README.md"
+LICENCE_FILE = "LICENSE.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> 
     data = _metadata(checkpoint, sources)
     if shown is not None:
         sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
-    known, table, problems = facts(sources), as_markdown(licence_table(sources), plain), list[str]()
+    known = facts(sources)
+    table = as_markdown(licence_table(sources), plain)
+    problems = list[str]()
     values = {**_measured(checkpoint, problems), **_made_of(Checkpoint(checkpoint.folder, shown or checkpoint.record))}
     template = files("modekit.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     values |= {"source_table": table, "facts": [plain(fact) for fact in known]}
@@ -66,33 +71,26 @@ def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> 
 
 def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
     """The front matter. A mixture of fine-tunes is a `merge` in the hub's words (adapter, finetune, merge, quantized)."""
-    bases = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id))
-    recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
+    recipe = checkpoint.record.recipe
+    root = checkpoint.recipe_root
+    specs = dict.fromkeys(source.spec for source in sources)
+    bases = [spec for spec in specs if _HUB_ID.fullmatch(spec) and locate(spec, root) is None]
     texts = [spec for expert in recipe.experts for spec in texts_of(expert)]
     data_sets = list(dict.fromkeys(spec for spec in texts if not is_local(spec, root)))
-    licence, name, link = _licence(sources)
+    licences = {source.licence for source in sources}
+    licence = licences.pop()
+    is_one = not licences and is_licence_id(licence)
     return ModelCardData(
         base_model=bases or None,
         base_model_relation="merge" if bases else None,
         datasets=data_sets or None,
-        license=licence,
-        license_name=name,
-        license_link=link,
+        license=licence if is_one else "other",
+        license_name=None if is_one else "of-the-sources",
+        license_link=None if is_one else LICENCE_FILE,
         library_name="transformers",
         pipeline_tag="translation" if checkpoint.shape.family.pair else "text-generation",
         tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
     )
-
-
-def _licence(sources: Sequence[Source]) -> tuple[str, str | None, str | None]:
-    """The one licence of all sources; else `other`, by the name of a page that lists them."""
-    said = {(source.licence, source.licence_name, source.licence_link) for source in sources}
-    licence, name, link = next(iter(said))
-    if len({source.licence for source in sources}) == 1 and licence not in {None, "other"}:
-        return str(licence), None, None
-    if len(said) == 1 and licence == "other" and name and link and "://" in link:
-        return "other", name, link
-    return "other", "of-the-sources", LICENCE_FILE
 
 
 def _backbone(record: MixtureRecord) -> str:
@@ -140,7 +138,8 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, object]:
 def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     """What the template says of the mixture and of how it was made."""
     record = checkpoint.record
-    recipe, router = record.recipe, record.router
+    recipe = record.recipe
+    router = record.router
     dumped = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=120).rstrip()
     text = [
         [domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))]

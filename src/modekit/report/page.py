@@ -1,14 +1,13 @@
 """The page: one file, of what the results say. Nothing is fetched, nothing of the data is ever code.
 
-Text goes through autoescape; what the script shows comes from a JSON block and is set as textContent. The content security
-policy lets exactly this page's own style and script in, by their hashes.
+Text goes through autoescape, and the page has no script. The content security policy lets exactly its own style in, by its
+hash.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +25,6 @@ from modekit.report.card import facts_of
 from modekit.report.sections import Content, make_content, shade, tint
 
 PAGE_FILE = "report.html"
-_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def write_report(checkpoint: Checkpoint) -> Report:
 
 def make_page(checkpoint: Checkpoint, content: Content) -> str:
     """The HTML of a report."""
-    style, script = (files("modekit.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = files("modekit.report").joinpath("page.css").read_text(encoding="utf-8")
     page = _template().render(
         **facts_of(checkpoint),
         names=checkpoint.names,
@@ -60,20 +58,22 @@ def make_page(checkpoint: Checkpoint, content: Content) -> str:
         tint=tint,
         marked=MIXTURE,
         style=Markup(style),
-        script=Markup(script),
-        policy=_policy(style, script),
-        samples_json=_json_block(content.samples),
+        style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
     )
     return f"{page.strip()}\n"
 
 
 def _keys(checkpoint: Checkpoint, content: Content) -> list[tuple[str, str, str]]:
     """The figures at the top: what it is, the figure, and what it means."""
-    size, results, found = checkpoint.parameters, content.results, list[tuple[str, str, str]]()
-    mixture = results.of_kind("mixture") if results is not None else None
-    if results is not None and mixture is not None:
-        domains, base = results.domains, results.of_kind("base")
-        gap, error, loss = mixture.mean_gap(domains), mixture.mean_gap_error(domains), mixture.mean_loss(domains)
+    size = checkpoint.parameters
+    results = content.results
+    found = list[tuple[str, str, str]]()
+    if results is not None and (mixture := results.of_kind("mixture")) is not None:
+        domains = results.domains
+        base = results.of_kind("base")
+        gap = mixture.mean_gap(domains)
+        error = mixture.mean_gap_error(domains)
+        loss = mixture.mean_loss(domains)
         if gap is not None:
             spread = "" if error is None else f"±{error:.3f} standard error; "
             found.append(("Gap closed", f"{gap:.2f}", f"{spread}mean of {results.averaged}; 1 is every domain's own expert"))
@@ -110,16 +110,3 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     return environment.get_template("page.html.jinja")
-
-
-def _json_block(value: object) -> Markup:
-    """JSON that cannot end the element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup("".join(_UNSAFE.get(character, character) for character in text))
-
-
-def _policy(style: str, script: str) -> str:
-    def digest(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-    return f"default-src 'none'; style-src {digest(style)}; script-src {digest(script)}; base-uri 'none'; form-action 'none'"

@@ -31,7 +31,13 @@ from modekit.sources.tokenizer import COPIED_FILES, is_own_file
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 _WRITTEN = (
-    *(RECORD_FILE, RECIPE_FILE, CARD_FILE, LICENCE_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json"),
+    RECORD_FILE,
+    RECIPE_FILE,
+    CARD_FILE,
+    LICENCE_FILE,
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
     *(CARRIED_FILE, TRAINED_FILE, SELECTED_FILE, *COPIED_FILES, *(file.name for file in CODE_FILES)),
 )
 """What modekit writes, and others need."""
@@ -129,7 +135,8 @@ def _explained(repo: str) -> Iterator[None]:
 
 def _shown(checkpoint: Checkpoint) -> MixtureRecord:
     """The record with names where it has paths of this machine."""
-    record, root = checkpoint.record, checkpoint.recipe_root
+    record = checkpoint.record
+    root = checkpoint.recipe_root
     named = partial(name_of, root=root)
     recipe = Recipe.model_validate(with_specs(record.model_dump(mode="json")["recipe"], named))
     sources = []
@@ -156,6 +163,7 @@ def _shown(checkpoint: Checkpoint) -> MixtureRecord:
 
 def _named(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Settings of a training with names where they have paths."""
-    teacher, generic = settings.get("teacher"), settings.get("generic") or []
+    teacher = settings.get("teacher")
+    generic = settings.get("generic") or []
     named = {"teacher": teacher and name_of(teacher, root), "generic": [name_of(text, root) for text in generic]}
     return {key: named.get(key, value) for key, value in settings.items()}

@@ -5,11 +5,10 @@ The chart is SVG, coloured by the page's style. It is as wide as the page, from 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from statistics import fmean
 
 import yaml
 from markupsafe import Markup
@@ -29,8 +28,7 @@ from modekit.members.licences import Source, facts, sources_of
 
 Block = ResultTable | Markup | str
 """A table, a chart, or a paragraph."""
-SAMPLE_BYTES = 900_000
-"""Room for the sample texts' weights in a page of 2 MB."""
+_MOST_SAMPLES = 32  # texts, so that a page stays below 2 MB
 _GAPS = (
     "How much of the way from the base model (0, solid line) to each domain's own expert (1, dashed line) is closed on "
     "held-out text. The oracle gives every text to its domain's own expert; a mixture can pass it."
@@ -61,21 +59,29 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A text shown word by word. `tokens`: of each its text, its look by the expert that leads, and what is said of it."""
+
+    domain: str
+    loss: float
+    tokens: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
 class Content:
-    """What a report shows. `samples`: the texts shown word by word, for the page's script; `missing`: what there is no result
-    of, and which command makes it.
-    """
+    """What a report shows. `missing`: what there is no result of, and which command makes it."""
 
     results: Results | None
     sections: Sequence[Section]
-    samples: Mapping[str, object]
+    samples: Sequence[Sample]
     missing: list[str] = field(default_factory=list)
 
 
 def make_content(checkpoint: Checkpoint) -> Content:
     """Read what is there about a checkpoint; what is missing, or of another state of it, is left out."""
     missing: list[str] = []
-    results, inspection = Results.find(checkpoint, missing), Inspection.find(checkpoint, missing)
+    results = Results.find(checkpoint, missing)
+    inspection = Inspection.find(checkpoint, missing)
     sections = []
     if results is not None:
         chart = gap_chart(results)
@@ -121,7 +127,8 @@ def _size(checkpoint: Checkpoint) -> Section:
 
 
 def _sources(checkpoint: Checkpoint) -> Section:
-    record, sources = checkpoint.record, sources_of(checkpoint)
+    record = checkpoint.record
+    sources = sources_of(checkpoint)
     read = [(s, name, file) for s in record.sources for name, file in s.files.items()]
     files = [[s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3] for s, name, file in read]
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
@@ -135,46 +142,30 @@ def _sources(checkpoint: Checkpoint) -> Section:
 
 def licence_table(sources: Sequence[Source]) -> ResultTable:
     """What every source says."""
-    rows = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
+    rows = [[each.used_as, each.spec, each.revision or "-", each.licence, each.found_in] for each in sources]
     titles = ["used as", "model", "revision", "licence", "found in"]
     return ResultTable("Licences", titles, rows, "As each source states it.", prose=True)
 
 
-def samples_of(inspection: Inspection | None) -> dict[str, object]:
-    """Sample texts with their weights in thousandths, means over the routers of a layer: one of each domain first, as many as
-    there is room for. Of a pair `source` says how many tokens stand before the target; of a text it is 0.
-    """
+def samples_of(inspection: Inspection | None) -> list[Sample]:
+    """The first text of each domain."""
     if inspection is None or not inspection.routers:
-        return {}
-    layers = {f"layer {layer}": places for layer, places in inspection.layers().items()}
-    layers = layers or {"all layers": list(range(len(inspection.routers)))}
-    by_domain: dict[str, list[TokenTrace]] = {}
-    for sample in inspection.texts:
-        by_domain.setdefault(str(sample.domain), []).append(sample)
-    kept, room = list[dict[str, object]](), SAMPLE_BYTES
-    for sample in (each for turn in zip_longest(*by_domain.values()) for each in turn if each is not None):
-        data = _sample(sample, list(layers.values()))
-        room -= len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode())
-        if room < 0:
-            break
-        kept.append(data)
-    return {"experts": inspection.experts, "routers": list(layers), "texts": kept} if kept else {}
+        return []
+    first: dict[str, TokenTrace] = {}
+    for text in inspection.texts:
+        first.setdefault(str(text.domain), text)
+    shown = list(first.items())[:_MOST_SAMPLES]
+    return [Sample(domain, text.loss, list(_tokens(text, inspection.experts))) for domain, text in shown]
 
 
-def _sample(sample: TokenTrace, layers: Sequence[Sequence[int]]) -> dict[str, object]:
-    weights = []
-    for places in layers:
-        by_token = zip(*(sample.weights[place] for place in places), strict=True)
-        weights.append([[round(1000 * sum(each) / len(places)) for each in zip(*rows, strict=True)] for rows in by_token])
-    target = next((place for place, token in enumerate(sample.tokens) if token.loss is not None), 0)
-    return {
-        "domain": sample.domain,
-        "loss": sample.loss,
-        "tokens": [vars(token) for token in sample.tokens],
-        "weights": weights,
-        "without": dict(sample.without),
-        "source": target if target > 1 else 0,
-    }
+def _tokens(text: TokenTrace, experts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Each token's text, its look, and what is said of it."""
+    for place, token in enumerate(text.tokens):
+        weights = [fmean(each) for each in zip(*(rows[place] for rows in text.weights), strict=True)]
+        largest = max(weights)
+        leader = weights.index(largest)
+        look = f"e{leader % 8} s{min(4, 1 + int(4 * largest))}"
+        yield token.text, look, f"{experts[leader]} {largest:.2f}, loss {or_dash(token.loss, '.2f')}"
 
 
 _SHOWN: tuple[Kind, ...] = ("average", "oracle", "mixture")

@@ -50,7 +50,8 @@ class Adapted:
 
     def expected(self, parts: Parts) -> dict[str, tuple[int, ...]]:
         """The shapes of A (E R, I) and B (O, R E)."""
-        (a, b), (inputs, outputs) = self.parts, self.shape[-2:] if self.turned else self.shape[:-3:-1]
+        a, b = self.parts
+        inputs, outputs = self.shape[-2:] if self.turned else self.shape[:-3:-1]
         found = parts[a].shape[0] if a in parts and parts[a].shape else 0
         ranks = self.experts * self.rank or found
         return {a: (ranks, inputs), b: (outputs, ranks)}

@@ -32,7 +32,8 @@ from modekit.sources.source import ModelSource
 from modekit.sources.towers import Naming, naming_of
 from modekit.sources.weight_files import no_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _SAME_BASE = "use an adapter that was trained on this base model"
 _JOIN = (
@@ -123,7 +124,8 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     naming = naming_of([name.removeprefix(_PREFIX) for name in tensors])
     reading = _Reading(where, settings, base, naming)
     beside = reading.sort(tensors)
-    changes, replaced = reading.changes(), reading.replaced()
+    changes = reading.changes()
+    replaced = reading.replaced()
     if not changes and not replaced:
         raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, replaced, beside=beside)
@@ -135,8 +137,11 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
     except FileNotFoundError:
         if (folder / "config.json").exists():
-            remedy = "name it as model: in place of adapter: in the recipe, or by --model"
-            raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
+            raise SourceError(
+                "this is a full model, not an adapter",
+                where=where,
+                remedy="name it as model: in place of adapter: in the recipe, or by --model",
+            ) from None
         raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
     except UNREADABLE as error:
         raise damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
@@ -152,7 +157,10 @@ class _Reading:
     """
 
     def __init__(self, where: str, settings: LoraSettings, base: ModelSource, naming: Naming) -> None:
-        self._where, self._settings, self._base, self._naming = where, settings, base, naming
+        self._where = where
+        self._settings = settings
+        self._base = base
+        self._naming = naming
         self._parts: dict[str, dict[str, TensorRef]] = {}  # adapted module -> its adapter tensors by part
         self._whole: dict[str, TensorRef] = {}  # saved modules, biases, embeddings: by their name in the base
         self._patterns = Patterns()
@@ -200,7 +208,8 @@ class _Reading:
         found: dict[str, LowRank] = {}
         wrapped = self._wrapped()
         for module, parts in self._parts.items():
-            first, weight = next(iter(parts.values())), wrapped.get(module)
+            first = next(iter(parts.values()))
+            weight = wrapped.get(module)
             if (self._is_tied and module in self._ends) or (self._family.shares and module == self._ends[0]):
                 raise self._tied(first)
             if weight is None:
@@ -211,7 +220,8 @@ class _Reading:
 
     def _check_layer(self, module: str, first: TensorRef) -> None:
         """Raise SourceError for a part of a layer that PEFT would not adapt, and would drop without a word."""
-        layers, (layer, _) = self._settings.layers_to_transform, split_layer(module)
+        layers = self._settings.layers_to_transform
+        layer, _ = split_layer(module)
         if layers in (None, []) or layer is None or self._naming.named(module) in (self._settings.target_modules or ()):
             return
         number = int(str(layer).rpartition(".")[2])
@@ -220,7 +230,8 @@ class _Reading:
 
     def _module(self, module: str, first: TensorRef) -> Adapted:
         """The weight of a module that is adapted as a whole."""
-        name, found = weight_of(module), self._family
+        name = weight_of(module)
+        found = self._family
         if name not in self._base_names:
             raise self._unknown(first, module)
         shape = self._whole.get(weight_of(f"{module}.base_layer"), self._base.tensors[name]).shape
@@ -237,9 +248,11 @@ class _Reading:
 
     def _wrapped(self) -> dict[str, Adapted]:
         """The parameters that `target_parameters` names, of matrices and fused experts, in the order of the class."""
-        ends, weights = tuple(f".{each}" for each in self._settings.target_parameters or ()), list[Adapted]()
+        ends = tuple(f".{each}" for each in self._settings.target_parameters or ())
+        weights = list[Adapted]()
         for name in (self._family.tensors or self._base.tensors) if ends else ():
-            shape, key = self._base.tensors[name].shape if name in self._base_names else (), self._naming.named(name)
+            shape = self._base.tensors[name].shape if name in self._base_names else ()
+            key = self._naming.named(name)
             if len(shape) in (2, 3) and f".{key}".endswith(ends):
                 turned = len(shape) == 3 and self._family.keeps_columns(module_of(name))
                 rank = self._said("rank_pattern", key, self._settings.r) if len(shape) == 3 else 0
@@ -253,8 +266,12 @@ class _Reading:
         expected |= {"lora_magnitude_vector": expected[b][:1]} if self._settings.use_dora else {}
         missing = sorted(expected.keys() - parts.keys())
         if missing:
-            where, there = f"{self._where}: {module}", ", ".join(sorted(parts))
-            raise damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
+            raise damaged(
+                "the adapter lacks a part of a module",
+                f"{self._where}: {module}",
+                ", ".join(sorted(parts)),
+                f"{', '.join(missing)} as well",
+            )
         for part, ref in parts.items():
             if part not in expected:
                 raise self._unexplained(ref, "the config does not ask for it")
@@ -275,8 +292,11 @@ class _Reading:
                 if self._patterns.match(pattern, module):
                     return float(value)
             except (regex.error, TimeoutError, MemoryError, OverflowError, RecursionError) as error:
-                what = "a pattern is no regular expression, or the patterns take too long to match"
-                raise damaged(what, f"{self._where}: {CONFIG_FILE}: {patterns}", f"{pattern[:200]}: {error}") from None
+                raise damaged(
+                    "a pattern is no regular expression, or the patterns take too long to match",
+                    f"{self._where}: {CONFIG_FILE}: {patterns}",
+                    f"{pattern[:200]}: {error}",
+                ) from None
         return default
 
     def replaced(self) -> dict[str, TensorRef]:
@@ -318,7 +338,8 @@ class _Reading:
         )
 
     def _unknown(self, ref: TensorRef, module: str) -> MismatchError:
-        layers, (layer, _) = layers_of(self._base_names), split_layer(module)
+        layers = layers_of(self._base_names)
+        layer, _ = split_layer(module)
         if layer is not None and layer not in layers:
             return self._other_base("has more layers than the base model", ref, f"layer {layer}", f"{len(layers)} layers")
         mixed = ", itself a mixture of experts" if is_mixture(self._base.config) else ""
@@ -331,9 +352,18 @@ class _Reading:
         return self._other_base("does not fit the base model's sizes", ref, list(ref.shape), wanted)
 
     def _other_base(self, what: str, ref: TensorRef, found: object, expected: str, remedy: str = _SAME_BASE) -> MismatchError:
-        where = f"{self._where}: {ref.name}"
-        return MismatchError(f"the adapter {what}", where=where, found=found, expected=expected, remedy=remedy)
+        return MismatchError(
+            f"the adapter {what}",
+            where=f"{self._where}: {ref.name}",
+            found=found,
+            expected=expected,
+            remedy=remedy,
+        )
 
     def _unexplained(self, ref: TensorRef, why: str) -> SourceError:
-        expected = f"only tensors that {CONFIG_FILE} explains"
-        return damaged("a tensor of the adapter would be lost", f"{self._where}: {ref.name}", why, expected)
+        return damaged(
+            "a tensor of the adapter would be lost",
+            f"{self._where}: {ref.name}",
+            why,
+            f"only tensors that {CONFIG_FILE} explains",
+        )

@@ -38,8 +38,10 @@ def _named(source: ModelSource) -> Mapping[str, TensorRef]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
-    found, tensors = structure(source.config, where=source.where), source.tensors
-    known, prefix = found.model.state_dict(), found.model.base_model_prefix
+    found = structure(source.config, where=source.where)
+    tensors = source.tensors
+    known = found.model.state_dict()
+    prefix = found.model.base_model_prefix
     own = {name: tuple(tensor.shape) for name, tensor in known.items() if name not in found.tied}
     if all(name in tensors and tensors[name].shape == shape for name, shape in own.items()):
         return tensors  # saved under the names of the class; some renamings would rename these again
@@ -80,7 +82,8 @@ def _made(
     if len(targets) == 1:
         joined = _joined(targets[0], parts, steps)
         return {} if joined is None else {targets[0]: joined}
-    whole, sizes = parts[0][0], [known[name].shape[0] for name in targets]
+    whole = parts[0][0]
+    sizes = [known[name].shape[0] for name in targets]
     if steps not in ([("Split", 0)], [("Chunk", 0)]) or whole.shape[:1] != (sum(sizes),):
         return {}
     cuts = zip(targets, sizes, accumulate(sizes), strict=True)

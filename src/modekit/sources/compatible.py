@@ -126,8 +126,13 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     where = f"{source.where}: config.json"
     theirs_type = source.config.get("model_type")
     if theirs_type != family.model_type and is_mixture(base.config) and not is_mixture(source.config):
-        what = "the base model is itself a mixture of experts, and the expert is a dense model"
-        raise MismatchError(what, where=base.where, found=family.model_type, expected=theirs_type, remedy=OF_A_MIXTURE)
+        raise MismatchError(
+            "the base model is itself a mixture of experts, and the expert is a dense model",
+            where=base.where,
+            found=family.model_type,
+            expected=theirs_type,
+            remedy=OF_A_MIXTURE,
+        )
     if theirs_type != family.model_type:
         raise MismatchError(
             "the expert is of another family than the base model",
@@ -178,7 +183,8 @@ def check_values(config: Config, family: Family, *, where: str) -> None:
 
     For configs of the families with a row: others may call something else by these names.
     """
-    where, pair = f"{where}: config.json", family.pair
+    where = f"{where}: config.json"
+    pair = family.pair
     of_stacks = (key for stack in family.stacks for key in (stack.count[-1], stack.ffn_width))
     for key in (family.width, *of_stacks, "vocab_size", *(() if pair else ("num_attention_heads",))):
         if config.get(key) is None:

@@ -108,8 +108,11 @@ class WeightFile:
         return self._error("a weight file became shorter while it was read")
 
     def _unreadable(self, error: OSError) -> SourceError:
-        what, remedy = "a weight file cannot be read", "put it back, make it readable, or mend the disk"
-        return self._error(what, error.strerror or error, remedy)
+        return self._error(
+            "a weight file cannot be read",
+            error.strerror or error,
+            "put it back, make it readable, or mend the disk",
+        )
 
     def _error(self, what: str, found: object = None, remedy: str = _ALONE) -> SourceError:
         return SourceError(what, where=str(self.path), found=found, remedy=remedy)

@@ -26,7 +26,8 @@ def other_cuts(one: ReadTokens, other: ReadTokens, where: str, readers: Readers)
     """
     from tokenizers import Tokenizer
 
-    whose, special = readers.whose, sorted(one.added.keys() & other.added.keys())
+    whose = readers.whose
+    special = sorted(one.added.keys() & other.added.keys())
     beside = {f"one {token} two{token}\n three": token for token in special}
     try:
         both = [Tokenizer.from_file(str(each.folder / "tokenizer.json")) for each in (one, other)]
@@ -39,8 +40,12 @@ def other_cuts(one: ReadTokens, other: ReadTokens, where: str, readers: Readers)
         if text not in beside:
             first = next(place for place, (a, b) in enumerate(zip_longest(mine, their)) if a != b)
             found, expected = (" ".join(each[first : first + 6]) for each in (their, mine))
-            what = f"has the same tokens as {whose} and cuts text otherwise"
-            raise readers.differ(what, where, f"{text[:40]!r}: ... {found}", f"... {expected}")
+            raise readers.differ(
+                f"has the same tokens as {whose} and cuts text otherwise",
+                where,
+                f"{text[:40]!r}: ... {found}",
+                f"... {expected}",
+            )
     said = [f"cuts text beside {beside[text][:60]!r} otherwise than {whose}" for text in [*differing][:1]]
     if around[0] != around[1]:
         said.append(f"puts other special tokens around a text ({around[1]} ...) than {whose} ({around[0]} ...)")

@@ -44,7 +44,8 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
 
 def _windows_after(config: Config) -> list[str]:
     """Qwen2 and Qwen3: the layers from max_window_layers on have the window, if there is one."""
-    layers, first = whole(config, "num_hidden_layers"), whole(config, "max_window_layers")
+    layers = whole(config, "num_hidden_layers")
+    first = whole(config, "max_window_layers")
     windowed = config.get("sliding_window") is not None
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
 
@@ -72,16 +73,28 @@ DECODERS: tuple[Family, ...] = (
     Family(
         "olmo2",
         defaults={
-            **{**_SILU, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50_279},
-            **{"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "attention_bias": False},
+            **_SILU,
+            "pad_token_id": 1,
+            "bos_token_id": None,
+            "eos_token_id": 50_279,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
         },
     ),
     Family(
         "cohere2",
         defaults={
-            **{"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255_001, "tie_word_embeddings": True},
-            **{"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu", "attention_bias": False},
-            **{"logit_scale": 0.0625, "sliding_window": 4096},
+            "pad_token_id": 0,
+            "bos_token_id": 5,
+            "eos_token_id": 255_001,
+            "tie_word_embeddings": True,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
         },
         layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
     ),
@@ -90,8 +103,13 @@ DECODERS: tuple[Family, ...] = (
         head_dim=128,
         rope_theta=500_000.0,
         defaults={
-            **{**_LLAMA, "pad_token_id": 0, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
-            **{"max_position_embeddings": 131_072, "use_bias": False, "num_key_value_heads": 2},
+            **_LLAMA,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "use_bias": False,
+            "num_key_value_heads": 2,
         },
     ),
     Family(
@@ -103,8 +121,13 @@ DECODERS: tuple[Family, ...] = (
         "phi3",
         stacks=(Stack(parts=_FUSED),),
         defaults={
-            **{**_SILU, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None},
-            **{"pad_token_id": 32_000, "bos_token_id": 1, "eos_token_id": 32_000},
+            **_SILU,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "sliding_window": None,
+            "pad_token_id": 32_000,
+            "bos_token_id": 1,
+            "eos_token_id": 32_000,
         },
     ),
     Family(
@@ -112,9 +135,14 @@ DECODERS: tuple[Family, ...] = (
         head_dim=256,
         rotary=0.25,
         defaults={
-            **{**_QWEN, "attention_bias": False, "num_key_value_heads": 4, "linear_conv_kernel_dim": 4},
-            **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
-            **{"linear_num_key_heads": 16, "linear_num_value_heads": 32},
+            **_QWEN,
+            "attention_bias": False,
+            "num_key_value_heads": 4,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
         },
         layer_types=_every("full_attention_interval", 4, "linear_attention"),
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
@@ -163,8 +191,11 @@ DECODERS: tuple[Family, ...] = (
         "starcoder2",
         stacks=(Stack(parts={**{part: LINEAR[part] for part in "qkvo"}, "up": "mlp.c_fc", "down": "mlp.c_proj"}),),
         defaults={
-            **{"hidden_act": _TANH, "norm_epsilon": 1e-5, "tie_word_embeddings": True},
-            **{"num_key_value_heads": 2, "use_bias": True},
+            "hidden_act": _TANH,
+            "norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 2,
+            "use_bias": True,
         },
     ),
 )

@@ -145,12 +145,15 @@ class Family:
 
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Name of a tensor -> the shape that follows from config.json: embedding, FFN, keys and values."""
-        hidden, full = whole(config, self.width), self.dense_config(config)
+        hidden = whole(config, self.width)
+        full = self.dense_config(config)
         kinds = [] if self.pair else words(full, "layer_types")
         found: dict[str, tuple[int, ...]] = {weight_of(self.embedding): (whole(config, "vocab_size"), hidden)}
         for layer in self.layers(config):
-            stack, number = self.stack_of(layer), stack_of(layer)[1]
-            inner, paths = whole(full, stack.ffn_width), stack.mlp
+            stack = self.stack_of(layer)
+            number = stack_of(layer)[1]
+            inner = whole(full, stack.ffn_width)
+            paths = stack.mlp
             for part, path in paths.items():
                 rows = inner * list(paths.values()).count(path)  # gate and up in one module
                 found[self.in_layer(layer, path)] = (hidden, inner) if part == "down" else (rows, hidden)

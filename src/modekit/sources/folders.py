@@ -17,17 +17,28 @@ def model_folder(
     where = f"{label} ({spec})"
     try:
         path = (root / Path(spec).expanduser()).resolve()
-        is_local, is_file = path.is_dir(), path.is_file()
+        is_local = path.is_dir()
+        is_file = path.is_file()
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
-        path, is_local, is_file = root / spec, False, False
+        path = root / spec
+        is_local = False
+        is_file = False
     if is_local and revision is not None:
-        what, remedy = "a revision has no effect with a folder", "remove revision, or name the model by its hub id"
-        raise SourceError(what, where=where, found=revision, remedy=remedy)
+        raise SourceError(
+            "a revision has no effect with a folder",
+            where=where,
+            found=revision,
+            remedy="remove revision, or name the model by its hub id",
+        )
     if is_local:
         return path, None
     if is_file:
-        remedy = FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of"
-        raise SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
+        raise SourceError(
+            "a file is named in place of a folder",
+            where=where,
+            found=str(path),
+            remedy=FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of",
+        )
     if not may_be_hub_id(spec):
         raise SourceError("model folder does not exist", where=where, found=str(path), remedy="correct the path")
     from modekit.sources.hub import download  # its import takes longer than a whole local plan

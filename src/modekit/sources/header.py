@@ -81,5 +81,10 @@ class TensorRef:
 def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
     """Raise SourceError for a tensor of no float."""
     for ref in (each for each in refs if each.dtype not in DTYPE_NAMES):
-        what, where, expected = "tensor dtype cannot be mixed", f"{where}: {ref.name}", ", ".join(DTYPE_NAMES)
-        raise SourceError(what, where=where, found=ref.dtype, expected=expected, remedy="save it in bf16, fp16 or fp32")
+        raise SourceError(
+            "tensor dtype cannot be mixed",
+            where=f"{where}: {ref.name}",
+            found=ref.dtype,
+            expected=", ".join(DTYPE_NAMES),
+            remedy="save it in bf16, fp16 or fp32",
+        )

@@ -23,13 +23,27 @@ _MOST_REPETITIONS = 10_000  # {n} of a pattern, one in the other: regex unrolls 
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 _Pattern = Annotated[str, Field(max_length=1000)]
 NO_EFFECT = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
     # which modules and ranks there are, the file says
-    *("exclude_modules", "layers_pattern"),
-    *("bias", "fan_in_fan_out"),
+    "exclude_modules",
+    "layers_pattern",
+    "bias",
+    "fan_in_fan_out",
     # read only while the matching init_lora_weights initialises; those that change the base are refused there
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
 }
 """Settings that say nothing about what the saved tensors do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
@@ -61,19 +75,32 @@ class LoraSettings(BaseModel):
 def lora_settings(config: Config, *, where: str) -> LoraSettings:
     """Raises SourceError for values of the wrong kind, UnsupportedError for what is not LoRA, or not known to be."""
     if config["peft_type"] != "LORA":
-        found = f"peft_type {shortened(config['peft_type'])}"
-        what = "an adapter of this kind cannot be read"
-        raise UnsupportedError(what, where=where, found=found, expected="LORA", remedy=MERGE_FIRST)
+        raise UnsupportedError(
+            "an adapter of this kind cannot be read",
+            where=where,
+            found=f"peft_type {shortened(config['peft_type'])}",
+            expected="LORA",
+            remedy=MERGE_FIRST,
+        )
     known = {*LoraSettings.model_fields, *NO_EFFECT}
     for key, value in config.items():
         if key not in known and value not in (None, False, [], {}, ""):
-            said = "modekit does not know what this setting does to the weights"
-            raise UnsupportedError(said, where=where, found=f"{key}: {shortened(value)}", remedy=MERGE_FIRST)
+            raise UnsupportedError(
+                "modekit does not know what this setting does to the weights",
+                where=where,
+                found=f"{key}: {shortened(value)}",
+                remedy=MERGE_FIRST,
+            )
     try:
         settings = LoraSettings.model_validate(dict(config))
     except ValidationError as error:
-        key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
-        raise damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
+        key = str(error.errors()[0]["loc"][0])
+        raise damaged(
+            f"{key} has no usable value",
+            where,
+            shortened(config.get(key, "nothing")),
+            error.errors()[0]["msg"],
+        ) from None
     if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
         raise UnsupportedError(
             "this initialisation may have changed the base model's weights, which the adapter does not hold",

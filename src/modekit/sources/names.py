@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from modekit.recipes.layers import Layer, layer_at
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 FINAL_NORM = "model.norm"
 LOGITS_BIAS = "final_logits_bias"
 """A tensor, and no module, that some models with an encoder add to what the head says."""

@@ -113,7 +113,9 @@ NATIVES: tuple[Native, ...] = (
     Native(_ROWS["mistral"], **_OF_LLAMA, rules=(_SILU, _ONE_WINDOW)),
     Native(_ROWS["granite"], **_OF_GRANITE, rules=(_NO_MLP_BIAS, _SILU, heads_fill("GraniteMoE"))),
     Native(
-        *(_ROWS["cohere2"], "cohere2_moe", "Cohere2MoeForCausalLM"),
+        _ROWS["cohere2"],
+        "cohere2_moe",
+        "Cohere2MoeForCausalLM",
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
         dropped=frozenset({"sliding_window_pattern"}),
         serves="vLLM, llama.cpp",
@@ -124,12 +126,17 @@ NATIVES: tuple[Native, ...] = (
         rules=(_SILU, heads_fill("Cohere2")),
     ),
     Native(
-        *(_ROWS["ernie4_5"], "ernie4_5_moe", "Ernie4_5_MoeForCausalLM"),
+        _ROWS["ernie4_5"],
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
         num_experts_key="moe_num_experts",
         top_k_key="moe_k",
         width_key="moe_intermediate_size",
         fixed={
-            **{"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1},
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
             "output_router_logits": False,
         },
         constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
@@ -161,7 +168,9 @@ NATIVES: tuple[Native, ...] = (
         vllm_differs=((lambda c: bool(c.get("attention_bias")), "leaves the bias of attention's output out"),),
     ),
     Native(
-        *(_ROWS["olmo2"], "flex_olmo", "FlexOlmoForCausalLM"),
+        _ROWS["olmo2"],
+        "flex_olmo",
+        "FlexOlmoForCausalLM",
         without_gguf="its converter does not know FlexOlmo",
         writes_head_dim=False,
         fixed=_RENORMALISED,
@@ -169,7 +178,9 @@ NATIVES: tuple[Native, ...] = (
         rules=(_SILU, heads_fill("FlexOlmo")),
     ),
     Native(
-        *(_ROWS["hunyuan_v1_dense"], "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
+        _ROWS["hunyuan_v1_dense"],
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1ForCausalLM",
         without_gguf="its converter knows only the tokenizer and the shared expert of the published model",
         router="mlp.gate.wg.weight",
         top_k_key="moe_topk",
@@ -182,7 +193,9 @@ NATIVES: tuple[Native, ...] = (
         rules=(_SILU,),
     ),
     Native(
-        *(_ROWS["qwen3_5_text"], "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+        _ROWS["qwen3_5_text"],
+        "qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM",
         without_gguf="its converter wants the layers that predict further tokens, which a mixture has not",
         width_key="moe_intermediate_size",
         fixed={"shared_expert_intermediate_size": 0, "output_router_logits": False},
@@ -195,8 +208,14 @@ NATIVES: tuple[Native, ...] = (
 
 
 _SAYS = {
-    **{"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "num_key_value_heads": None},
-    **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "sliding_window": None},
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "num_key_value_heads": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "sliding_window": None,
 }
 _EVERYWHERE: Rule = (
     lambda c: not c.get("mlp_only_layers") and c.get("decoder_sparse_step", 1) == 1,
@@ -237,7 +256,9 @@ ROUTED: tuple[Native, ...] = (
     _routed(
         _QWEN2_MOE,
         {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_key_value_heads": 16, "use_sliding_window": False},
-        *(_EVERYWHERE, _ONE_WINDOW, heads_fill("Qwen2-MoE")),
+        _EVERYWHERE,
+        _ONE_WINDOW,
+        heads_fill("Qwen2-MoE"),
         dropped=frozenset({"attention_bias", "num_local_experts"}),
         gguf_differs=((_is_normed, "its qwen2moe does not divide the weights of the chosen experts by their sum"),),
         routed=Routed(
@@ -251,7 +272,7 @@ ROUTED: tuple[Native, ...] = (
         ffn="block_sparse_moe",
         dropped=frozenset({"num_experts", "sliding_window"}),
         routed=Routed(
-            *("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj", "block_sparse_moe.router.weight")
+            "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj", "block_sparse_moe.router.weight"
         ),
     ),
 )

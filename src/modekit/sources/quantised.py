@@ -66,7 +66,9 @@ class PackedRef(TensorRef):
 
     def unpacked(self, read: Read, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of its own in float32."""
-        start, stop, size = self.start + start, self.start + stop, 4 * self.form.unit
+        start = self.start + start
+        stop = self.start + stop
+        size = 4 * self.form.unit
         first = start // size
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named by who reads it
             values = self.form.values(read, first, -(-stop // size))
@@ -78,7 +80,8 @@ class PackedRef(TensorRef):
 
 def packed(name: str, form: Form, written: str) -> PackedRef:
     """A tensor of a form."""
-    first, size = form.parts[0], 4 * math.prod(form.shape)
+    first = form.parts[0]
+    size = 4 * math.prod(form.shape)
     return PackedRef(name, first.file, "F32", form.shape, 0, size, first.state, form=form, written=written)
 
 
@@ -162,7 +165,8 @@ def unpack(
     `settings` is config.json's quantization_config. Raises SourceError: a form that is not read, or parts that do not fit.
     """
     said = settings if isinstance(settings, Mapping) else {}
-    method, parts = str(said.get("quant_method")), _Parts(tensors, where)
+    method = str(said.get("quant_method"))
+    parts = _Parts(tensors, where)
     if not (method == "fp8" or (method == "bitsandbytes" and not said.get("load_in_8bit"))):
         raise SourceError(
             "the model is quantised in a form that modekit does not read",
@@ -206,16 +210,24 @@ class _Parts:
         """A tensor that must have one of these dtypes, and this shape."""
         ref = self.tensors.get(name)
         if ref is None:
-            what, where = "a part of a quantised weight is missing", f"{self.where}: {name}"
-            raise SourceError(what, where=where, remedy=_REMEDY)
+            raise SourceError(
+                "a part of a quantised weight is missing",
+                where=f"{self.where}: {name}",
+                remedy=_REMEDY,
+            )
         if ref.dtype not in dtypes or shape not in (None, ref.shape):
             raise self.other(name, f"{ref.dtype} {list(ref.shape)}", f"{' or '.join(dtypes)} {list(shape or ())}")
         return ref
 
     def other(self, name: str, found: object, expected: object) -> SourceError:
         """The error of a tensor that contradicts the others or config.json."""
-        what = "a quantised weight is not what config.json and its other parts say"
-        return SourceError(what, where=f"{self.where}: {name}", found=found, expected=expected, remedy=_REMEDY)
+        return SourceError(
+            "a quantised weight is not what config.json and its other parts say",
+            where=f"{self.where}: {name}",
+            found=found,
+            expected=expected,
+            remedy=_REMEDY,
+        )
 
     def of_bitsandbytes(self) -> Iterator[tuple[str, Form]]:
         """An index, absmax and the 16 numbers per weight, and JSON that says how they lie."""
@@ -228,8 +240,12 @@ class _Parts:
                     stream.seek(state.start)
                     said = as_kind(parse_json(stream.read(state.nbytes).decode("utf-8")), _Bits4)
             except UNREADABLE as error:
-                what, where = "bitsandbytes' description of a weight cannot be read", f"{self.where}: {state.name}"
-                raise SourceError(what, where=where, found=error, remedy=_REMEDY) from None
+                raise SourceError(
+                    "bitsandbytes' description of a weight cannot be read",
+                    where=f"{self.where}: {state.name}",
+                    found=error,
+                    remedy=_REMEDY,
+                ) from None
             count = math.prod(said.shape)
             blocks = -(-count // said.blocksize)
             weight = self.part(name, ("U8", *_FLOATS))
@@ -255,7 +271,10 @@ class _Parts:
                 rows, columns = weight.shape if len(weight.shape) == 2 and weight.numel else (0, 0)
                 fits = block is not None and (above, beside) == (-(-rows // block[0]), -(-columns // block[1]))
                 if not rows or len(scale.shape) > 2 or not scale.numel or not (fits or rows % above == 0 == columns % beside):
-                    expected = f"a scale for each block of {list(block or weight.shape)} in {list(weight.shape)}"
-                    raise self.other(scale.name, list(scale.shape), expected)
+                    raise self.other(
+                        scale.name,
+                        list(scale.shape),
+                        f"a scale for each block of {list(block or weight.shape)} in {list(weight.shape)}",
+                    )
                 each = block if block is not None and fits else (rows // above, columns // beside)
                 yield name, Scaled((weight, scale), weight.shape, columns, each)

@@ -9,8 +9,14 @@ from modekit.sources.config import OF_A_MIXTURE, Config
 
 _CODE = frozenset(
     {
-        *("auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels"),
-        *("configuration_files", "transformers_weights"),  # other files than those that modekit checks
+        "auto_map",
+        "fusion_config",
+        "kernel_config",
+        "use_kernel",
+        "use_kernels",
+        # other files than those that modekit checks
+        "configuration_files",
+        "transformers_weights",
     }
 )
 """Keys by which a config makes transformers import, download or read something else, wherever in the config they stand."""

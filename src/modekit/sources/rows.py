@@ -56,7 +56,8 @@ class RowsRef(TensorRef):
 def rows_of(ref: TensorRef, first: int, last: int) -> TensorRef:
     """Rows [first, last) of a tensor."""
     if isinstance(ref, RowsRef):
-        ranges, position = list[RowRange](), 0
+        ranges = list[RowRange]()
+        position = 0
         for part in ref.ranges:
             start, stop = max(first - position, 0), min(last - position, part.count)
             if start < stop:
@@ -193,7 +194,8 @@ class Grown:
     """Models with rows for all tokens."""
 
     def __init__(self, models: Sequence[TokenRows], rows: int) -> None:
-        self._models, self._rows = models, rows
+        self._models = models
+        self._rows = rows
         self._base = models[0]
 
     def model(self, model: TokenRows) -> ModelSource:

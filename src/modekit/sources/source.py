@@ -96,16 +96,22 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     """
     where = f"{label} ({spec})"
     config = read_config(folder, where=where)
-    files, tensors = weight_files(folder, where=where), dict[str, TensorRef]()
+    files = weight_files(folder, where=where)
+    tensors = dict[str, TensorRef]()
     check_no_code(config, where=where, run=run)
     for file in files:
         tensors |= read_header(file, where=where)
-    packing, packed = config.pop("quantization_config", None), ""
+    packing = config.pop("quantization_config", None)
+    packed = ""
     if packing:
         tensors, packed = unpack(packing, config, tensors, where=where)
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
-        what, remedy = "the folder holds both a model and an adapter", "take the adapter's files into a folder of their own"
-        raise SourceError(what, where=where, found="adapter_config.json", remedy=remedy)
+        raise SourceError(
+            "the folder holds both a model and an adapter",
+            where=where,
+            found="adapter_config.json",
+            remedy="take the adapter's files into a folder of their own",
+        )
     return unwrapped(ModelSource(label, spec, folder, revision, config, tensors, packed=packed))
 
 

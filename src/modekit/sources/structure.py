@@ -39,8 +39,23 @@ _COUNTS = ("layer", "expert", "block", "depth", "codebook")
 _PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
 _FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
 _NO_MEANING: tuple[str, ...] = (
-    *("dropout", "drop", "initializer", "use_cache", "dtype", "token_id", "transformers_version", "architectures", "loss"),
-    *("_name_or_path", "output_", "return_dict", "id2label", "label2id", "problem_type", "task_specific", "aux_"),
+    "dropout",
+    "drop",
+    "initializer",
+    "use_cache",
+    "dtype",
+    "token_id",
+    "transformers_version",
+    "architectures",
+    "loss",
+    "_name_or_path",
+    "output_",
+    "return_dict",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "task_specific",
+    "aux_",
 )
 _NOT_CALLED = ("dt_proj",)
 """Linear modules whose weights their layer reads past them."""
@@ -162,8 +177,11 @@ def _structure(config_json: str, where: str) -> Structure:
             made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
-        what = f"transformers cannot make a '{config['model_type']}' model of this config.json"
-        raise damaged_model(what, where, f"{type(error).__name__}: {error}"[:300]) from None
+        raise damaged_model(
+            f"transformers cannot make a '{config['model_type']}' model of this config.json",
+            where,
+            f"{type(error).__name__}: {error}"[:300],
+        ) from None
     return Structure(model, where)
 
 
@@ -182,7 +200,10 @@ class Structure:
         import torch
         from transformers.pytorch_utils import Conv1D
 
-        self.model, self._where, self._nn, self._columns = model, where, torch.nn, Conv1D
+        self.model = model
+        self._where = where
+        self._nn = torch.nn
+        self._columns = Conv1D
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._called: dict[str, None] = {}
         self._heads_first: dict[str, None] = {}
@@ -194,7 +215,8 @@ class Structure:
         config = self.model.config
         if config.model_type in INEXACT:
             raise self.refused(INEXACT[config.model_type])
-        layers, embedding = self._layers, self._name_of(self.model.get_input_embeddings())
+        layers = self._layers
+        embedding = self._name_of(self.model.get_input_embeddings())
         if not embedding:
             raise self.refused("no embedding of tokens was found in its class")
         rows, width = self.model.get_input_embeddings().weight.shape
@@ -221,7 +243,8 @@ class Structure:
         own, said = type(config)().to_dict(), config.to_dict()  # training tools add what no class knows
         settings = {key: said[key] for key in said if key in own and not any(word in key for word in _NO_MEANING)}
         family = family_from(config.model_type, derived)
-        called, routed = tuple(self._called), tuple(self._routed(derived.blocks))
+        called = tuple(self._called)
+        routed = tuple(self._routed(derived.blocks))
         return replace(family, known=known, tensors=tensors, defaults=settings, called=called, routed=routed)
 
     def refused(self, why: str, remedy: str = "choose a base of another family (benchmarks/families.md)") -> UnsupportedError:

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5."""
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
     *PAIR_FILES,
 )
 GENERATION = "generation_config.json"
@@ -56,7 +64,8 @@ def is_own_file(path: Path, folder: Path) -> bool:
     beside it.
     """
     try:
-        target, snapshot = path.resolve(strict=True), folder.resolve()
+        target = path.resolve(strict=True)
+        snapshot = folder.resolve()
     except (OSError, RuntimeError):  # a link to nothing, or to itself
         return False
     blobs = snapshot.parents[1] / "blobs" if snapshot.parent.name == "snapshots" else None
@@ -150,8 +159,11 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         special = frozenset(token for token, each in more.items() if each.get("special") is True)
         return ReadTokens(folder, tokens, joined, rest, beside_it, special)
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
-        found = f"nothing called {error}" if isinstance(error, KeyError) else error
-        raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
+        raise damaged_model(
+            "the tokenizer cannot be read",
+            f"{where}: {path.name}",
+            f"nothing called {error}" if isinstance(error, KeyError) else error,
+        ) from None
 
 
 def _checked(tokens: Mapping[Any, Any]) -> Tokens:
@@ -199,14 +211,20 @@ def check_alike(
     """Raise MismatchError that names the tokens with ids `below` in which two tokenizers differ, for other merges, and where
     they cut a page of text otherwise. Notes where they differ around a text, or beside special tokens, alone.
     """
-    ours, theirs, called = one.tokens, other.tokens, readers.ours.removesuffix(" model")
+    ours = one.tokens
+    theirs = other.tokens
+    called = readers.ours.removesuffix(" model")
     found = {token for token, number in ours.items() ^ theirs.items() if number < below} if ours != theirs else set()
     if found:
         differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
         pairs = ((token, ours.get(token, "-"), theirs.get(token, "-")) for token in differing)
         shown = [f"{token[:60]!r} ({called} {mine}, {readers.theirs} {their})" for token, mine, their in pairs]
-        what = f"differs from {readers.whose} in {len(differing)} tokens"
-        raise readers.differ(what, where, some_of(shown, 5), "the same token for the same id")
+        raise readers.differ(
+            f"differs from {readers.whose} in {len(differing)} tokens",
+            where,
+            some_of(shown, 5),
+            "the same token for the same id",
+        )
     if one.merges is not None and other.merges is not None and one.merges != other.merges:
         raise readers.differ(f"has the same tokens as {readers.whose} but joins them by other merges", where)
     return other_cuts(one, other, where, readers) if one.may_cut_otherwise(other) else []
@@ -271,7 +289,9 @@ def share_tokens(sources: Sequence[ModelSource], *, more: bool) -> SharedTokens:
     """
     base = sources[0]
     first = read_tokens(base.folder, where=base.where)
-    found, largest, notes = [first], 0, list[str]()
+    found = [first]
+    largest = 0
+    notes = list[str]()
     if first is None and not has_tokenizer(base.folder):
         notes.append(f"{base.label}: its folder has no tokenizer, which fit, eval, chat and serve need: put its files there")
     for number, source in enumerate(sources[1:], 1):
@@ -294,7 +314,8 @@ def share_tokens(sources: Sequence[ModelSource], *, more: bool) -> SharedTokens:
 
 def _other_ends(sources: Sequence[ModelSource], shared: SharedTokens) -> Iterator[str]:
     """Notes on experts whose texts end where those of the base, and of the mixture, go on."""
-    known, where = {*ends_of(sources[0], shared.tokens)}, "eos_token_id in the base model's generation_config.json"
+    known = {*ends_of(sources[0], shared.tokens)}
+    where = "eos_token_id in the base model's generation_config.json"
     for source in sources[1:]:
         if others := sorted({*ends_of(source, shared.tokens)} - known):
             yield f"{source.label}: its texts end at {shared.shown(others)}, and the mixture's go on there: add it to {where}"

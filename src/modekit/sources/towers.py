@@ -70,10 +70,12 @@ def may_wrap(config: Config) -> bool:
 
 def unwrapped(source: ModelSource) -> ModelSource:
     """The language model in files that may be a wrapper's. Raises SourceError, or UnsupportedError, where it cannot be read."""
-    config, tensors = source.config, source.tensors
+    config = source.config
+    tensors = source.tensors
     if not may_wrap(config):
         return source
-    names, wraps = plain_names(tensors, where=source.where), config["model_type"] in WRAPPERS
+    names = plain_names(tensors, where=source.where)
+    wraps = config["model_type"] in WRAPPERS
     own = {name: replace(tensors[named], name=name) for name, named in names.items()}
     text = text_config(config, own, where=source.where) if wraps else config
     beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
@@ -90,8 +92,11 @@ def plain_names(tensors: Iterable[str], *, where: str) -> dict[str, str]:
     for name in tensors:
         plain = naming.plain(name)
         if plain in found:
-            both = f"{found[plain]} and {name}"
-            raise damaged_model("two tensors of the model mean the same", f"{where}: {plain}", both)
+            raise damaged_model(
+                "two tensors of the model mean the same",
+                f"{where}: {plain}",
+                f"{found[plain]} and {name}",
+            )
         if plain is not None:
             found[plain] = name
     return found
@@ -105,8 +110,12 @@ def text_config(config: Config, tensors: Iterable[str], *, where: str) -> Config
     kinds = WRAPPERS[str(config["model_type"])]
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
-        expected = "the settings of the language model that is wrapped"
-        raise no_usable("text_config", inner, expected, f"{where}: config.json")
+        raise no_usable(
+            "text_config",
+            inner,
+            "the settings of the language model that is wrapped",
+            f"{where}: config.json",
+        )
     kind = inner.get("model_type", kinds[0]) if len(kinds) > 1 else kinds[0]  # the class of one kind does not ask
     if kind not in kinds:
         raise UnsupportedError(

@@ -52,14 +52,16 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family) -> Vocabula
     Raises MismatchError for tokenizers that disagree, or have tokens without a row; SourceError for one that cannot be read;
     UnsupportedError for an adapter that cannot be given more rows.
     """
-    base, unique = sources[0], list(dict.fromkeys(sources))
+    base = sources[0]
+    unique = list(dict.fromkeys(sources))
     shared = share_tokens(unique, more=not family.pair)
     if family.pair:
         check_ids_fit(shared.tokens, whole(base.config, "vocab_size"), where=base.where)
         return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
     pairs = zip(unique, shared.read, strict=True)
     models = [TokenRows(source, base, family, None if read is None else read.tokens) for source, read in pairs]
-    rows, owner = max(model.rows for model in models), models[shared.largest]
+    rows = max(model.rows for model in models)
+    owner = models[shared.largest]
     known = [model.rows or models[0].rows for model in models if model.ids == owner.ids]  # padding of others is no token's row
     unused = () if shared.read[0] is None else shared.read[0].special  # a base without rows for them came so
     used = {token: index for token, index in shared.tokens.items() if token not in unused}
@@ -73,7 +75,8 @@ def _grown(sources: tuple[ModelSource, ...], models: Sequence[TokenRows], shared
     """With as many rows in each model, and the tokenizer that has the tokens of all."""
     for model in models:
         model.check_rows()
-    grown, base = Grown(models, rows), sources[0]
+    grown = Grown(models, rows)
+    base = sources[0]
     choice = choose_tokenizer([model.source for model in models], shared)
     made = {model.source: grown.model(model) for model in models}
     config = {**base.config, "vocab_size": rows, **choice.settings}

@@ -11,11 +11,16 @@ from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.sources.config import damaged_model
 
 _PICKLES = {
-    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth"),
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+    "model.pth",
+    "consolidated.00.pth",
     "adapter_model.bin",
 }
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 FROM_GGUF = (
     "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
     "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
@@ -24,7 +29,8 @@ FROM_GGUF = (
 
 def named_weights(folder: Path, *, where: str) -> list[Path]:
     """The files that hold a model's weights, by its index or name, whether they are there or not. Raises SourceError."""
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    index = folder / INDEX_FILE
+    single = folder / SINGLE_FILE
     if single.exists() or not index.exists():  # first, as in transformers: the index may be of a model that was saved before
         return [single]
     return [folder / name for name in _shard_names(index, where=f"{where}: {index.name}")]
@@ -39,8 +45,12 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         refuse_other_kinds(names, where=where)
         raise no_weights(names, where=where)
     if missing:
-        what, found = "shards named by the index are missing", ", ".join(missing)
-        raise SourceError(what, where=where, found=found, remedy="download the model again")
+        raise SourceError(
+            "shards named by the index are missing",
+            where=where,
+            found=", ".join(missing),
+            remedy="download the model again",
+        )
     return files
 
 
@@ -49,8 +59,11 @@ def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
     if "adapter_config.json" in names:
         its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
         in_recipe = "name it as adapter: in place of model: in the recipe, or by --adapter"
-        remedy = in_recipe if where.startswith("experts[") else its_base
-        raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
+        raise SourceError(
+            "this is an adapter, not a full model",
+            where=where,
+            remedy=in_recipe if where.startswith("experts[") else its_base,
+        ) from None
     files = sorted(name for name in names if name.endswith(".gguf"))
     if files:
         raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
@@ -60,8 +73,11 @@ def no_weights(names: Collection[str], *, where: str) -> SourceError:
     """The error of a model or adapter among whose files, by name, are no weights that can be read."""
     pickles = sorted(name for name in names if name in _PICKLES)
     if not pickles:
-        remedy = "the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors"
-        return SourceError("no safetensors weights", where=where, remedy=remedy)
+        return SourceError(
+            "no safetensors weights",
+            where=where,
+            remedy="the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors",
+        )
     return SourceError(
         "the weights are pickled, which can run code when opened; modekit reads safetensors only",
         where=where,
@@ -78,6 +94,11 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
         raise damaged_model("the safetensors index cannot be read", where) from None
     if elsewhere:
-        what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
-        raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
+        expected = "model-00001-of-00002.safetensors"
+        raise damaged_model(
+            "the safetensors index names what is no weight file of this folder",
+            where,
+            elsewhere[0],
+            f"names like {expected}",
+        )
     return names

@@ -27,22 +27,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.numeric import Singles
-
-_Doubles = npt.NDArray[np.float64]
+from modekit.weights.numeric import Doubles, Singles
 
 _STARTS = {1: (-1.3,), 2: (-1.365, -4.744), 3: (-0.925, -3.044, -7.659), 4: (-0.536, -1.847, -4.896, -12.644)}
 _CUT = 0.002  # of the smallest sizes
-_POINTS, _FAR_POINTS = 257, 33
+_POINTS = 257
+_FAR_POINTS = 33
 _FAR, _FAR_WEIGHT = 3.0, 0.1
 """Streams of first tokens may be a hundred times as large as others, few as they are: every token attends to them."""
 _RIDGE = 1e-7
-_ROUNDS, _LEAST_STEP = 60, 1e-4
+_ROUNDS = 60
+_LEAST_STEP = 1e-4
 _LEAST = 1e-14
 """Of the largest eigenvalue: directions below are rounding."""
 _LEAST_SQUARE = 1e-12
 """The same where products in float32 were summed."""
-_OVERSAMPLED, _PASSES = 8, 3
+_OVERSAMPLED = 8
+_PASSES = 3
 
 
 class LayerStream(NamedTuple):
@@ -96,7 +97,7 @@ def input_duals(products: Sequence[Singles], sample_TI: Singles, rank: int) -> S
     return _filled(sample_TI.T @ (vectors_TR / sizes_R), rank)
 
 
-def _principal(parts: Sequence[Singles], rank: int) -> tuple[_Doubles, _Doubles]:
+def _principal(parts: Sequence[Singles], rank: int) -> tuple[Doubles, Doubles]:
     """Principal directions (N, R) of the columns of all parts (N, X), R at most `rank`, and their singular values (R,).
 
     Randomised subspace iteration (Algorithm 4.4, arXiv:0909.4061): where the parts have no more than `rank` directions, it
@@ -122,14 +123,15 @@ def _principal(parts: Sequence[Singles], rank: int) -> tuple[_Doubles, _Doubles]
 
 
 def row_basis(
-    rows: Callable[[int, int], Sequence[Singles]], count: int, shares_V: _Doubles, rank: int, *, step: int = 4_096
+    rows: Callable[[int, int], Sequence[Singles]], count: int, shares_V: Doubles, rank: int, *, step: int = 4_096
 ) -> Singles:
     """Z (count, rank) with Z^T diag(shares) Z = 1: what the rows of all experts' differences are combinations of.
 
     `rows(start, stop)` gives the differences (stop - start, I) of every expert, `shares_V` how often a row is used. Randomised
     subspace iteration (Algorithm 4.4, arXiv:0909.4061) that never holds a difference whole.
     """
-    roots_V, width = np.sqrt(shares_V)[:, None], min(rank + 8, count)
+    roots_V = np.sqrt(shares_V)[:, None]
+    width = min(rank + 8, count)
     inner = [np.random.default_rng(number).standard_normal((each.shape[1], width)) for number, each in enumerate(rows(0, 1))]
     basis_VR = np.zeros((count, width))
     for _ in range(3):
@@ -149,14 +151,15 @@ def row_basis(
     return _filled((basis_VR @ turn[:, ::-1][:, :rank][:, kept]) / np.maximum(roots_V, 1e-12), rank)
 
 
-def _top(gram: _Doubles, rank: int) -> tuple[_Doubles, _Doubles]:
+def _top(gram: Doubles, rank: int) -> tuple[Doubles, Doubles]:
     """The largest eigenvalues, what is rounding being 0, and their eigenvectors."""
     values, vectors = np.linalg.eigh(gram)
-    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    values = values[::-1][:rank]
+    vectors = vectors[:, ::-1][:, :rank]
     return np.where(values > _LEAST * max(float(values[0]), 1e-300), values, 0.0), vectors
 
 
-def _filled(columns: _Doubles, rank: int) -> Singles:
+def _filled(columns: Doubles, rank: int) -> Singles:
     return np.pad(columns, ((0, 0), (0, rank - columns.shape[1]))).astype(np.float32)
 
 
@@ -176,7 +179,8 @@ def fit_pass_through(sizes_N: npt.NDArray[np.floating], terms: int) -> PassThrou
     middle = float(np.median(sizes_N))
     t_N = sizes_N.astype(np.float64) / middle
     far_N = t_N[t_N > _FAR]
-    points, weights = np.quantile(t_N, np.linspace(_CUT, 1, _POINTS)), np.full(_POINTS, 1 / _POINTS)
+    points = np.quantile(t_N, np.linspace(_CUT, 1, _POINTS))
+    weights = np.full(_POINTS, 1 / _POINTS)
     if len(far_N):
         points = np.concatenate([points, np.quantile(far_N, np.linspace(0, 1, _FAR_POINTS))])
         weights = np.concatenate([weights * (1 - _FAR_WEIGHT), np.full(_FAR_POINTS, _FAR_WEIGHT / _FAR_POINTS)])
@@ -185,7 +189,7 @@ def fit_pass_through(sizes_N: npt.NDArray[np.floating], terms: int) -> PassThrou
     return PassThrough(middle, tuple(map(float, alphas)), tuple(map(float, betas)), error)
 
 
-def _starts(terms: int, far_N: _Doubles) -> list[tuple[float, ...]]:
+def _starts(terms: int, far_N: Doubles) -> list[tuple[float, ...]]:
     """Where a search begins: units for sizes around the median, or some of them for the far ones."""
     starts = [_STARTS[terms]]
     for near in range(1, terms) if len(far_N) else ():
@@ -194,9 +198,10 @@ def _starts(terms: int, far_N: _Doubles) -> list[tuple[float, ...]]:
     return starts
 
 
-def _searched(alphas: _Doubles, points: _Doubles, weights: _Doubles) -> tuple[_Doubles, _Doubles, float]:
+def _searched(alphas: Doubles, points: Doubles, weights: Doubles) -> tuple[Doubles, Doubles, float]:
     """The alphas and betas (K,) that a coordinate search ends in, and their error."""
-    (betas, error), step = _solved(alphas, points, weights), 0.5
+    betas, error = _solved(alphas, points, weights)
+    step = 0.5
     for _ in range(_ROUNDS):
         better = False
         for place in range(len(alphas)):
@@ -205,14 +210,17 @@ def _searched(alphas: _Doubles, points: _Doubles, weights: _Doubles) -> tuple[_D
                 tried[place] *= factor
                 found, missed = _solved(tried, points, weights)
                 if missed < error:
-                    alphas, betas, error, better = tried, found, missed, True
+                    alphas = tried
+                    betas = found
+                    error = missed
+                    better = True
         step = step if better else step / 2
         if step < _LEAST_STEP:
             break
     return alphas, betas, error
 
 
-def _solved(alphas: _Doubles, t_N: _Doubles, weights_N: _Doubles) -> tuple[_Doubles, float]:
+def _solved(alphas: Doubles, t_N: Doubles, weights_N: Doubles) -> tuple[Doubles, float]:
     """The best betas (K,), and the relative error; a little ridge keeps large ones of different signs away."""
     inside_NK = alphas / t_N[:, None]
     units_NK = inside_NK / (1 + np.exp(np.minimum(-inside_NK, 700.0))) / t_N[:, None]

@@ -24,10 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.numeric import BLOCK
+from modekit.weights.numeric import BLOCK, Doubles, Singles
 
-Array32 = npt.NDArray[np.float32]
-Array64 = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 
 _SMALL = 512
@@ -44,12 +42,12 @@ _ROUNDING = 1e-10  # of the energy (1e-5 of the norm): below it float32 weights 
 class Factors(NamedTuple):
     """B A, close to a weight difference D: A (R, I) and B (O, R); || D - B A || / || D || (Frobenius), 0 when D is 0."""
 
-    a: Array32
-    b: Array32
+    a: Singles
+    b: Singles
     error: float
 
 
-def factorise(delta_OI: Array32, *, rank: int) -> Factors:
+def factorise(delta_OI: Singles, *, rank: int) -> Factors:
     """The best factors of a weight difference (O, I). No rank exceeds min(O, I); a difference of zero has factors of zero.
 
     Differences with more than 512 rows and columns are decomposed by a seeded subspace iteration when the rank is below
@@ -81,7 +79,7 @@ def working_bytes(shape: tuple[int, ...], rank: int) -> int:
     return (52 if _is_exact(min(shape), rank) else 16) * math.prod(shape)
 
 
-def _error(delta_OI: Array32, a_RI: Array32, b_OR: Array32) -> float:
+def _error(delta_OI: Singles, a_RI: Singles, b_OR: Singles) -> float:
     """|| D - B A || / || D ||. Products are float32, sums float64; rows are taken in blocks."""
     missed = total = 0.0
     step = max(1, BLOCK // delta_OI.shape[1])
@@ -91,7 +89,7 @@ def _error(delta_OI: Array32, a_RI: Array32, b_OR: Array32) -> float:
     return float(np.sqrt(missed / total)) if total > 0 else 0.0
 
 
-def _exact(delta_OI: Array32) -> Array64:
+def _exact(delta_OI: Singles) -> Doubles:
     """All eigenvectors of C = D D^T (O, min(O, I)), the largest first, in float64."""
     delta = delta_OI.astype(np.float64)
     frame_OI = None
@@ -101,7 +99,7 @@ def _exact(delta_OI: Array32) -> Array64:
     return basis if frame_OI is None else frame_OI @ basis
 
 
-def _subspace(delta_OI: Array32, rank: int) -> Array64:
+def _subspace(delta_OI: Singles, rank: int) -> Doubles:
     """Approximate top eigenvectors (O, P) of C = D D^T, the largest first.
 
     Randomised subspace iteration with Rayleigh-Ritz (Algorithm 4.4, arXiv:0909.4061). A QR after every product keeps
@@ -117,7 +115,8 @@ def _subspace(delta_OI: Array32, rank: int) -> Array64:
         inputs_IP, triangle_PP = np.linalg.qr((delta_OI.T @ basis_OP).astype(np.float64))
         image_OP = delta_OI @ inputs_IP.astype(np.float32)  # C basis = image triangle
         core_PP = (basis_OP.T @ image_OP).astype(np.float64) @ triangle_PP
-        before, kept = kept, float(_eigen(core_PP)[0][:rank].sum())
+        before = kept
+        kept = float(_eigen(core_PP)[0][:rank].sum())
         if kept - before <= max(_TOLERANCE * (total - kept), _ROUNDING * total):
             break
         basis_OP = _orthonormal(image_OP)
@@ -127,18 +126,18 @@ def _subspace(delta_OI: Array32, rank: int) -> Array64:
     return np.asarray(basis_OP @ turn_PP, np.float64)
 
 
-def _orthonormal(array_XP: Array32) -> Array32:
+def _orthonormal(array_XP: Singles) -> Singles:
     """An orthonormal basis of the columns, computed in float64."""
     return np.linalg.qr(array_XP.astype(np.float64))[0].astype(np.float32)
 
 
-def _eigen(core_PP: Array64) -> tuple[Array64, Array64]:
+def _eigen(core_PP: Doubles) -> tuple[Doubles, Doubles]:
     """Eigenvalues, largest first and none below zero, and eigenvectors (in columns) of a symmetric matrix."""
     values_P, vectors_PP = np.linalg.eigh((core_PP + core_PP.T) / 2)
     return np.maximum(values_P[::-1], 0.0), vectors_PP[:, ::-1]
 
 
-def _balanced(basis_OR: Array64, delta_OI: Array32) -> tuple[Array32, Array32]:
+def _balanced(basis_OR: Doubles, delta_OI: Singles) -> tuple[Singles, Singles]:
     """A (R, I) and B (O, R) with B A = U U^T D and the singular values of the product split evenly between them.
 
     The largest entry of every row of A is positive: an SVD leaves the signs open.
@@ -156,7 +155,7 @@ def _balanced(basis_OR: Array64, delta_OI: Array32) -> tuple[Array32, Array32]:
     return a_RI.astype(np.float32), b_OR.astype(np.float32)
 
 
-def steps_of(delta_XI: Array32, bits: int) -> Array32:
+def steps_of(delta_XI: Singles, bits: int) -> Singles:
     """The step of every row (X,), float32; 0 for a row of zeros. A row's step depends on that row alone."""
     size_X1 = np.sqrt(np.mean(np.square(delta_XI, dtype=np.float64), axis=1, keepdims=True))
     step_X1 = np.asarray(_FIRST.get(bits, 8.0 / 2**bits) * size_X1)
@@ -172,13 +171,13 @@ def bytes_of_codes(inputs: int) -> int:
     return -(-inputs // 8)
 
 
-def codes_of(delta_XI: Array32, step_X: Array32, bits: int) -> Codes:
+def codes_of(delta_XI: Singles, step_X: Singles, bits: int) -> Codes:
     """The codes (X, P, C) of rows by their steps."""
     codes_XI = _codes(delta_XI, step_X[:, None], bits)
     planes = [np.packbits((codes_XI >> plane) & 1, axis=1, bitorder="little") for plane in range(bits)]
     return np.stack(planes, axis=1)
 
 
-def _codes(delta_XI: Array32, step_X1: Array32, bits: int) -> Codes:
+def _codes(delta_XI: Singles, step_X1: Singles, bits: int) -> Codes:
     scaled_XI = np.divide(delta_XI, step_X1, out=np.zeros_like(delta_XI), where=step_X1 > 0)
     return np.asarray(np.clip(np.floor(scaled_XI) + 2 ** (bits - 1), 0, 2**bits - 1), np.uint8)

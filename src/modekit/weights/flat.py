@@ -20,7 +20,10 @@ class Rows:
     """
 
     def __init__(self, count: int, width: int, rows: Callable[[int, int], Array], group: int = 0) -> None:
-        self._count, self.width, self._rows, self._group = count, width, rows, group
+        self._count = count
+        self.width = width
+        self._rows = rows
+        self._group = group
         self._last: tuple[int, Array] = (-1, np.empty(0, np.float32))
 
     def __len__(self) -> int:
@@ -38,13 +41,15 @@ class Rows:
         return self._rows(first, last).reshape(-1)[start - first * self.width : stop - first * self.width]
 
     def _of_groups(self, start: int, stop: int) -> Singles:
-        size, found = self._group * self.width, np.empty(stop - start, np.float32)
+        size = self._group * self.width
+        found = np.empty(stop - start, np.float32)
         for place in range(start // size, -(-stop // size)):
             if self._last[0] != place:
                 rows = self._rows(place * self._group, min(self._count, (place + 1) * self._group))
                 self._last = (place, rows.reshape(-1))
             offset = place * size
-            values, at = self._last[1][max(0, start - offset) : stop - offset], max(0, offset - start)
+            values = self._last[1][max(0, start - offset) : stop - offset]
+            at = max(0, offset - start)
             found[at : at + len(values)] = values
         return found
 
@@ -80,7 +85,8 @@ def below(parts: Sequence[FlatArray], dtype: np.dtype[np.generic] = DTYPES["F32"
     """Flat arrays one after the other, in a dtype."""
 
     def rows(first: int, last: int) -> Array:
-        found, position = np.empty(last - first, dtype), 0
+        found = np.empty(last - first, dtype)
+        position = 0
         for each in parts:
             start, stop = max(first, position), min(last, position + len(each))
             if start < stop:
@@ -122,6 +128,7 @@ def _chunks(opened: OpenFiles, ref: TensorRef) -> Iterator[memoryview]:
     if not isinstance(ref, RowsRef):
         yield from opened.chunks(ref)
         return
-    values, step = stored(opened, ref), CHUNK // ITEMSIZE[ref.dtype]
+    values = stored(opened, ref)
+    step = CHUNK // ITEMSIZE[ref.dtype]
     for start in range(0, len(values), step):
         yield values[start : start + step].view(np.uint8).data

@@ -13,17 +13,15 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.sources.adapter import LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.weights.flat import FlatArray, Rows, stored
-from modekit.weights.numeric import BLOCK, Array, Singles, moved, to_float32
+from modekit.weights.numeric import BLOCK, Array, Doubles, Singles, moved, to_float32
 
 Read = Callable[[TensorRef], Array]
 """The whole of a tensor of the adapter as a flat array, in its own dtype."""
-_Double = npt.NDArray[np.float64]
 _Given = Callable[[int, int], Singles]
 """Rows of a weight (O, I)."""
 
@@ -40,7 +38,8 @@ def folded(change: LowRank, base: FlatArray, shape: tuple[int, ...], read: Read)
     `base` is the base's weight, or the adapter's replacement of it, flat, in any float dtype. An element never depends on the
     slices by which it is read. Reading in order computes every row once (a DoRA embedding twice, for the norms of its columns).
     """
-    count, columns = math.prod(shape[:-1]), shape[-1]
+    count = math.prod(shape[:-1])
+    columns = shape[-1]
     group = max(1, BLOCK // 4 // max(1, columns))  # float64 and its temporaries fit in a block
 
     def given(first: int, last: int) -> Singles:
@@ -63,7 +62,8 @@ def _per_expert(change: LowRank, given: _Given, size: int, read: Read) -> Callab
         shift = np.empty(origin.shape, np.float64)
         for expert in range(first // size, -(-last // size)):
             start, stop = max(first, expert * size), min(last, (expert + 1) * size)
-            a_RI, b_OR = a_ERI[expert].astype(np.float64), b_ORE[:, :, expert].astype(np.float64)
+            a_RI = a_ERI[expert].astype(np.float64)
+            b_OR = b_ORE[:, :, expert].astype(np.float64)
             left, right = (a_RI.T, b_OR.T) if change.transposed else (b_OR, a_RI)
             shift[start - first : stop - first] = left[start - expert * size : stop - expert * size] @ right
         with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
@@ -80,14 +80,15 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
     right = (b.T if change.transposed else a).astype(np.float64)
     magnitude = None if change.magnitude is None else read(change.magnitude).astype(np.float64)
 
-    def plain(first: int, last: int) -> _Double:
-        origin, some = given(first, last), left[first:last].astype(np.float64)
+    def plain(first: int, last: int) -> Doubles:
+        origin = given(first, last)
+        some = left[first:last].astype(np.float64)
         shift = np.zeros(origin.shape, np.float64)  # of tokens that the adapter does not know, nothing
         shift[: len(some)] = change.scale * (some @ right)
         return moved(origin, shift)
 
     @cache
-    def of_columns() -> _Double:
+    def of_columns() -> Doubles:
         assert magnitude is not None
         squares = np.zeros(shape[1], np.float64)
         for first in range(0, shape[0], group):
@@ -106,11 +107,11 @@ def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int
     return rows
 
 
-def _ratio(magnitude: _Double, squares: _Double) -> _Double:
+def _ratio(magnitude: Doubles, squares: Doubles) -> Doubles:
     """DoRA's m / ||W'||, from sums of squares. The norm is rounded to float32 as PEFT's is, so that an untrained m gives one.
 
     A row of zeros gives NaN, as in PEFT; whoever writes the weight checks that it is finite.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio: _Double = magnitude / np.sqrt(squares).astype(np.float32)
+        ratio: Doubles = magnitude / np.sqrt(squares).astype(np.float32)
     return ratio

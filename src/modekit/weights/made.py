@@ -133,7 +133,8 @@ class Join(Making):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        first, both = self.of[0].shape, sum(part.shape[self.axis] for part in self.of)
+        first = self.of[0].shape
+        both = sum(part.shape[self.axis] for part in self.of)
         return (*first[: self.axis], both, *first[self.axis + 1 :])
 
     def numbers(self, reading: WeightReader) -> FlatArray:
@@ -158,7 +159,8 @@ class Scale(Changed):
     factor: float
 
     def numbers(self, reading: WeightReader) -> FlatArray:
-        given, factor = self.of.numbers(reading), np.float32(self.factor)
+        given = self.of.numbers(reading)
+        factor = np.float32(self.factor)
         return Rows(len(given), 1, lambda first, last: to_float32(given[first:last]) * factor)
 
 

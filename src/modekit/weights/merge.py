@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.flat import FlatArray, Rows
-from modekit.weights.numeric import blocks, moved
+from modekit.weights.numeric import Doubles, blocks, moved
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
-Block = npt.NDArray[np.float64]
-_Rule = Callable[[Block, list[Block]], Block]
+_Rule = Callable[[Doubles, list[Doubles]], Doubles]
 
 
 def merged(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Rows:
@@ -28,14 +27,14 @@ def merged(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray
     """
     rule = _elementwise(settings, base, experts)
 
-    def rows(first: int, last: int) -> Block:
+    def rows(first: int, last: int) -> Doubles:
         part = slice(first, last)
         return rule(_read(base, part), [_read(expert, part) for expert in experts])
 
     return Rows(len(base), 1, rows)
 
 
-def _read(array: FlatArray, part: slice) -> Block:
+def _read(array: FlatArray, part: slice) -> Doubles:
     return array[part].astype(np.float32).astype(np.float64)
 
 
@@ -48,12 +47,12 @@ def _elementwise(settings: BackboneMerge, base: FlatArray, experts: Sequence[Fla
     return lambda origin, values: _ties(origin, values, thresholds, settings.scale)
 
 
-def _sum(values: Sequence[Block]) -> Block:
+def _sum(values: Sequence[Doubles]) -> Doubles:
     """The sum in order; unlike numpy's it starts with the first value, not with zero, so that -0.0 stays -0.0."""
     return functools.reduce(np.add, values)
 
 
-def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale: float) -> Block:
+def _ties(base: Doubles, values: list[Doubles], thresholds: list[np.float32], scale: float) -> Doubles:
     """Trim, elect sign, disjoint mean (Algorithm 1, arXiv:2306.01708)."""
     deltas = [value - base for value in values]
     trimmed = np.stack(
@@ -65,7 +64,7 @@ def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale:
     elected = np.sign(trimmed.sum(axis=0))
     agrees = (np.sign(trimmed) == elected) & (elected != 0)
     count = agrees.sum(axis=0)
-    mean: Block = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
+    mean: Doubles = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
     return moved(base, scale * mean)
 
 

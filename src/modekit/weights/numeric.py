@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
 Singles = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -54,7 +55,7 @@ def to_float32(array: Array) -> Singles:
     return array.astype(np.float32)
 
 
-def moved(origin: npt.NDArray[np.floating], shift: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def moved(origin: npt.NDArray[np.floating], shift: Doubles) -> Doubles:
     """The sum of both, where a shift of zero keeps even the sign of a zero."""
     return np.asarray(np.where(shift == 0, origin, origin + shift))
 

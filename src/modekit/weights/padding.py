@@ -12,10 +12,9 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.weights.flat import FlatArray, Rows
-from modekit.weights.numeric import DTYPES, Array, Singles, to_float32
+from modekit.weights.numeric import DTYPES, Array, Doubles, Singles, to_float32
 
 Entry = tuple[int, int, float]  # row, column and value of one number in the new part of a larger tensor
 
@@ -31,7 +30,7 @@ class MeasuredColumn(NamedTuple):
     scale: float
     norm_eps: float
 
-    def sizes(self, rows_VD: Singles) -> npt.NDArray[np.float64]:
+    def sizes(self, rows_VD: Singles) -> Doubles:
         """By what a row's new numbers are multiplied, so that they are themselves behind the first norm: (V,)."""
         squares = np.square(rows_VD.astype(np.float64) * self.scale).mean(axis=1)
         return np.asarray(np.sqrt(squares + self.norm_eps) / self.scale)
@@ -89,7 +88,9 @@ Fills = Callable[[CarriedPart, int], Fill]  # what is carried, and the number of
 def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, fills: Fills | None) -> Rows:
     """The rows of a larger tensor, matrix by matrix, from the numbers of the base's tensor of this shape."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
-    tall, code, entries = rows + pad.rows, DTYPES[dtype], sorted(pad.entries)
+    tall = rows + pad.rows
+    code = DTYPES[dtype]
+    entries = sorted(pad.entries)
 
     @lru_cache(maxsize=1)
     def fill_of(matrix: int) -> Fill:
@@ -97,7 +98,8 @@ def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, 
 
     def of_matrix(out: Array, matrix: int, at: int) -> None:
         """Fill rows of one matrix, of which `at` is the first here."""
-        fill, own = fill_of(matrix), max(0, min(len(out), rows - at))
+        fill = fill_of(matrix)
+        own = max(0, min(len(out), rows - at))
         if own:
             first = (matrix * rows + at) * columns
             numbers = given[first : first + own * columns].reshape(own, columns)
@@ -118,7 +120,8 @@ def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, 
             out[row - start, column] = np.float32(value)
 
     def of_matrices(first: int, last: int) -> Array:
-        out, row = np.zeros((last - first, columns + pad.columns), code), first
+        out = np.zeros((last - first, columns + pad.columns), code)
+        row = first
         while row < last:  # what does not fit the dtype is infinite, which whoever writes it finds
             matrix, at = divmod(row, tall)
             stop = min(last, (matrix + 1) * tall)

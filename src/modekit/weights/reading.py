@@ -35,14 +35,16 @@ class WeightReader:
     """
 
     def __init__(self, opened: OpenFiles, models: Sequence[ModelSource]) -> None:
-        self.opened, self.models = opened, models
+        self.opened = opened
+        self.models = models
         self.fills: Fills | None = None
         # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
         self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
 
     def copy(self, ref: TensorRef, stream: io.FileIO) -> None:
         """Write a stored tensor's bytes, inside the kernel where the system can: from page cache to page cache."""
-        source, position = self.opened.file(ref), ref.start
+        source = self.opened.file(ref)
+        position = ref.start
         while position < ref.end:
             try:
                 sent = os.sendfile(stream.fileno(), source.stream.fileno(), position, ref.end - position)
@@ -66,7 +68,8 @@ class WeightReader:
         """The best ones of a difference. Raises SourceError where it overflows."""
         if self._factored[0] != base:
             self._factored = (base, {})
-        known, key = self._factored[1], (expert, rank)
+        known = self._factored[1]
+        key = (expert, rank)
         if key not in known:
             try:
                 known[key] = factorise(self.difference(expert, base), rank=rank)
@@ -80,7 +83,8 @@ class WeightReader:
 
     def difference(self, expert: TensorRef, base: TensorRef) -> Singles:
         """Expert - base, in their shape."""
-        moved, still = stored(self.opened, expert), stored(self.opened, base)
+        moved = stored(self.opened, expert)
+        still = stored(self.opened, base)
         delta = np.empty(len(still), np.float32)
         with np.errstate(over="ignore"):
             for part in blocks(len(still)):
@@ -97,5 +101,8 @@ def where_of(models: Sequence[ModelSource], refs: Sequence[TensorRef]) -> str:
 def check_finite(models: Sequence[ModelSource], ref: TensorRef, view: memoryview) -> None:
     """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
     if not is_finite(view, ref.dtype):
-        remedy = "the model is damaged: save or download it again"
-        raise SourceError("the weights hold NaN or Inf", where=where_of(models, [ref]), remedy=remedy)
+        raise SourceError(
+            "the weights hold NaN or Inf",
+            where=where_of(models, [ref]),
+            remedy="the model is damaged: save or download it again",
+        )

@@ -112,7 +112,7 @@ def compare_each(base: ModelSource, experts: Sequence[ModelSource], names: Colle
 def _damaged(source: ModelSource, name: str) -> SourceError:
     return SourceError(
         "the weights hold NaN or Inf",
-        where=f"{source.label} ({source.spec}): {name}",
+        where=f"{source.where}: {name}",
         remedy="the model is damaged: save or download it again",
     )
 
