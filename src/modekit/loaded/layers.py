@@ -56,7 +56,11 @@ class LayerByLayer:
         _let_go(self.model)
 
     def _read(self, layer: Layer | None, *_of_hook: object) -> None:
-        for name, tensor in self._weights(layer):
+        self.put(self._weights(layer))
+
+    def put(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Have these by name; in a layer while it runs."""
+        for name, tensor in weights:
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, nn.Parameter(tensor.to(self._device), requires_grad=False))
 
