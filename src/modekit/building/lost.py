@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from modekit.building.carrying import Carrying
@@ -35,13 +36,13 @@ from modekit.recipes.layers import Layer
 from modekit.routing.stream import base_by_layers
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, TokenSequence, make_batches
-from modekit.weights.numeric import as_array, to_bytes, to_float32
+from modekit.weights.numeric import BLOCK, as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
 
 _FEWEST_PIECES = 8
 _ROUNDS = ((576, 72), (LOST_TOKENS, PIECE_TOKENS))
 """Tokens of a domain, and of a piece: the second where the first leaves it open whether too much is lost."""
-_TOKENS_OF_PASS, _LOGITS_AT_ONCE = 4_096, 128
+_TOKENS_OF_PASS, _LOGITS_AT_ONCE = 4_096, 64
 """Tokens that run at once, as numbers of a layer are made for each pass; and of which there are logits in memory."""
 
 
@@ -213,6 +214,11 @@ class _WrittenNumbers:
         """Of a tensor, or of some rows of its first axis, as its dtype has them."""
         tensor = self._tensors[name]
         (first, last, _), size = rows.indices(tensor.shape[0]), math.prod(tensor.shape[1:])
-        numbers = to_float32(tensor.made.numbers(self._read)[first * size : last * size])
-        rounded = to_float32(as_array(to_bytes(numbers, tensor.dtype), tensor.dtype))
-        return torch.from_numpy(rounded).view(-1, *tensor.shape[1:])
+        made, step = tensor.made.numbers(self._read), max(1, BLOCK // size)
+        numbers = np.empty((last - first, size), np.float32)
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            exact = to_float32(made[start * size : stop * size])
+            rounded = as_array(to_bytes(exact, tensor.dtype), tensor.dtype)
+            numbers[start - first : stop - first] = to_float32(rounded).reshape(-1, size)
+        return torch.from_numpy(numbers).view(-1, *tensor.shape[1:])

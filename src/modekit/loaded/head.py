@@ -34,11 +34,12 @@ class _KeptStates(nn.Module):
 
 
 class Head:
-    """What a model's own class makes of hidden states: a copy of the model that has all but its backbone."""
+    """What a model's own class makes of hidden states: a copy of the model without its backbone, of the same weights."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._states = _KeptStates()
-        self._model = copy.deepcopy(model, {id(backbone_of(model)): self._states})
+        same = {id(each): each for each in model.parameters()}
+        self._model = copy.deepcopy(model, {**same, id(backbone_of(model)): self._states})
 
     def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits (N, V)."""

@@ -52,8 +52,10 @@ class LayerByLayer:
         self.model.tie_weights()
 
     def let_go(self) -> None:
-        """Of the weights outside of the layers, too."""
-        _let_go(self.model)
+        """Of the weights outside of the layers, too; who holds them still, as a head does, keeps them."""
+        outside = [name for name, each in self.model.named_parameters() if each.numel() and not each.is_meta]
+        self.put((name, torch.empty(0)) for name in outside)
+        self.model.tie_weights()
 
     def _read(self, layer: Layer | None, *_of_hook: object) -> None:
         self.put(self._weights(layer))
