@@ -114,7 +114,7 @@ def test_memory_is_that_of_one_layer(shop: Workshop, tmp_path: Path) -> None:
     assert bytes_to_carry(three) - bytes_to_carry(one) == pytest.approx(2 * sample, rel=0.2)
     base = load_file(shop.root / "base" / "model.safetensors")
     assert memory_of(one)["build"] > bytes_to_carry(one) > sum(4 * tensor.numel() for tensor in base.values()) + 4 * 512 * 97
-    assert bytes_to_carry(planned(shop, "fever", "court")) < bytes_to_carry(one) and not bytes_to_carry(
+    assert bytes_to_carry(planned(shop, "fever", "court")) <= bytes_to_carry(one) and not bytes_to_carry(
         planned(shop, "ffn", "base_too")
     )
 

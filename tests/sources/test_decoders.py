@@ -25,6 +25,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.experts.specialize import specialize
+from modekit.loaded.head import Head
 from modekit.loaded.passes import backbone_of, predicted_logits
 from modekit.loaded.text_training import TextLoss, Training
 from modekit.planning.make import make_plan
@@ -33,7 +34,6 @@ from modekit.sources.families import family_of
 from modekit.sources.pairs import PAIRS
 from modekit.sources.structure import INEXACT, INEXACT_WHOLE, structure
 from modekit.text.sequences import TokenSequence, make_batches
-from modekit.training.objective import Head
 from modekit.training.train import train
 from tiny_decoders import TYPES, tiny_config, tiny_decoder
 from trained import short_settings

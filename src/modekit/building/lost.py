@@ -12,9 +12,12 @@ Shape legend: N predicted tokens, V vocabulary, P pieces.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from modekit.building.carrying import Carrying
@@ -22,21 +25,25 @@ from modekit.building.differences import Differences
 from modekit.checkpoint.carried import Carried, Lost
 from modekit.evaluation.forced import MOST_NATS, divergences
 from modekit.evaluation.forced_results import SAME
+from modekit.loaded.head import Head
 from modekit.loaded.layers import LayerByLayer, Weights, by_layer
+from modekit.loaded.load import decoder_layers
 from modekit.loaded.native import own_ffn
-from modekit.loaded.passes import predicted_logits
-from modekit.planning.carry import LOST_AT_ONCE, LOST_TOKENS, PIECE_TOKENS
+from modekit.loaded.passes import backbone_of, inputs_of
+from modekit.planning.carry import LOST_TOKENS, PIECE_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.layers import Layer
 from modekit.routing.stream import base_by_layers
 from modekit.run import Run
-from modekit.text.sequences import NO_LABEL, Batch, TokenSequence, make_batches
-from modekit.weights.numeric import as_array, to_bytes, to_float32
+from modekit.text.sequences import NO_LABEL, TokenSequence, make_batches
+from modekit.weights.numeric import BLOCK, as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
 
 _FEWEST_PIECES = 8
-_ROUNDS = ((LOST_AT_ONCE, 72), (LOST_TOKENS, PIECE_TOKENS))
+_ROUNDS = ((576, 72), (LOST_TOKENS, PIECE_TOKENS))
 """Tokens of a domain, and of a piece: the second where the first leaves it open whether too much is lost."""
+_TOKENS_OF_PASS, _LOGITS_AT_ONCE = 4_096, 64
+"""Tokens that run at once, as numbers of a layer are made for each pass; and of which there are logits in memory."""
 
 
 def measure_lost(
@@ -50,8 +57,8 @@ def measure_lost(
     lost: list[Lost] = []
     for tokens, longest in _ROUNDS:
         unclear = [expert for expert in range(len(pieces)) if not lost or not lost[expert].is_clear]
-        for expert in run.over("measure what is lost", unclear, len(unclear)):
-            measured[expert] = models.compare(expert, first_pieces(pieces[expert], tokens, longest))
+        texts = {expert: first_pieces(pieces[expert], tokens, longest) for expert in unclear}
+        measured |= models.compare(texts, run) if texts else {}
         changed = [each.base for each in measured.values() if each.base > SAME]
         usual = sum(changed) / len(changed) if changed else 1.0
         lost = [measured[expert].over(usual) for expert in range(len(pieces))]
@@ -93,6 +100,13 @@ class _Measured:
         return Lost(round(share, 4), round(math.sqrt(variance) / max(total, SAME), 4), round(nats, 6))
 
 
+class _Read(NamedTuple):
+    """What a model makes of texts: hidden states of predicted tokens by expert (N, D), and the head that reads them."""
+
+    states: dict[int, torch.Tensor]
+    head: Head
+
+
 class _Models:
     """The base's class with an expert's own numbers, with the base's, and with those that files will have."""
 
@@ -104,38 +118,72 @@ class _Models:
         self._narrow = base_by_layers(plan)
         self._wide = LayerByLayer(dense, channels.widened(dense))
         self._written = _WrittenNumbers(plan, read, carried)
+        self._experts_of_rows: list[int] = []
+        for number, layer in enumerate(decoder_layers(self._wide.model)):
+            ffn = layer.get_submodule(plan.family.decoder.ffn)
+            ffn.forward = partial(self._own_ffns, number, ffn.forward)
 
-    def compare(self, expert: int, text: Sequence[TokenSequence]) -> _Measured:
-        """What is lost of an expert, piece by piece."""
-        sums_3P = torch.zeros((3, len(text)), dtype=torch.float64)
-        own_numbers_of = own_numbers(self._plan, self._differences, expert)
-        base_numbers = own_numbers(self._plan, self._differences, -1)
-        self._written.expert = expert
-        for batch in make_batches(text, tokens=LOST_AT_ONCE * 3 // 2):  # of pieces of other lengths a third may be padding
-            own_NV = _logits(self._narrow, batch, own_numbers_of)
-            base_N = torch.zeros(len(own_NV), dtype=torch.float64)
+    def compare(self, texts: Mapping[int, Sequence[TokenSequence]], run: Run) -> dict[int, _Measured]:
+        """What is lost of each expert on its text, piece by piece. Each model's numbers are made once."""
+        stage, steps = "measure what is lost", len(texts) + 2
+        run.begin(stage, steps)
+        base = self._read(self._narrow, own_numbers(self._plan, self._differences, -1), texts)
+        run.progress(stage, 1, steps)
+        written = self._read(self._wide, self._written.shared, texts)
+        measured: dict[int, _Measured] = {}
+        for done, (expert, text) in enumerate(texts.items(), 2):
+            run.progress(stage, done, steps)
+            own = base
             if not self._plan.recipe.experts[expert].is_base:
-                base_N = _divergence(own_NV, _logits(self._narrow, batch, base_numbers))
-            lost_N = _divergence(own_NV, _logits(self._wide, batch, self._written.weights))
-            row_N = (batch.labels != NO_LABEL).nonzero()[:, 0]
-            piece_N = torch.tensor(batch.rows)[row_N]
-            sums_3P.index_add_(1, piece_N, torch.stack([lost_N, base_N, torch.ones_like(lost_N)]))
-        return _Measured(*sums_3P)
+                own = self._read(self._narrow, own_numbers(self._plan, self._differences, expert), {expert: text})
+            kls_2N = [_divergence(own, other, expert) for other in (written, base)]
+            piece_N = torch.tensor([piece for piece, each in enumerate(text) for _ in range(each.scored)])
+            sums_3P = torch.zeros((3, len(text)), dtype=torch.float64)
+            sums_3P.index_add_(1, piece_N, torch.stack([*kls_2N, torch.ones_like(kls_2N[0])]))
+            measured[expert] = _Measured(*sums_3P)
+        run.progress(stage, steps, steps)
+        return measured
+
+    def _read(self, layers: LayerByLayer, weights: Weights, texts: Mapping[int, Sequence[TokenSequence]]) -> _Read:
+        """In the order of the pieces and their tokens."""
+        layers.use(weights)
+        pieces = [(expert, piece) for expert, text in texts.items() for piece in text]
+        found: dict[int, torch.Tensor] = {}
+        for batch in make_batches([piece for _, piece in pieces], tokens=_TOKENS_OF_PASS):
+            self._experts_of_rows = [pieces[row][0] for row in batch.rows]
+            with torch.inference_mode():
+                states_BSD = backbone_of(layers.model)(**inputs_of(layers.model, batch), use_cache=False)[0].cpu()
+            for row, states_SD, labels_S in zip(batch.rows, states_BSD, batch.labels, strict=True):
+                found[row] = states_SD[:-1][labels_S != NO_LABEL]
+        read = _Read(
+            {expert: torch.cat([found[row] for row, (whose, _) in enumerate(pieces) if whose == expert]) for expert in texts},
+            Head(layers.model),
+        )
+        layers.let_go()
+        return read
+
+    def _own_ffns(self, layer: int, forward: Callable[..., torch.Tensor], x_BSD: torch.Tensor) -> torch.Tensor:
+        """Every row by the FFN of its expert, one of which is in memory."""
+        y_BSD = torch.empty_like(x_BSD)
+        rows_by_expert: dict[int, list[int]] = {}
+        for row, expert in enumerate(self._experts_of_rows):
+            rows_by_expert.setdefault(expert, []).append(row)
+        for expert, rows in rows_by_expert.items():
+            self._wide.put(self._written.of_expert(layer, expert))
+            y_BSD[rows] = forward(x_BSD[rows])
+        return y_BSD
 
 
-def _logits(layers: LayerByLayer, batch: Batch, weights: Weights) -> torch.Tensor:
-    """Of every predicted token (N, V); no weight stays in memory."""
-    layers.use(weights)
-    with torch.inference_mode():
-        logits_NV = predicted_logits(layers.model, batch)
-    layers.let_go()
-    return logits_NV
-
-
-def _divergence(own_NV: torch.Tensor, other_NV: torch.Tensor) -> torch.Tensor:
+def _divergence(own: _Read, other: _Read, expert: int) -> torch.Tensor:
     """KL(own || other) of every token (N,), one nat at most."""
-    [(kl_N, _)] = divergences(own_NV, other_NV)
-    return kl_N.clamp_max(MOST_NATS)
+    if own is other:
+        return torch.zeros(len(own.states[expert]), dtype=torch.float64)
+    parts = []
+    for own_ND, other_ND in zip(*(torch.split(each.states[expert], _LOGITS_AT_ONCE) for each in (own, other)), strict=True):
+        with torch.inference_mode():
+            [(kl_N, _)] = divergences(own.head(own_ND), other.head(other_ND))
+        parts.append(kl_N.clamp_max(MOST_NATS).cpu())
+    return torch.cat(parts)
 
 
 def own_numbers(plan: Plan, differences: Differences, expert: int) -> Weights:
@@ -151,19 +199,26 @@ class _WrittenNumbers:
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
         self._tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._shared = by_layer(name for name, tensor in self._tensors.items() if tensor.role == "backbone")
-        self._plan, self._read, self.expert = plan, read, 0
+        self._plan, self._read = plan, read
         read.fills = Carrying(plan, read, carried).fill
 
-    def weights(self, layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
-        """What all share, and what is the expert's own."""
-        yield from ((name, self._numbers(name)) for name in self._shared.get(layer, []))
-        if isinstance(layer, int):
-            yield from own_ffn(self._plan.shape, layer, self.expert, self._numbers)
+    def shared(self, layer: Layer | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """What all experts share."""
+        return ((name, self._numbers(name)) for name in self._shared.get(layer, []))
+
+    def of_expert(self, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The FFN of one expert in a layer."""
+        return own_ffn(self._plan.shape, layer, expert, self._numbers)
 
     def _numbers(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Of a tensor, or of some rows of its first axis, as its dtype has them."""
         tensor = self._tensors[name]
         (first, last, _), size = rows.indices(tensor.shape[0]), math.prod(tensor.shape[1:])
-        numbers = to_float32(tensor.made.numbers(self._read)[first * size : last * size])
-        rounded = to_float32(as_array(to_bytes(numbers, tensor.dtype), tensor.dtype))
-        return torch.from_numpy(rounded).view(-1, *tensor.shape[1:])
+        made, step = tensor.made.numbers(self._read), max(1, BLOCK // size)
+        numbers = np.empty((last - first, size), np.float32)
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            exact = to_float32(made[start * size : stop * size])
+            rounded = as_array(to_bytes(exact, tensor.dtype), tensor.dtype)
+            numbers[start - first : stop - first] = to_float32(rounded).reshape(-1, size)
+        return torch.from_numpy(numbers).view(-1, *tensor.shape[1:])

@@ -52,11 +52,17 @@ class LayerByLayer:
         self.model.tie_weights()
 
     def let_go(self) -> None:
-        """Of the weights outside of the layers, too."""
-        _let_go(self.model)
+        """Of the weights outside of the layers, too; who holds them still, as a head does, keeps them."""
+        outside = [name for name, each in self.model.named_parameters() if each.numel() and not each.is_meta]
+        self.put((name, torch.empty(0)) for name in outside)
+        self.model.tie_weights()
 
     def _read(self, layer: Layer | None, *_of_hook: object) -> None:
-        for name, tensor in self._weights(layer):
+        self.put(self._weights(layer))
+
+    def put(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Have these by name; in a layer while it runs."""
+        for name, tensor in weights:
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, nn.Parameter(tensor.to(self._device), requires_grad=False))
 

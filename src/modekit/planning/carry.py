@@ -26,8 +26,6 @@ SAMPLE_TOKENS, SAMPLE_BYTES = 1_024, 2**28
 """The most of a sample of what its layers read."""
 LOST_TOKENS = 2_304
 """The most of every domain on which is measured what full models lose."""
-LOST_AT_ONCE = 576
-"""Tokens of these whose logits are in memory, of three models."""
 BLOCK = 32
 """Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
 TERMS, EXACT_TERMS = 2, 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modekit.planning.carry import LOST_AT_ONCE, SAMPLE_BYTES, SAMPLE_TOKENS
+from modekit.planning.carry import SAMPLE_BYTES, SAMPLE_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.sources.config import whole
@@ -33,17 +33,20 @@ def statistics_bytes(plan: Plan) -> int:
 
 
 def bytes_to_carry(plan: Plan) -> int:
-    """Bytes of memory in which a build runs the base for what is carried; where not all is, also each expert, as it is and as
-    wide as the result, beside logits of a text.
+    """Bytes of memory in which a build runs the base for what is carried, beside a sample; where not all is, then the result,
+    beside the heads of base, expert and result.
     """
     channels = plan.shape.channels
     words = whole(plan.config, "vocab_size")
     if channels is None or channels.carry is None:
         return 0
     sample = SAMPLE_TOKENS * 4 * channels.layers * (channels.hidden + channels.heads * channels.head_dim)
-    twice, held = 2 * min(sample, SAMPLE_BYTES), held_by_layers(plan)  # while its parts are put together
-    wide = held * (channels.hidden + channels.spare) // channels.hidden + 4 * words * LOST_AT_ONCE
-    return twice + 4 * (held if channels.carry.is_exact else held + wide)
+    held = held_by_layers(plan)
+    reading = 2 * min(sample, SAMPLE_BYTES) + 4 * held  # twice, while its parts are put together
+    if channels.carry.is_exact:
+        return reading
+    heads = words * (3 * channels.hidden + channels.spare)
+    return max(reading, 4 * (held + heads))
 
 
 def held_by_layers(plan: Plan) -> int:

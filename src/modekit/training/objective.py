@@ -9,7 +9,6 @@ Shape legend: B rows, S sequence, N predicted tokens, T real tokens, D width, V 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
@@ -26,6 +24,7 @@ from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.files.write import make_folder, remove
 from modekit.loaded.experts import load_expert_source
+from modekit.loaded.head import Head
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import backbone_of, inputs_of, logits_at, reads_target, tokens_per_batch
@@ -38,44 +37,6 @@ from modekit.training.batches import DomainSequences, predicted_in
 from modekit.training.engine import JudgedModule
 from modekit.training.losses import DIVERGENCES, GENERIC, distillation, domain_label, language_model, load_balance, z_loss
 from modekit.training.settings import OF_ROUTERS, TrainSettings
-
-
-class _Output(BaseModelOutput):  # type: ignore[misc]
-    """Of a backbone: whatever else a class asks it for, there is none."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _KeptStates(nn.Module):
-    """Stands where a model had its backbone, and gives the hidden states (1, N, D) that are put here."""
-
-    hidden: torch.Tensor
-
-    def forward(self, *_: object, **_arguments: object) -> _Output:
-        """Whatever is read."""
-        return _Output(last_hidden_state=self.hidden)
-
-
-class Head:
-    """What a model's own class makes of hidden states: a copy of the model that has all but its backbone."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._states = _KeptStates()
-        self._model = copy.deepcopy(model, {id(backbone_of(model)): self._states})
-
-    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V)."""
-        self._states.hidden = hidden_ND[None]
-        ids = torch.zeros(1, len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
-        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
-        return logits
-
-    def equals(self, other: Head) -> bool:
-        """Whether both give the same logits, being of experts of one base."""
-        ours, theirs = self._model.state_dict(), other._model.state_dict()
-        return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @dataclass(frozen=True)
