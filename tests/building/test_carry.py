@@ -361,6 +361,9 @@ class _Heads:
             common @ generator.normal(0, 1, (8, hidden)) + generator.normal(0, 0.1, (rows, hidden)) for _ in self.experts
         ]
 
+    def changing(self, *_: str) -> list[int]:
+        return list(self.experts)
+
     def head_rows(self, expert: int, rows: slice) -> np.ndarray[Any, Any]:
         return self._rows[expert][rows].astype(np.float32)
 
