@@ -136,7 +136,7 @@ class _Models:
             own = base
             if not self._plan.recipe.experts[expert].is_base:
                 own = self._read(self._narrow, own_numbers(self._plan, self._differences, expert), {expert: text})
-            kls_2N = [_divergence(own, other, expert) for other in (written, base)]
+            kls_2N = _divergences(expert, own, (written, base))
             piece_N = torch.tensor([piece for piece, each in enumerate(text) for _ in range(each.scored)])
             sums_3P = torch.zeros((3, len(text)), dtype=torch.float64)
             sums_3P.index_add_(1, piece_N, torch.stack([*kls_2N, torch.ones_like(kls_2N[0])]))
@@ -174,16 +174,17 @@ class _Models:
         return y_BSD
 
 
-def _divergence(own: _Read, other: _Read, expert: int) -> torch.Tensor:
-    """KL(own || other) of every token (N,), one nat at most."""
-    if own is other:
-        return torch.zeros(len(own.states[expert]), dtype=torch.float64)
-    parts = []
-    for own_ND, other_ND in zip(*(torch.split(each.states[expert], _LOGITS_AT_ONCE) for each in (own, other)), strict=True):
-        with torch.inference_mode():
-            [(kl_N, _)] = divergences(own.head(own_ND), other.head(other_ND))
-        parts.append(kl_N.clamp_max(MOST_NATS).cpu())
-    return torch.cat(parts)
+def _divergences(expert: int, own: _Read, others: Sequence[_Read]) -> list[torch.Tensor]:
+    """KL(own || other) of every token (N,), one nat at most, of each of the others."""
+    apart = [other for other in others if other is not own]
+    kls_by_other: dict[int, list[torch.Tensor]] = {id(other): [] for other in apart}
+    with torch.inference_mode():
+        for hidden in zip(*(each.states[expert].split(_LOGITS_AT_ONCE) for each in (own, *apart)), strict=True):
+            logits = [read.head(hidden_ND) for read, hidden_ND in zip((own, *apart), hidden, strict=True)]
+            for other, (kl_N, _) in zip(apart, divergences(*logits), strict=True):
+                kls_by_other[id(other)].append(kl_N.clamp_max(MOST_NATS).cpu())
+    none_N = torch.zeros(len(own.states[expert]), dtype=torch.float64)
+    return [none_N if other is own else torch.cat(kls_by_other[id(other)]) for other in others]
 
 
 def own_numbers(plan: Plan, differences: Differences, expert: int) -> Weights:
