@@ -179,7 +179,7 @@ def _divergences(expert: int, own: _Read, others: Sequence[_Read]) -> list[torch
     apart = [other for other in others if other is not own]
     kls_by_other: dict[int, list[torch.Tensor]] = {id(other): [] for other in apart}
     with torch.inference_mode():
-        for hidden in zip(*(each.states[expert].split(_LOGITS_AT_ONCE) for each in (own, *apart)), strict=True):
+        for hidden in zip(*(torch.split(each.states[expert], _LOGITS_AT_ONCE) for each in (own, *apart)), strict=True):
             logits = [read.head(hidden_ND) for read, hidden_ND in zip((own, *apart), hidden, strict=True)]
             for other, (kl_N, _) in zip(apart, divergences(*logits), strict=True):
                 kls_by_other[id(other)].append(kl_N.clamp_max(MOST_NATS).cpu())
