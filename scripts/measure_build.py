@@ -34,7 +34,7 @@ SCREEN = 30
 """Lines of functions."""
 LONG = 8
 """Lines of a function that a reader opens; a shorter one is its name."""
-BOUNDS = {"files": 21, "lines": 4_250, "lines to read": 2_400}
+BOUNDS = {"files": 26, "lines": 4_800, "lines to read": 2_460}
 """Most files, lines in them (a lexical router and the channels that carry it are five files), and lines that --walk names."""
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 
