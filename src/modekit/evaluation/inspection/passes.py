@@ -154,8 +154,10 @@ def _means(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def _routers(checkpoint: Checkpoint) -> Sequence[RouterSlot]:
     """Those that decide; of fine-tunes of a mixture these are their own, and no slot is set."""
-    hidden, experts = whole(checkpoint.config, "hidden_size"), len(checkpoint.names)
-    return checkpoint.slots or [RouterSlot(router.name, hidden, experts) for router in checkpoint.shape.positions]
+    if checkpoint.slots:
+        return checkpoint.slots
+    hidden = whole(checkpoint.config, "hidden_size")
+    return [RouterSlot(router.name, hidden, len(checkpoint.names)) for router in checkpoint.shape.positions]
 
 
 def router_weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
