@@ -40,7 +40,7 @@ from modekit.weights.numeric import BLOCK, as_array, to_bytes, to_float32
 from modekit.weights.reading import WeightReader
 
 _FEWEST_PIECES = 8
-_ROUNDS = ((576, 72), (LOST_TOKENS, PIECE_TOKENS))
+_ROUNDS = ((384, 48), (LOST_TOKENS, PIECE_TOKENS))
 """Tokens of a domain, and of a piece: the second where the first leaves it open whether too much is lost."""
 _TOKENS_OF_PASS, _LOGITS_AT_ONCE = 4_096, 64
 """Tokens that run at once, as numbers of a layer are made for each pass; and of which there are logits in memory."""
