@@ -234,13 +234,12 @@ def _measured_factors(fitting: Fitting, texts: Sequence[TokenText], table_VN: to
     """
     channels, embedding = fitting.checkpoint.carrier
     view = expert_view(fitting.checkpoint, run=fitting.run)
-    fitting.run.begin("read the text with the base", len(texts))
     weight: torch.Tensor = view.model.get_input_embeddings().weight
     weight.data[:, channels.evidence] = torch.from_numpy(
         to_float32(as_array(columns, embedding.dtype)).reshape(len(table_VN), -1)
     ).to(weight)
     ratios: list[list[torch.Tensor]] = [[] for _ in fitting.checkpoint.slots]
-    for place, text in enumerate(texts):
+    for place, text in fitting.run.over("read the text with the base", enumerate(texts), len(texts)):
         sequences = text.beginning(max(16, MEASURED_TOKENS // len(texts)))
         wanted_TN = torch.cat([_averages(table_VN[list(each.ids)], channels.decays) for each in sequences])
 
@@ -252,7 +251,6 @@ def _measured_factors(fitting: Fitting, texts: Sequence[TokenText], table_VN: to
 
         view.use_expert(place)
         run_with_inputs(view, sequences, GateInput(), compare)
-        fitting.run.progress("read the text with the base", place + 1, len(texts))
     found_by_slot = map(torch.cat, ratios)
     return [
         float(found.median()) if len(found) else 1.0 for found in found_by_slot

@@ -40,12 +40,10 @@ def fit_gates(settings: Router, domains: Sequence[DomainStatistics], run: Run = 
 
     Raises RecipeError when logistic has no kept tokens to fit on.
     """
-    rule, gates = RULES[settings.fit], []
-    run.begin(f"solve {settings.fit}", len(domains[0].slots))
-    for slot in range(len(domains[0].slots)):
-        gates.append((rule(slot, domains, settings) / settings.temperature).float())
-        run.progress(f"solve {settings.fit}", slot + 1, len(domains[0].slots))
-    return gates
+    rule = RULES[settings.fit]
+    count = len(domains[0].slots)
+    slots = run.over(f"solve {settings.fit}", range(count), count)
+    return [(rule(slot, domains, settings) / settings.temperature).float() for slot in slots]
 
 
 def centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:

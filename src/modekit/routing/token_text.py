@@ -109,8 +109,7 @@ def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> li
     Raises TextError.
     """
     experts, texts, settings = fitting.recipe.experts, list[TokenText](), fitting.settings
-    fitting.run.begin("read tokens", len(experts))
-    for place, expert in enumerate(experts):
+    for place, expert in fitting.run.over("read tokens", enumerate(experts), len(experts)):
         path = fitting.statistics_file(expert.name)
         kept = load_token_text(path, fitting.checkpoint.vocabulary)
         how = {"sequence_length": settings.sequence_length, **chats_of(tokenizer, expert, settings)}
@@ -119,7 +118,6 @@ def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> li
             text = _token_text(text, _expected(fitting, expert))
             text.save(path)
         texts.append(text)
-        fitting.run.progress("read tokens", place + 1, len(experts))
     return texts
 
 
