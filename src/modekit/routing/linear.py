@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch.nn.functional import cross_entropy, normalize, pad
 
 from modekit.architecture import modekit_router
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from modekit.routing.inputs import DomainStatistics, read_domains
 from modekit.run import QUIET, Run
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
+_TINY = 1e-30  # where all is zero
 _HOLD = 10.0  # times l2, of a cosine gate to its start
 _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
@@ -49,22 +51,17 @@ def fit_gates(settings: Router, domains: Sequence[DomainStatistics], run: Run = 
 def centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1, at the best temperature."""
     means_ED = torch.stack([domain.slots[slot].mean_D - domain.slots[slot].negative_D for domain in domains])
-    return _calibrated(_unit_rows(means_ED), slot, domains)
+    return _calibrated(normalize(means_ED, eps=_TINY), slot, domains)
 
 
 def _calibrated(weights_ED: torch.Tensor, slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
     """The gate divided by the temperature that gives the kept tokens' domains the largest likelihood."""
     if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
-        return _unit_rows(weights_ED) / _UNCALIBRATED_TEMPERATURE
+        return normalize(weights_ED, eps=_TINY) / _UNCALIBRATED_TEMPERATURE
     tokens = _kept_tokens(slot, domains)
     logits_NE: torch.Tensor = tokens.x_ND @ weights_ED.float().T
     best: float = min(_TEMPERATURES, key=lambda temperature: float(tokens.loss(logits_NE / temperature)))
     return weights_ED / best
-
-
-def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
-    lengths_E1: torch.Tensor = torch.linalg.vector_norm(weights_ED, dim=1, keepdim=True)
-    return weights_ED / lengths_E1.clamp_min(1e-30)
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class _KeptTokens:
 
     def loss(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the domains under logits."""
-        losses_N = torch.nn.functional.cross_entropy(logits_NE, self.labels_N, reduction="none")
+        losses_N = cross_entropy(logits_NE, self.labels_N, reduction="none")
         loss: torch.Tensor = (losses_N * self.shares_N).sum()
         return loss
 
@@ -106,7 +103,7 @@ def logistic_beside(
 ) -> torch.Tensor:
     """Rows (N, D) float32 of the experts `new` of a gate whose other rows are as `gate_ED` has them: logistic regression."""
     kept = _kept_tokens(slot, domains)
-    scale = kept.x_ND.square().mean().sqrt().clamp_min(1e-30)
+    scale = kept.x_ND.square().mean().sqrt().clamp_min(_TINY)
     tokens = replace(kept, x_ND=kept.x_ND / scale)  # at mean square 1
     others_ED = gate_ED.float() * scale
     rows_ND = torch.zeros((len(new), tokens.x_ND.shape[1]), requires_grad=True)
@@ -131,7 +128,7 @@ def cosine(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> 
     size = settings.dimensions or len(domains)
     directions_DR = torch.linalg.svd(white_DE, full_matrices=False)[0][:, :size]
     projection_RD = torch.linalg.solve_triangular(root_DD.T, directions_DR, upper=True).T
-    vectors_ER = torch.nn.functional.pad(_unit_rows(white_DE.T @ directions_DR), (0, means_ED.shape[1] - size))
+    vectors_ER = pad(normalize(white_DE.T @ directions_DR, eps=_TINY), (0, means_ED.shape[1] - size))
     return _descended(torch.cat([vectors_ER / _UNCALIBRATED_TEMPERATURE, projection_RD]), slot, domains, settings)
 
 
@@ -139,7 +136,7 @@ def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatist
     """The cosine gate that lowers the loss of the kept tokens, by L-BFGS from this one, to which l2 holds it."""
     tokens = _kept_tokens(slot, domains)
     start_GD = gate_GD.float()
-    sizes_G1 = torch.linalg.vector_norm(start_GD, dim=1, keepdim=True).clamp_min(1e-30)
+    sizes_G1 = torch.linalg.vector_norm(start_GD, dim=1, keepdim=True).clamp_min(_TINY)
     moved_GD = torch.zeros_like(start_GD, requires_grad=True)
 
     def loss() -> torch.Tensor:
