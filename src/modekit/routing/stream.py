@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.bases import LayerStream, Stream, principal_rows
 
 _LAST = "model.norm"
-D = TypeVar("D")
+Cut = Callable[[int, int], list[TokenSequence]]
+"""At most so many tokens of a document, in pieces of at most so many."""
 
 
 def measure_stream(
@@ -146,10 +147,10 @@ def read_texts(plan: Plan, kept: Path, run: Run) -> list[MeasuredText]:
             text = load_token_text(kept / f"{expert.name}.safetensors", vocabulary)
             if text is None:
                 raise
-            known = [ids[ids < rows] for ids, _ in text.sequences()]
-            texts.append(_measured_text(known, _cut, share, longest))
+            cuts: list[Cut] = [partial(_cut, ids[ids < rows]) for ids, _ in text.sequences()]
         else:
-            texts.append(_measured_text(documents, partial(_encoded, tokenizer), share, longest))
+            cuts = [partial(_encoded, tokenizer, document) for document in documents]
+        texts.append(_measured_text(cuts, share, longest))
     return texts
 
 
@@ -162,18 +163,16 @@ def _cut(ids: torch.Tensor, tokens: int, longest: int) -> list[TokenSequence]:
     return [TokenSequence(tuple(part)) for part in parts if len(part) > 1]
 
 
-def _measured_text(
-    documents: Sequence[D], cut: Callable[[D, int, int], list[TokenSequence]], share: int, longest: int
-) -> MeasuredText:
+def _measured_text(documents: Sequence[Cut], share: int, longest: int) -> MeasuredText:
     """The first `share` tokens, and pieces of the documents behind; of those before where these are too few."""
     setting, left, used = list[TokenSequence](), share, 0
     while left > 1 and used < len(documents):
-        sequences = cut(documents[used], left, longest)
+        sequences = documents[used](left, longest)
         setting += sequences
         left -= sum(sequence.size for sequence in sequences)
         used += 1
     others = (*documents[used:], *reversed(documents[:used]))
-    return MeasuredText(setting, _in_turn(cut(document, LOST_TOKENS, PIECE_TOKENS) for document in others))
+    return MeasuredText(setting, _in_turn(cut(LOST_TOKENS, PIECE_TOKENS) for cut in others))
 
 
 def _in_turn(by_document: Iterable[Sequence[TokenSequence]]) -> list[TokenSequence]:
