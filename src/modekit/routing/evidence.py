@@ -72,11 +72,7 @@ class TableSchedule:
     tokens: int = 16_384
     steps: int = 300
     learning_rate: float = 0.2
-    small_rate: float = 0.02  # from what experts expect, as the smoothing below (benchmarks/self_text.md)
-    expected_smoothing: float = 0.02
-    look_every: int = 10
     patience: int = 6
-    smoothing: float = 0.5
     aside: int = 10  # one of so many sequences is kept aside
 
 
@@ -107,16 +103,16 @@ def train_table(
     steps from there; `advance` is told the steps done and the most there can be.
     """
     split = [_split(examples, schedule.aside) for examples in domains]
-    tables = [_naive_bayes([own for own, _ in split], height, schedule.smoothing)]
+    tables = [_naive_bayes([own for own, _ in split], height)]
     if expected is not None:
-        tables = [tables[0] + weight * _log_odds(expected.double(), schedule.expected_smoothing) for weight in _WEIGHTS]
+        tables = [tables[0] + weight * _log_odds(expected.double(), _EXPECTED_SMOOTHING) for weight in _WEIGHTS]
     for table in tables:
         table[:, list(silent)] = 0.0
     held = [batch for place, (_, aside) in enumerate(split) for batch in _batches(aside, place, schedule.tokens)]
     starts = [torch.cat([table / len(decays)] * len(decays)).t() for table in tables]  # (H, J E)
     start, scale = min(product(starts, _SCALES), key=lambda each: _loss_of(held, each[0] * each[1], decays))
     weights = (start * scale).contiguous().requires_grad_()
-    rate = schedule.learning_rate if expected is None else schedule.small_rate
+    rate = schedule.learning_rate if expected is None else _SMALL_RATE
     optimizer = torch.optim.Adam([weights], lr=rate, betas=(0.9, 0.99), foreach=True)
     best = before = _loss_of(held, weights.detach(), decays)
     state, taken = weights.detach().clone(), 0
@@ -133,16 +129,19 @@ def train_table(
         weights.grad[list(silent)] = 0.0
         optimizer.step()
         advance(step, schedule.steps)
-        if step % schedule.look_every == 0:
+        if step % _LOOK_EVERY == 0:
             found = _loss_of(held, weights.detach(), decays)
             if found < best:
                 best, state, taken = found, weights.detach().clone(), step
-            if step - taken >= schedule.patience * schedule.look_every:
+            if step - taken >= schedule.patience * _LOOK_EVERY:
                 break
     table = state.t().reshape(len(decays), len(domains), height).transpose(0, 1).contiguous()
     return TrainedTable(table, before, best, taken)
 
 
+_LOOK_EVERY = 10  # steps
+_SMOOTHING = 0.5
+_SMALL_RATE = _EXPECTED_SMOOTHING = 0.02  # from what experts expect (benchmarks/self_text.md)
 _BLOCK = 512  # tokens whose average is taken in one matrix product
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
 _WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -158,12 +157,12 @@ def _split(examples: Examples, aside: int) -> tuple[list[TokenRows], list[TokenR
     return own or list(examples), other or list(examples[:1])
 
 
-def _naive_bayes(domains: Sequence[Examples], height: int, smoothing: float) -> torch.Tensor:
+def _naive_bayes(domains: Sequence[Examples], height: int) -> torch.Tensor:
     """Log p(row | domain) less its mean over domains, (E, H), in equal parts of the rows that a token chooses."""
     said = [torch.cat([each.rows[each.start :] for each in examples]).flatten().long() for examples in domains]
     counts = torch.stack([torch.bincount(rows, minlength=height).double() for rows in said])
     chosen = domains[0][0].rows.numel() // len(domains[0][0].rows)  # by one token
-    return _log_odds(counts, smoothing) / chosen
+    return _log_odds(counts, _SMOOTHING) / chosen
 
 
 def _log_odds(counts: torch.Tensor, smoothing: float) -> torch.Tensor:
