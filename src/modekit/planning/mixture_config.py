@@ -242,15 +242,15 @@ _CONTEXT_DECAYS = (0.9,)
 _PREFIX = 64  # tokens after which a decision stays, unless a recipe says another number
 
 
-def averages_of(router: Router) -> list[dict[str, float | None]]:
-    """What the gate's parts read; see architecture/modekit_router.py."""
+def averages_of(router: Router) -> list[float | None]:
+    """The decay of what each part of the gate reads; None: the token itself (architecture/modekit_router.py)."""
     if router.row.fading is not None:
-        return [{"decay": decay} for _ in router.orders or [1] for decay in router.decays]
+        return [decay for _ in router.orders or [1] for decay in router.decays]
     if router.granularity == "sequence":
-        return [{"decay": 1.0}]
+        return [1.0]
     if router.granularity == "token":
-        return [{"decay": None}]
-    return [{"decay": decay or None} for decay in router.decay or _CONTEXT_DECAYS]
+        return [None]
+    return [decay or None for decay in router.decay or _CONTEXT_DECAYS]
 
 
 def prefix_of(router: Router) -> int | None:
@@ -287,5 +287,5 @@ def routing_config(recipe: Recipe) -> Routing:
         weights=[given[name] / sum(given.values()) for name in recipe.names] if mixture.method == "linear" else None,
         always_on=always_on,
         **read,
-        averages=[Average.model_validate(average) for average in averages_of(router)],
+        averages=[Average(decay=decay) for decay in averages_of(router)],
     )

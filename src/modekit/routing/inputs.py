@@ -10,7 +10,7 @@ tokens of a batch, N kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,11 +135,11 @@ class _Sums:
 
 @dataclass(frozen=True)
 class GateInput:
-    """What a gate takes of x: causal averages side by side, as `modekit.routing` of a config says them, and the prefix after
-    which they stay (architecture/modekit_router.py).
+    """What a gate takes of x: causal averages side by side, by their decays (None: x itself), and the prefix after which they
+    stay (architecture/modekit_router.py).
     """
 
-    averages: Sequence[Mapping[str, float | None]] = ({"decay": None},)
+    decays: Sequence[float | None] = (None,)
     prefix: int | None = None
 
     def of(self, x_BSD: torch.Tensor, mask_BS: torch.Tensor, *, at_once: bool) -> torch.Tensor:
@@ -147,10 +147,10 @@ class GateInput:
         does. `at_once`: as in an encoder, which sees a source as a whole: every token has the averages that the last one has.
         """
         parts = []
-        for average in self.averages:
+        for decay in self.decays:
             part = x_BSD
-            if average["decay"] is not None:
-                part, _ = causal_average(x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=self.prefix)
+            if decay is not None:
+                part, _ = causal_average(x_BSD, mask_BS.to(x_BSD), decay, None, prefix=self.prefix)
                 part = part[:, -1:].expand_as(x_BSD) if at_once else part  # pads behind a text change nothing
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -291,7 +291,7 @@ def _how(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, expert: Expert) -
     how: dict[str, object] = {
         "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
         **settings.model_dump(mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}),
-        "averages": averages_of(settings),
+        "averages": [{"decay": decay} for decay in averages_of(settings)],
         "prefix": prefix_of(settings),
         "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
         **chats_of(tokenizer, expert, settings),
