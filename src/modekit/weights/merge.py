@@ -10,13 +10,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.flat import FlatArray, Rows
 from modekit.weights.numeric import Doubles, blocks, moved
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
+_HALVES = 2**16  # of what 32 bits may say
 _Rule = Callable[[Doubles, list[Doubles]], Doubles]
 
 
@@ -74,20 +74,15 @@ def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> 
     Non-negative floats sort like their bit patterns, so two counting passes over 16 bits each find the value.
     """
     keep = max(1, int(np.ceil(density * len(base))))
-    high = np.zeros(1 << 16, np.int64)
-    for part in blocks(len(base), 2 * _COPIES):
-        high += np.bincount(_magnitude_bits(base, expert, part) >> 16, minlength=1 << 16)
-    from_top = np.cumsum(high[::-1])
-    bucket = (1 << 16) - 1 - int(np.searchsorted(from_top, keep))
-    above = int(from_top[(1 << 16) - 2 - bucket]) if bucket < (1 << 16) - 1 else 0
-    low = np.zeros(1 << 16, np.int64)
-    for part in blocks(len(base), 2 * _COPIES):
-        bits = _magnitude_bits(base, expert, part)
-        low += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
-    rest = (1 << 16) - 1 - int(np.searchsorted(np.cumsum(low[::-1]), keep - above))
-    threshold: np.float32 = np.uint32(bucket << 16 | rest).view(np.float32)
+    found = 0  # the bits so far, from the highest
+    for shift in (16, 0):
+        counts = np.zeros(_HALVES, np.int64)
+        for part in blocks(len(base), 2 * _COPIES):
+            bits = np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32) >> shift
+            counts += np.bincount(bits[bits >> 16 == found] % _HALVES, minlength=_HALVES)
+        largest_first = counts[::-1]
+        place = int(np.searchsorted(np.cumsum(largest_first), keep))
+        keep -= int(largest_first[:place].sum())
+        found = found * _HALVES + _HALVES - 1 - place
+    threshold: np.float32 = np.uint32(found).view(np.float32)
     return threshold
-
-
-def _magnitude_bits(base: FlatArray, expert: FlatArray, part: slice) -> npt.NDArray[np.uint32]:
-    return np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32)
