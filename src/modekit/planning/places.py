@@ -6,10 +6,9 @@ there says leaders.py.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import accumulate
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.changes import low_rank, touched
@@ -133,7 +132,10 @@ class Places:
         self._blocks = [] if derived is None else derived.blocks
         self._not_linear = set() if derived is None else {*derived.lookups, *derived.columns, *derived.blocks}
         self._wanted = _wanted_parts(recipe, sources, family)
-        self._sorted_names = sorted((name, place) for place, name in enumerate(self._base.tensors))
+        self._within: dict[str, list[TensorRef]] = {}  # module -> the base's tensors in it, in its order
+        for name, ref in self._base.tensors.items():
+            for module in accumulate(name.split(".")[:-1], "{}.{}".format):
+                self._within.setdefault(module, []).append(ref)
         said = [expert.layers for expert in recipe.experts]
         sizes = family.sizes(self._base.config)
         self._layers: list[list[Layer] | None] = [
@@ -270,7 +272,7 @@ class Places:
 
     def _place(self, module: str, calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
-        refs = tuple(ref for each in modules for ref in self._within(each) if self._is_own(ref.name))
+        refs = tuple(ref for each in modules for ref in self._within.get(each, []) if self._is_own(ref.name))
         ties = [(name, original) for name, original in self._unties.items() if name.startswith(f"{module}.")]
         refs += tuple(replace(self._base.tensor(original), name=name) for name, original in ties)
         if module == HEAD and LOGITS_BIAS in self._base.tensors:
@@ -302,14 +304,6 @@ class Places:
     def _is_own(self, name: str) -> bool:
         known = self._family.tensors
         return (name in known if known else not is_ignored(name)) and name not in self._unties
-
-    def _within(self, module: str) -> list[TensorRef]:
-        """The base's tensors whose names begin with a module's, in its order."""
-        names = self._sorted_names
-        prefix = f"{module}."
-        begin = bisect_left(names, (prefix, 0))
-        found = takewhile(lambda entry: entry[0].startswith(prefix), islice(names, begin, None))
-        return [self._base.tensors[name] for name, _ in sorted(found, key=lambda entry: entry[1])]
 
     def _kind(self, expert: int, place: PlannedPlace) -> tuple[bool, LowRank | None, int, int]:
         """Whether an expert has a module of its own at a place, an adapter's change, the rank of a change, and the bits of a
