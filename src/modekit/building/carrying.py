@@ -216,10 +216,9 @@ class Carrying:
         """Rows of the further units in up, the same for every k: U, and what V is to become without what it is."""
         channels, size = self._channels, self._size
         once = np.zeros((size.channels, channels.hidden + channels.spare), np.float32)
-        once[np.arange(size.outputs), np.arange(channels.outputs.start, channels.outputs.stop)] = 1.0
-        of_v = np.arange(size.outputs, size.channels)
+        np.fill_diagonal(once[: size.outputs, channels.outputs], 1.0)
         once[size.outputs :, : channels.hidden] = said.inputs / _divisor(said.norm) * self._into_v(layer)
-        once[of_v, np.arange(channels.inputs.start, channels.inputs.stop)] = -1.0
+        np.fill_diagonal(once[size.outputs :, channels.inputs], -1.0)
         return np.tile(once, (size.terms, 1))
 
     def _into_v(self, layer: int) -> float:
@@ -232,9 +231,9 @@ class Carrying:
         stream_DR = said.outputs * np.float32(self._carried.output_sizes[layer] / _EPS)
         once = np.zeros((channels.hidden + channels.spare, size.channels), np.float32)
         once[: channels.hidden, : size.outputs] = stream_DR
-        once[np.arange(channels.outputs.start, channels.outputs.stop), np.arange(size.outputs)] = -1.0
+        np.fill_diagonal(once[channels.outputs, : size.outputs], -1.0)
         once[channels.inputs, : size.outputs] = said.inputs @ stream_DR * self._into_v(layer)
-        once[np.arange(channels.inputs.start, channels.inputs.stop), np.arange(size.outputs, size.channels)] = 1.0
+        np.fill_diagonal(once[channels.inputs, size.outputs :], 1.0)
         factors = np.array(units.betas) * units.size / channels.residual_scale
         beside_OX = np.concatenate([once * np.float32(factor) for factor in factors], axis=1)
         below = np.zeros((channels.spare, channels.expert_hidden + size.units), np.float32)
