@@ -69,7 +69,7 @@ def test_routers_are_given_back(shared_workshop: Workshop, tmp_path: Path, ids: 
         with pytest.raises(KeyError), overruled:
             raise KeyError
         assert (flow.forced, flow.left_out, flow.listener) == (None, None, None)
-    with flow.forcing(0), flow.forcing(1):
+    with flow.changed(forced=0), flow.changed(forced=1):
         assert flow.forced == 1
     assert torch.equal(logits_of(model, ids), free)
 

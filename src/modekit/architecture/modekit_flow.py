@@ -67,30 +67,31 @@ class Flow:
         mixed: place -> its module.
     """
 
+    encoding = False
+    source_ids_BS: torch.Tensor | None = None
+    source_mask_BS: torch.Tensor | None = None
+    source_weights: torch.Tensor | None = None
+    target_weights: torch.Tensor | None = None
+    averages = False
+    ids_BS: torch.Tensor | None = None
+    mask_BS: torch.Tensor | None = None
+    shape_BS: tuple[int, int] | None = None
+    kept: torch.Tensor | None = None
+    cache: Any = None
+    forced: int | torch.Tensor | None = None
+    left_out: int | None = None
+    keeper: Keeper | None = None
+    common = 0.0
+    beside = False
+    sequences: int | None = None
+    listener: Callable[[str, torch.Tensor], None] | None = None
+
     def __init__(self, *, pair: bool = False) -> None:
         self.pair = pair
-        self.encoding = False
-        self.source_ids_BS: torch.Tensor | None = None
-        self.source_mask_BS: torch.Tensor | None = None
-        self.source_weights: torch.Tensor | None = None
-        self.target_weights: torch.Tensor | None = None
         self.mixed: dict[str, Any] = {}
-        self.averages = False
-        self.ids_BS: torch.Tensor | None = None
-        self.mask_BS: torch.Tensor | None = None
-        self.shape_BS: tuple[int, int] | None = None
         self.padding: dict[str, Any] = {}
-        self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}
-        self.cache: Any = None
-        self.forced: int | torch.Tensor | None = None
-        self.left_out: int | None = None
-        self.keeper: Keeper | None = None
-        self.common = 0.0
-        self.beside = False
-        self.sequences: int | None = None
-        self.listener: Callable[[str, torch.Tensor], None] | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,10 +133,6 @@ class Flow:
             yield
         finally:
             self.hold(before)
-
-    def forcing(self, expert: int | torch.Tensor) -> AbstractContextManager[None]:
-        """While open, all weight is an expert's; see the attributes."""
-        return self.changed(forced=expert, beside=False)
 
 
 class Recomputing:

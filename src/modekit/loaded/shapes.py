@@ -57,7 +57,7 @@ class ModekitMixture(LoadedMixture):
             router.set(routing)
 
     def forced(self, expert: int) -> AbstractContextManager[None]:
-        return flow_of(self.model).forcing(expert)
+        return flow_of(self.model).changed(forced=expert, beside=False)
 
     def on_own_text(self, expert: int) -> AbstractContextManager[None]:
         return flow_of(self.model).changed(forced=expert, beside=True)
