@@ -185,20 +185,15 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         flow = self.flow
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
-
-        def run() -> Any:
+        with flow.one_pass():
             given = {**dict(zip(arguments, args, strict=False)), **flow.padding, **kwargs}
             flow.padding = {}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)
-            if flow.streams == 2:
-                return run_twice(given)
-            output = dense_model.forward(self, *args, **kwargs)
-            finish_pass(flow, output)
-            return output
-
-        def run_twice(given: dict[str, Any]) -> Any:
-            assert flow.shape_BS is not None
+            if flow.streams == 1:
+                output = dense_model.forward(self, *args, **kwargs)
+                finish_pass(flow, output)
+                return output
             sequences = flow.sequences = flow.shape_BS[0] // 2
             try:
                 doubled = {name: _twice(value, sequences) for name, value in given.items() if name != PADDING}
@@ -207,9 +202,6 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
                 return _averaged(output, sequences, flow.common)
             finally:
                 flow.sequences = None
-
-        with flow.one_pass():
-            return run()
 
     return forward
 
