@@ -31,7 +31,7 @@ class MixedAny(Mixed):
         """What the module returns; of an expert alone what its own module does."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)] or [self.weight]
         flow = self._flow[0]
-        shape_BS = self._flow[0].shape_BS
+        shape_BS = flow.shape_BS
         plain = len(given) == len(args) + len(kwargs) == 1 and not any(True for _ in self._dense.children())
         layout = self._layout(given[0]) if plain else None
         if flow.alone is not None:
@@ -54,10 +54,6 @@ class MixedAny(Mixed):
                 raise
             return getattr(self._dense, name)
 
-    @property
-    def _dense(self) -> Any:
-        return self.base if self.base is not None else self.experts[0]
-
     def _layout(self, x: torch.Tensor) -> str | None:
         """How x counts tokens; None where `Mixed` cannot read it."""
         if self._flow[0].shape_BS is None:
@@ -69,9 +65,7 @@ class MixedAny(Mixed):
         return "flat" if x.ndim == 2 and x.is_floating_point() and x.shape[0] == batch * length else None
 
     def _of_one(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.experts[self.own.index(expert)] if expert in self.own else self.base
-        assert module is not None
-        y = module(*args, **kwargs)
+        y = self._module_of(expert)(*args, **kwargs)
         if self.ranks[expert] or expert in self.few_bits:
             x = args[0] if args else next(iter(kwargs.values()))
             y = self._plus_one(y, x, expert)

@@ -82,9 +82,18 @@ class Mixed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Of the base's module, or the first expert's: those who look at a layer's weight ask for its shape or dtype."""
-        module = self.base if self.base is not None else self.experts[0]
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight: torch.Tensor = self._dense.weight
         return weight
+
+    @property
+    def _dense(self) -> Any:
+        return self.base if self.base is not None else self.experts[0]
+
+    def _module_of(self, expert: int) -> nn.Module:
+        """Its own, or the base's."""
+        module = self.experts[self.own.index(expert)] if expert in self.own else self.base
+        assert module is not None
+        return module
 
     @property
     def leader(self) -> Mixed:

@@ -30,9 +30,7 @@ class MixedPositions(Mixed):
         """The sum over the modules that some sequence gives weight, of what each says and its weight (B,) per sequence."""
         alone = self._flow[0].alone
         if alone is not None:
-            module = self.experts[self.own.index(alone)] if alone in self.own else self.base
-            assert module is not None
-            return call(module)
+            return call(self._module_of(alone))
         parts = self._parts(self._decided(self.weight)[:, 0])  # offloaded weights are nowhere until a module is called
         total: torch.Tensor | None = None
         for module, weight_B in parts:
