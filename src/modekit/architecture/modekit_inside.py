@@ -29,7 +29,6 @@ class Inside(nn.Module):
 
     def __init__(self, weight: torch.Tensor, said: Mapping[str, Any], *, turned: bool) -> None:
         super().__init__()
-        self.turned = turned
         self.ranks: list[int] = list(said["ranks"])
         self.scales: list[float] = list(said["scales"])
         self.experts = weight.shape[0] if weight.ndim == 3 else 1
@@ -63,10 +62,8 @@ class MixedInside(MixedAny):
             self.inside[self._paths[said["tensor"]]] = Inside(weight, said, turned=turned)
             if weight.ndim == 3:
                 module.forward = partial(self._routed, module, owner)
-        self.adapters = [expert for expert in range(len(self.ranks)) if any(each.ranks[expert] for each in self._all())]
-
-    def _all(self) -> list[Inside]:
-        return list(self.inside.values())  # type: ignore[arg-type]
+        experts = range(len(self.ranks))
+        self.adapters = [expert for expert in experts if any(said["ranks"][expert] for said in place["inside"])]
 
     def _of_one(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._adapted(expert, args, kwargs) if expert in self.adapters else super()._of_one(expert, args, kwargs)

@@ -344,8 +344,6 @@ def put_in_place(layer: Any, calls: Sequence[str], module: Any) -> None:
     """Let a layer call `module` first, and nothing after it until it has called all of `calls`."""
     first, *others = calls
     setattr(layer, first, module)
-    if hasattr(module, "stand_in"):
-        module.stand_in(layer)
     for name in others:
         setattr(layer, name, nn.Identity())
     if hasattr(layer, "activation_dropout"):
