@@ -30,7 +30,7 @@ class MixedAny(Mixed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; of an expert alone what its own module does."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)] or [self.weight]
-        flow = self._flow[0]
+        flow = self.flow
         shape_BS = flow.shape_BS
         plain = len(given) == len(args) + len(kwargs) == 1 and not any(True for _ in self._dense.children())
         layout = self._layout(given[0]) if plain else None
@@ -56,9 +56,9 @@ class MixedAny(Mixed):
 
     def _layout(self, x: torch.Tensor) -> str | None:
         """How x counts tokens; None where `Mixed` cannot read it."""
-        if self._flow[0].shape_BS is None:
+        if self.flow.shape_BS is None:
             return None
-        batch, length = self._flow[0].shape_BS
+        batch, length = self.flow.shape_BS
         counts = x.ndim > self.sequence_axis and x.shape[0] == batch
         if counts and (self.is_head or x.shape[self.sequence_axis] in (length, 1)):
             return "tokens"
@@ -98,7 +98,7 @@ class MixedAny(Mixed):
 
     def _weighted_by(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Times a weight per token (B, S), or (B, 1), for y in any layout."""
-        shape_BS = self._flow[0].shape_BS
+        shape_BS = self.flow.shape_BS
         assert shape_BS is not None
         weight = weight.to(y.dtype)
         if y.ndim == 2 and y.shape[0] == shape_BS[0] * shape_BS[1]:

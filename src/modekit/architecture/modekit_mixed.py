@@ -96,6 +96,11 @@ class Mixed(nn.Module):
         return module
 
     @property
+    def flow(self) -> Flow:
+        """What the routers of the model share."""
+        return self._flow[0]
+
+    @property
     def leader(self) -> Mixed:
         """The place whose router decides here."""
         return self._leader[0]
@@ -107,12 +112,12 @@ class Mixed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
         weights = self._decided(x).to(x.device)
-        if self.is_head and self._flow[0].kept is not None:
-            weights = weights[:, self._flow[0].kept.to(weights.device)]
+        if self.is_head and self.flow.kept is not None:
+            weights = weights[:, self.flow.kept.to(weights.device)]
         elif weights.shape[1] == 1:  # one decision for all tokens, or one token
             weights = weights.expand(-1, x.shape[self.sequence_axis], *weights.shape[2:])
         elif weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
-            if self._flow[0].pair:
+            if self.flow.pair:
                 raise RuntimeError("a router that reads one side of a pair cannot decide token by token for the other")
             weights = weights[:, -x.shape[self.sequence_axis] :]
         if self.sequence_axis == 2:
@@ -132,16 +137,16 @@ class Mixed(nn.Module):
 
         Raises RuntimeError when it has not run.
         """
-        flow = self._flow[0]
-        leader = self._leader[0].router
+        flow = self.flow
+        leader = self.leader.router
         if self.router is not None and not self.router.has_decided:
             self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
         if flow.target_weights is not None and not flow.encoding:  # routers run all the same: statistics are of what they read
             return flow.target_weights[:, :, None] if self.per_feature else flow.target_weights
-        weights = self._leader[0].weights
+        weights = self.leader.weights
         weights = flow.source_weights if weights is None else weights
         if weights is None and leader is not None and leader.decides_by_ids:  # it reads no module's input, and need not wait
-            weights = self._leader[0].weights = leader(x if flow.source_ids_BS is None else flow.source_ids_BS)
+            weights = self.leader.weights = leader(x if flow.source_ids_BS is None else flow.source_ids_BS)
         if weights is None:
             raise RuntimeError(
                 "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an "
@@ -169,7 +174,7 @@ class Mixed(nn.Module):
 
     def _plus_low_rank(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
-        alone = self._flow[0].alone
+        alone = self.flow.alone
         if alone is not None:
             return self._plus_one(y, x, alone)
         hidden, lora_B = self._hidden(x, y.dtype)

@@ -54,23 +54,28 @@ class Router(nn.Module):
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(self.features, 1) * experts + shared, parts * place["width"]))
 
+    @property
+    def flow(self) -> Flow:
+        """What the routers of the model share."""
+        return self._flow[0]
+
     def set(self, routing: Mapping[str, Any]) -> None:
         """Decide by this routing from now on. All routers of a model decide by one routing."""
         self.routing = dict(routing)
-        self._flow[0].common = common_weight(self.routing)
-        of_source = self._flow[0].pair and self.routing.get("score") == "lexical"  # nothing is kept from pass to pass
-        self._flow[0].averages = not of_source and any(average["decay"] is not None for average in self.routing["averages"])
+        self.flow.common = common_weight(self.routing)
+        of_source = self.flow.pair and self.routing.get("score") == "lexical"  # nothing is kept from pass to pass
+        self.flow.averages = not of_source and any(average["decay"] is not None for average in self.routing["averages"])
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""
-        sequences = self._flow[0].sequences
+        sequences = self.flow.sequences
         if sequences is None:
             return self._weights(x_BSD)
         weights = self._weights(x_BSD[:sequences])
         return torch.cat([weights, torch.zeros_like(weights)])
 
     def _weights(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        flow = self._flow[0]
+        flow = self.flow
         length = 1 if self.decides_by_ids else x_BSD.shape[1]
         shape = (len(x_BSD), length, *([self.features] if self.features else []), self.experts)
         if flow.forced is not None:
@@ -92,17 +97,17 @@ class Router(nn.Module):
     @property
     def has_decided(self) -> bool:
         """Whether it decides while the encoder runs, and that is over: one embedding may serve the decoder, too."""
-        return self._flow[0].pair and not self._flow[0].encoding and not self.in_decoder
+        return self.flow.pair and not self.flow.encoding and not self.in_decoder
 
     @property
     def decides_by_ids(self) -> bool:
         """Whether it decides once, by the ids of a source, whatever module it stands at."""
-        return self._flow[0].pair and self.routing.get("score") == "lexical" and self.routing["method"] != "linear"
+        return self.flow.pair and self.routing.get("score") == "lexical" and self.routing["method"] != "linear"
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32; (B, 1, ...) where they are of a source as a whole."""
         rows = self._rows_of_tokens(x_BSD.device)
-        flow = self._flow[0]
+        flow = self.flow
         by_source = flow.pair and (bool(rows) or flow.encoding or self.of_source)
         if not rows:
             x_BSD = x_BSD.float()
@@ -131,7 +136,7 @@ class Router(nn.Module):
         """
         if self.routing.get("score") != "lexical":
             return []
-        flow = self._flow[0]
+        flow = self.flow
         ids_BS = flow.source_ids_BS if flow.pair else flow.ids_BS
         if ids_BS is None and flow.pair:
             raise ValueError(
@@ -148,7 +153,7 @@ class Router(nn.Module):
         return [found[order] for order in orders]
 
     def _ngram_rows(self, ids_BS: torch.Tensor, order: int, buckets: int, kinds: int) -> torch.Tensor:
-        flow = self._flow[0]
+        flow = self.flow
         key = f"{self.place}.ids" + (f".{order}" if kinds > 1 else "")
         if flow.keeper is not None:
             return flow.keeper.ngram_rows(key, ids_BS, order, buckets)
@@ -161,7 +166,7 @@ class Router(nn.Module):
         return rows_BS
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool) -> torch.Tensor:
-        flow = self._flow[0]
+        flow = self.flow
         key = f"{self.place}.{number}"
         prefix = self.routing.get("prefix")
         if flow.keeper is not None:

@@ -28,7 +28,7 @@ class MixedPositions(Mixed):
         self, call: Callable[[nn.Module], torch.Tensor], weighted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """The sum over the modules that some sequence gives weight, of what each says and its weight (B,) per sequence."""
-        alone = self._flow[0].alone
+        alone = self.flow.alone
         if alone is not None:
             return call(self._module_of(alone))
         parts = self._parts(self._decided(self.weight)[:, 0])  # offloaded weights are nowhere until a module is called
