@@ -174,6 +174,12 @@ class ModekitShape(AnyShape):
         replaced = dict[str, TensorRef]()
         changes = dict[str, LowRank]()
         leaves = _leaves(tensors)
+
+        def factors(name: str, of: str, rank: int) -> tuple[TensorRef, TensorRef]:
+            a, b = (tensors[f"{of}.lora_{each}"] for each in "AB")
+            of_a = unread(f"{name} A", file, a.dtype, (rank, a.shape[1]))
+            return of_a, unread(f"{name} B", file, b.dtype, (b.shape[0], rank))
+
         for module, place in self.mixture.places.items():
             for leaf in leaves.get(module, []) if expert in place.own else ():
                 name = place.tensor(module, leaf)
@@ -181,22 +187,15 @@ class ModekitShape(AnyShape):
                 replaced[name] = unread(name, file, base.tensor(name).dtype, shape)
             if place.ranks[expert]:
                 name = place.tensor(module, "weight")
-                rank = place.ranks[expert]
-                a, b = (tensors[f"{module}.lora_{each}"] for each in "AB")
-                of_a = unread(f"{name} A", file, a.dtype, (rank, a.shape[1]))
-                of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], rank))
-                changes[name] = LowRank(of_a, of_b, place.scales[expert])
+                changes[name] = LowRank(*factors(name, module, place.ranks[expert]), place.scales[expert])
             for each in place.inside:
                 if each.ranks[expert]:
                     name = place.tensor(module, each.tensor)
-                    a, b = (tensors[f"{module}.{each.name}.lora_{side}"] for side in "AB")
                     shape = base.tensor(name).shape
                     experts = shape[0] if len(shape) == 3 else 0
+                    a, b = factors(name, f"{module}.{each.name}", each.ranks[expert] * (experts or 1))
                     turned = a.shape[1] != shape[-1]
-                    count = each.ranks[expert] * (experts or 1)
-                    of_a = unread(f"{name} A", file, a.dtype, (count, a.shape[1]))
-                    of_b = unread(f"{name} B", file, b.dtype, (b.shape[0], count))
-                    changes[name] = LowRank(of_a, of_b, each.scales[expert], transposed=turned, experts=experts)
+                    changes[name] = LowRank(a, b, each.scales[expert], transposed=turned, experts=experts)
         return replaced, changes
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:

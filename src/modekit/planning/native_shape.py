@@ -185,12 +185,17 @@ class NativeShape(AnyShape):
         total = sum(sizes.values())
         besides = [slot.name for slot in self.slots]
         besides += [in_layer(layer, each.name) for layer in layers for each in native.constants]
-        names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
-        ffn = sum(sizes[in_layer(layer, name)] for layer in layers for name in names)
-        per_expert = ffn // self.experts if native.fused else ffn
+        per_expert = self._one_expert(sizes)
         if self.channels is None:  # what remains with one expert, no router and no constants
             dense = total - sum(map(sizes.__getitem__, besides)) - per_expert * (self.experts - 1)
         return Parameters(total, per_expert, total - per_expert * (self.experts - self.recipe.top_k), dense)
+
+    def _one_expert(self, sizes: Mapping[str, int]) -> int:
+        """Parameters of one of all experts' FFNs, in all layers."""
+        native = self.native
+        names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
+        ffn = sum(sizes[in_layer(layer, name)] for layer in range(self._layers) for name in names)
+        return ffn // (self.experts * self.inner) if native.fused else ffn
 
     @property
     def _layers(self) -> int:

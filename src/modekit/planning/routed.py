@@ -76,13 +76,10 @@ class RoutedShape(NativeShape):
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Active are top k experts of each layer, as in the base."""
-        native = self.native
-        layers = range(self._layers)
         count = self.experts * self.inner
-        names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
-        one = sum(sizes[in_layer(layer, name)] for layer in layers for name in names) // (count if native.fused else 1)
+        one = self._one_expert(sizes)
         total = sum(sizes.values())
-        chosen = whole(self.config, native.top_k_key)
+        chosen = whole(self.config, self.native.top_k_key)
         channels = self.channels
         assert channels is not None
         idle = 3 * channels.hidden * channels.expert_hidden * channels.layers * (self.inner - chosen)
