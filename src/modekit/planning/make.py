@@ -69,13 +69,15 @@ def plan_over(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, r
 def _one_vocabulary(sources: tuple[ModelSource, ...]) -> tuple[Family, Vocabulary]:
     family = family_of(sources[0].config, where=sources[0].where)
     if family.derived is not None:  # their sizes under the usual names, too; what was one model stays one
-        full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
-        sources = tuple(full[id(each)] for each in sources)
+        sized = cache(_with_own_sizes)
+        sources = tuple(map(sized, sources))
     check_mixable(sources, family)
     return family, one_vocabulary(sources, family)
 
 
 def _with_own_sizes(source: ModelSource) -> ModelSource:
+    if isinstance(source, AdapterSource):
+        return source
     family = family_of(source.config, where=source.where)
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
@@ -118,7 +120,7 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Laid:
     following = with_following(recipe) if vocabulary.tokenizer.has_template else recipe
     native, why = _native_form(recipe, following, sources, family, code_of)
     form: Form = native or ModekitForm(following, sources, family, code_of)
-    check_adapters(recipe, sources, form.mixes_more, form.mixed | form.carried)
+    check_adapters(sources, form.mixes_more, form.mixed | form.carried)
     check_text(form.shape.recipe, vocabulary.tokenizer, family.reads)
     return form, why
 

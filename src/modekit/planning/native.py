@@ -61,7 +61,14 @@ class NativeForm:
         gate = self._in_base(0, "gate")
         if self._channels is not None:
             self.code_of = partial(_code_beside_channels, code_of)
-            self._check_dtype()
+            if recipe.output.dtype == "float16":
+                raise UnsupportedError(
+                    "a plain checkpoint has no gates in float16: they would be beyond 65,504",
+                    where="output.dtype",
+                    found="float16",
+                    expected="bfloat16 or float32",
+                    remedy="leave output.dtype out, or write output: {format: modekit}",
+                )
         self.router_dtype = self.code_of(gate)
         self._sizes = gate.shape
         top_k = recipe.top_k if native.routed is None else whole(self._dense, native.top_k_key)
@@ -72,16 +79,6 @@ class NativeForm:
         self._carry = None if self._channels is None else self._channels.carry
         carries_head = self._carry is not None and self._carry.head and self._family.is_tied(self._base)
         self.unties: Mapping[str, str] = self._family.ties if carries_head else {}
-
-    def _check_dtype(self) -> None:
-        if self._recipe.output.dtype == "float16":
-            raise UnsupportedError(
-                "a plain checkpoint has no gates in float16: they would be beyond 65,504",
-                where="output.dtype",
-                found="float16",
-                expected="bfloat16 or float32",
-                remedy="leave output.dtype out, or write output: {format: modekit}",
-            )
 
     def _carried_size(self) -> CarrySize | None:
         """What is carried besides the experts' own."""

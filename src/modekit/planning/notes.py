@@ -134,7 +134,7 @@ def _changed(source: AdapterSource) -> set[str]:
     return {*source.changes, *source.replaced}
 
 
-def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> None:
+def check_adapters(sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> None:
     """Raise UnsupportedError when an adapter changes nothing that is mixed."""
     for source in (each for each in sources if isinstance(each, AdapterSource)):
         if _changed(source).isdisjoint(mixed):
