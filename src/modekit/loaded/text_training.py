@@ -100,7 +100,8 @@ def train_on_text(
     """
     check_text(model, sequences)
     batches = TextBatches(sequences, training, read)
-    loop = LoopSettings(len(batches), 1, training.warmup, training.clip, training.seed, least=_LEAST_RATE)
+    bfloat16 = training.autocast and has_bfloat16_products(model.device)
+    loop = LoopSettings(len(batches), 1, training.warmup, training.clip, training.seed, bfloat16, _LEAST_RATE)
     going = Loop(TextLoss(model, training), batches, loop, folder, run)
     going.go()
     model.eval()
@@ -117,15 +118,13 @@ class TextLoss(TrainedModule):
     def __init__(self, model: PreTrainedModel, training: Training) -> None:
         super().__init__(model)
         self._training = training
-        self._bfloat16 = training.autocast and has_bfloat16_products(model.device)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The mean over all predicted tokens."""
         inputs = inputs_of(self.model, batch)
         if batch.target is None and self._training.by_length:
             del inputs["attention_mask"]
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16):
-            losses = losses_by_label(self.model, inputs, batch.labels)
+        losses = losses_by_label(self.model, inputs, batch.labels)
         if self.training and not losses.requires_grad:
             what = "no gradient reaches what is to be trained"
             raise TrainingError(what, where=self.config.model_type, remedy="train all parameters (--train full)")
