@@ -200,8 +200,7 @@ def _language_model(source: ModelSource, dtype: torch.dtype | str) -> PreTrained
         state = {name: read_tensor(opened, ref) for name, ref in source.tensors.items()}
     config = AutoConfig.for_model(**source.config)
     kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    model: PreTrainedModel = kinds[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return model
+    return kinds[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def read_tensor(opened: OpenFiles, ref: TensorRef) -> torch.Tensor:

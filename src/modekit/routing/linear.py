@@ -75,8 +75,7 @@ class _KeptTokens:
     def loss(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the domains under logits."""
         losses_N = cross_entropy(logits_NE, self.labels_N, reduction="none")
-        loss: torch.Tensor = (losses_N * self.shares_N).sum()
-        return loss
+        return (losses_N * self.shares_N).sum()
 
 
 def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
