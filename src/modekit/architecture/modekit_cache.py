@@ -31,29 +31,26 @@ class CarriesRouterStates:
     def _change(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.router_states = {place: rule(state) for place, state in self.router_states.items()}
 
-    def _in_modules(self, change: str, *args: Any) -> None:
+    def _in_all(self, change: str, argument: Any) -> None:
+        """Change the cache itself, and what modules beside the first keep."""
+        getattr(super(), change)(argument)
         for (_, number), layer in self.of_modules.items():
             if number and layer is not None:
-                getattr(layer, change)(*args)
+                getattr(layer, change)(argument)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences in another order (beam search)."""
-        places = self._places(beam_idx)
-        super().reorder_cache(places)  # type: ignore[misc]
-        self._in_modules("reorder_cache", places)
+        self._in_all("reorder_cache", self._places(beam_idx))
         self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._in_modules("batch_repeat_interleave", repeats)
+        self._in_all("batch_repeat_interleave", repeats)
         self._change(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some sequences."""
-        places = self._places(indices)
-        super().batch_select_indices(places)  # type: ignore[misc]
-        self._in_modules("batch_select_indices", places)
+        self._in_all("batch_select_indices", self._places(indices))
         self._change(lambda state: state[indices.to(state.device)])
 
     def reset(self) -> None:
@@ -66,8 +63,7 @@ class CarriesRouterStates:
         """Take tokens back from the keys and values. An average cannot take them back: what it held is forgotten, and
         a pass that would go on from here is refused.
         """
-        super().crop(tokens)  # type: ignore[misc]
-        self._in_modules("crop", tokens)
+        self._in_all("crop", tokens)
         if tokens:  # generate crops by 0 after every token, and the last one when all is done
             self.router_states = {}
 
