@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modekit.building.differences import Differences, carry_bases, in_rows
+from modekit.building.differences import ROWS, Differences, carry_bases
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, read_carried
 from modekit.checkpoint.record import STATISTICS_FOLDER
@@ -37,7 +37,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 from modekit.text.sequences import TokenSequence
 from modekit.weights.nearest import own_reads
-from modekit.weights.numeric import Singles
+from modekit.weights.numeric import Singles, blocks
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
 
@@ -274,7 +274,7 @@ class Carrying:
         assert carried.embedding is not None and carried.shares is not None
         if expert not in self._differences.changing(weight_of(EMBEDDING)):
             return total.astype(np.float32)
-        for rows in in_rows(len(carried.embedding)):
+        for rows in blocks(len(carried.embedding), ROWS):
             weighted = carried.embedding[rows] * carried.shares[rows, None]
             total += self._differences.embedding_rows(expert, rows).T @ weighted
         return (total * self._channels.embedding_scale).astype(np.float32)
@@ -287,7 +287,7 @@ class Carrying:
         if not self._size.inputs or self._carried.head is None:
             return total.astype(np.float32)
         if expert in self._differences.changing(weight_of(HEAD), weight_of(FINAL_NORM)):
-            for part in in_rows(len(self._carried.head)):
+            for part in blocks(len(self._carried.head), ROWS):
                 total += self._carried.head[part].T @ self._differences.head_rows(expert, part)
         return total.astype(np.float32)
 

@@ -28,7 +28,7 @@ from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_d
 from modekit.weights.flat import read_float32
 from modekit.weights.made import Copy, Made, Padded, as_in
 from modekit.weights.nearest import OwnReads, nearest_duals
-from modekit.weights.numeric import Singles, as_array, to_bytes, to_float32
+from modekit.weights.numeric import Singles, as_array, blocks, rounded, to_float32
 from modekit.weights.padding import FFNKind
 from modekit.weights.reading import WeightReader
 
@@ -38,7 +38,8 @@ _HEAD_TOKENS = 256
 _HEAD_COLUMNS = 2_048
 """Of all experts together: their Gram matrix is bounded, however many they are."""
 _SMALL = 2.0**-6
-_ROWS = 4_096
+ROWS = 4_096
+"""Of a vocabulary, or of a matrix, that are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Differences:
         if self._reads is not None and _is_brought_nearer(self._planned(name)):
             rows = slice(0, tensor.shape[0])
             nearest = self._average(name, rows) + self.beyond_average(name, rows)
-            return to_float32(as_array(to_bytes(nearest, tensor.dtype), tensor.dtype)).reshape(tensor.shape)
+            return rounded(nearest, tensor.dtype)
         parts = [to_float32(as_array(block, tensor.dtype)) for block in tensor.blocks(self._read)]
         return np.concatenate(parts).reshape(tensor.shape)
 
@@ -190,13 +191,13 @@ class Differences:
         """What rows of a matrix that all share have besides the experts' average, (rows, I): what brings it nearest to each
         expert's on what that one reads (weights/nearest.py). The same whatever rows are asked for.
         """
-        first = rows.start // _ROWS
-        groups = [self._group(name, number) for number in range(first, -(-rows.stop // _ROWS))]
-        return np.concatenate(groups)[rows.start - first * _ROWS : rows.stop - first * _ROWS]
+        first = rows.start // ROWS
+        groups = [self._group(name, number) for number in range(first, -(-rows.stop // ROWS))]
+        return np.concatenate(groups)[rows.start - first * ROWS : rows.stop - first * ROWS]
 
     def _beyond(self, name: str, group: int) -> Singles:
         assert self._reads is not None
-        rows = slice(group * _ROWS, min(self._of_base(name).shape[0], (group + 1) * _ROWS))
+        rows = slice(group * ROWS, min(self._of_base(name).shape[0], (group + 1) * ROWS))
         average = self._average(name, rows)
         norm, inputs_TI, duals_TI, parts = self._sample(name)
         found = np.zeros_like(average)
@@ -348,14 +349,14 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
         sample_DT = sample_DT @ mixed_TX.astype(np.float32)
     width = sample_DT.shape[1] * len(differences.changing(weight_of(HEAD), weight_of(FINAL_NORM)))
     gram_XX = np.zeros((width, width))
-    for rows in in_rows(count):
+    for rows in blocks(count, ROWS):
         product = _head_products(differences, rows, sample_DT).astype(np.float64)
         gram_XX += product.T @ product
     values, vectors = np.linalg.eigh(gram_XX)
     kept = min(size.inputs, int((values > 1e-14 * values[-1]).sum()))
     turn_XR = vectors[:, ::-1][:, :kept] / np.sqrt(values[::-1][:kept])
     basis_VR = np.zeros((count, size.inputs), np.float32)
-    for rows in in_rows(count):
+    for rows in blocks(count, ROWS):
         basis_VR[rows, :kept] = _head_products(differences, rows, sample_DT) @ turn_XR
     return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * tokens * len(differences.experts)))) or 1.0
 
@@ -372,11 +373,6 @@ def _embedding(differences: Differences, size: CarrySize, shares_V: npt.NDArray[
         return [differences.embedding_rows(expert, slice(start, stop)) for expert in changing]
 
     return row_basis(rows, len(shares_V), shares_V, size.outputs)
-
-
-def in_rows(count: int) -> list[slice]:
-    """Slices that cover the rows of a vocabulary, some thousand at a time."""
-    return [slice(start, min(count, start + _ROWS)) for start in range(0, count, _ROWS)]
 
 
 def _size(array: Singles) -> float:

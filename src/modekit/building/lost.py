@@ -36,7 +36,7 @@ from modekit.recipes.layers import Layer
 from modekit.routing.stream import base_by_layers
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, TokenSequence, make_batches
-from modekit.weights.numeric import BLOCK, as_array, to_bytes, to_float32
+from modekit.weights.numeric import BLOCK, rounded, to_float32
 from modekit.weights.reading import WeightReader
 
 _FEWEST_PIECES = 8
@@ -220,6 +220,5 @@ class _WrittenNumbers:
         for start in range(first, last, step):
             stop = min(last, start + step)
             exact = to_float32(made[start * size : stop * size])
-            rounded = as_array(to_bytes(exact, tensor.dtype), tensor.dtype)
-            numbers[start - first : stop - first] = to_float32(rounded).reshape(-1, size)
+            numbers[start - first : stop - first] = rounded(exact, tensor.dtype).reshape(-1, size)
         return torch.from_numpy(numbers).view(-1, *tensor.shape[1:])

@@ -13,9 +13,9 @@ import numpy as np
 
 from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.flat import FlatArray, Rows
-from modekit.weights.numeric import Doubles, blocks, moved
+from modekit.weights.numeric import BLOCK, Doubles, blocks, moved
 
-_COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
+_STEP = BLOCK // 4  # two copies of every model's block, in float64 where a block of numeric.py is float32
 _HALVES = 2**16  # of what 32 bits may say
 _Rule = Callable[[Doubles, list[Doubles]], Doubles]
 
@@ -77,7 +77,7 @@ def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> 
     found = 0  # the bits so far, from the highest
     for shift in (16, 0):
         counts = np.zeros(_HALVES, np.int64)
-        for part in blocks(len(base), 2 * _COPIES):
+        for part in blocks(len(base), _STEP):
             bits = np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32) >> shift
             counts += np.bincount(bits[bits >> 16 == found] % _HALVES, minlength=_HALVES)
         largest_first = counts[::-1]

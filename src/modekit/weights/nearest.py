@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from modekit.weights.bases import Stream
-from modekit.weights.numeric import Singles, as_array, to_bytes, to_float32
+from modekit.weights.numeric import Singles, rounded
 
 _RIDGE = 1e-3
 """Of the mean second moment of an input, towards the average (benchmarks/whole.md)."""
@@ -30,12 +30,8 @@ class OwnReads(NamedTuple):
 
 def own_reads(stream: Stream) -> OwnReads:
     """What is kept of the experts' stream."""
-    read, attended = ([_in_16_bits(getattr(each, name)) for each in stream.layers] for name in ("read", "attended"))
-    return OwnReads(tuple(read), tuple(attended), _in_16_bits(stream.last))
-
-
-def _in_16_bits(numbers: Singles) -> Singles:
-    return to_float32(as_array(to_bytes(numbers, "BF16"), "BF16")).reshape(numbers.shape)
+    read, attended = ([rounded(getattr(each, name), "BF16") for each in stream.layers] for name in ("read", "attended"))
+    return OwnReads(tuple(read), tuple(attended), rounded(stream.last, "BF16"))
 
 
 def nearest_duals(sample_TI: Singles) -> Singles:
@@ -48,5 +44,4 @@ def nearest_duals(sample_TI: Singles) -> Singles:
     """
     x_TI = sample_TI.astype(np.float64)
     ridge = _RIDGE * max(float(np.square(x_TI).sum()) / x_TI.shape[1], 1e-30)
-    duals: Singles = np.linalg.solve(x_TI @ x_TI.T + ridge * np.eye(len(x_TI)), x_TI).astype(np.float32)
-    return duals
+    return np.linalg.solve(x_TI @ x_TI.T + ridge * np.eye(len(x_TI)), x_TI).astype(np.float32)

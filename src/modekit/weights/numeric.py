@@ -38,9 +38,8 @@ def is_finite(view: memoryview, dtype: str) -> bool:
     return int(np.frombuffer(view, signed).max()) < positive and int(np.frombuffer(view, unsigned).max()) < negative
 
 
-def blocks(count: int, arrays: int = 1) -> Iterator[slice]:
-    """Slices that cover `count` elements: of at most BLOCK, or of as many as make a block where `arrays` lie side by side."""
-    step = max(1, BLOCK // arrays)
+def blocks(count: int, step: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover `count` elements, of at most so many each."""
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -53,6 +52,11 @@ def as_array(view: memoryview, dtype: str) -> Array:
 def to_float32(array: Array) -> Singles:
     """Values in float32 (exact from all three formats)."""
     return array.astype(np.float32)
+
+
+def rounded(array: Array, dtype: str) -> Singles:
+    """Values as a dtype has them, in float32."""
+    return to_float32(as_array(to_bytes(array, dtype), dtype)).reshape(array.shape)
 
 
 def moved(origin: npt.NDArray[np.floating], shift: Doubles) -> Doubles:
