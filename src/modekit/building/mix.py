@@ -72,8 +72,7 @@ def _with_given_text(models: Models) -> RecipeData:
         if name == OF_THE_BASE and not bases:
             found = f"the base's name; the base is left out, and the experts are {', '.join(names)}"
             remedy = "let the base join (without --without-base), or leave this text out"
-        what = "text for an expert that is not there"
-        raise RecipeError(what, where=f"--text {name}", found=found, remedy=remedy)
+        raise RecipeError("text for an expert that is not there", where=f"--text {name}", found=found, remedy=remedy)
     if len(names) < 2 or bases > 1:
         raise RecipeError(
             "a mixture needs two experts; the base may be one of them",

@@ -164,8 +164,12 @@ def _lost(arrays: Mapping[str, Singles], folder: Path) -> tuple[Lost, ...]:
 
 
 def _not_ours(folder: Path, name: str, found: str) -> SourceError:
-    where = f"{folder / CARRIED_FILE}: {name}"
-    return SourceError("a file of the mixture was changed", where=where, found=found, remedy="build the mixture again")
+    return SourceError(
+        "a file of the mixture was changed",
+        where=f"{folder / CARRIED_FILE}: {name}",
+        found=found,
+        remedy="build the mixture again",
+    )
 
 
 def lost_notes(names: Sequence[str], lost: Sequence[Lost], *, would: bool = False) -> Iterator[str]:

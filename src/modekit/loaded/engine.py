@@ -100,8 +100,12 @@ class NotFiniteError(TrainingError):
     @classmethod
     def at(cls, where: str, found: str) -> NotFiniteError:
         """Of a loss. Without a constructor of its own it can be pickled, as results of processes are."""
-        what, remedy = "the loss is not finite: training stopped", "lower the learning rate, or leave this text out"
-        return cls(what, where=where, found=found, remedy=remedy)
+        return cls(
+            "the loss is not finite: training stopped",
+            where=where,
+            found=found,
+            remedy="lower the learning rate, or leave this text out",
+        )
 
 
 @contextmanager

@@ -131,8 +131,12 @@ def _check_tokenizer_config(folder: Path) -> None:
     except UNREADABLE as error:
         raise damaged_model("the tokenizer cannot be read", where, error) from None
     if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
-        what, remedy = "the tokenizer's config names other files than tokenizer.json", "save it again with transformers 5"
-        raise SourceError(what, where=where, expected="a mapping without fast_tokenizer_files", remedy=remedy)
+        raise SourceError(
+            "the tokenizer's config names other files than tokenizer.json",
+            where=where,
+            expected="a mapping without fast_tokenizer_files",
+            remedy="save it again with transformers 5",
+        )
 
 
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
@@ -180,8 +184,12 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
 
 def not_loaded(where: str, error: Exception) -> SourceError:
     """What is said where transformers, or a model's own code, raises something."""
-    remedy = "save or build it again; memory must suffice for it"
-    return SourceError("transformers cannot load the model", where=where, found=said_by(error), remedy=remedy)
+    return SourceError(
+        "transformers cannot load the model",
+        where=where,
+        found=said_by(error),
+        remedy="save or build it again; memory must suffice for it",
+    )
 
 
 def _read_by_us(folder: Path, run: Run) -> ModelSource | None:

@@ -218,8 +218,12 @@ class DenseView:
             layers = LayerByLayer(said, wide, dtype)
             layers.use(self._weights)
         except Exception as error:  # configs check themselves, each in its own way
-            what, where = "one expert of the mixture is no model of the base's kind", f"{checkpoint.folder}: dense_config"
-            raise CheckpointError(what, where=where, found=said_by(error), remedy="build the mixture again") from None
+            raise CheckpointError(
+                "one expert of the mixture is no model of the base's kind",
+                where=f"{checkpoint.folder}: dense_config",
+                found=said_by(error),
+                remedy="build the mixture again",
+            ) from None
         self.model = layers.model
 
     def use_expert(self, expert: int) -> None:
@@ -261,8 +265,10 @@ def own_ffn(
         gate, up, down_MDF = (torch.stack([read(path.format(expert=each), slice(None)) for each in numbers]) for path in paths)
         both_MXD = torch.cat([gate, up], dim=1)
     if routed is not None:
-        paths, gates = [routed.gate_up, routed.down, routed.gate], read(in_layer(layer, native.router), own)
-        yield from zip((in_layer(layer, path) for path in paths), (both_MXD, down_MDF, gates), strict=True)
+        gates = read(in_layer(layer, native.router), own)
+        yield in_layer(layer, routed.gate_up), both_MXD
+        yield in_layer(layer, routed.down), down_MDF
+        yield in_layer(layer, routed.gate), gates
     else:
         parts = zip(("gate", "up", "down"), (*both_MXD[0].chunk(2), down_MDF[0]), strict=True)
         yield from ((in_layer(layer, shape.family.decoder.mlp[part]), matrix) for part, matrix in parts)

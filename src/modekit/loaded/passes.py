@@ -153,9 +153,12 @@ def _check_length(model: PreTrainedModel, batch: Batch) -> None:
     longest = max(each.shape[1] for each in (batch.input_ids, batch.target) if each is not None)
     if longest > most:
         one, so = ("a text", "cuts longer ones") if batch.target is None else ("a side of a pair", "leaves longer ones out")
-        what = f"{one} has more tokens than the model has positions"
-        remedy = f"ask for a sequence_length of {most} (in a recipe under mixture.router), which {so}"
-        raise TextError(what, found=longest, expected=f"at most {most}", remedy=remedy)
+        raise TextError(
+            f"{one} has more tokens than the model has positions",
+            found=longest,
+            expected=f"at most {most}",
+            remedy=f"ask for a sequence_length of {most} (in a recipe under mixture.router), which {so}",
+        )
 
 
 def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,9 @@ def damaged(state: Path, where: Path | None = None) -> Iterator[None]:
     except (ModekitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch and safetensors each have their own
-        what, place = "what an unfinished training left is damaged", str(where or state)
-        remedy = f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin again"
-        raise TrainingError(what, where=place, found=said_by(error), remedy=remedy) from None
+        raise TrainingError(
+            "what an unfinished training left is damaged",
+            where=str(where or state),
+            found=said_by(error),
+            remedy=f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin again",
+        ) from None

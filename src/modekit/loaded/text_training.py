@@ -126,8 +126,11 @@ class TextLoss(TrainedModule):
             del inputs["attention_mask"]
         losses = losses_by_label(self.model, inputs, batch.labels)
         if self.training and not losses.requires_grad:
-            what = "no gradient reaches what is to be trained"
-            raise TrainingError(what, where=self.config.model_type, remedy="train all parameters (--train full)")
+            raise TrainingError(
+                "no gradient reaches what is to be trained",
+                where=self.config.model_type,
+                remedy="train all parameters (--train full)",
+            )
         return losses.sum() / batch.scored
 
     def groups(self) -> list[dict[str, Any]]:
@@ -141,9 +144,7 @@ def has_bfloat16_products(device: torch.device) -> bool:
 
     Of processors without tile units, AMD's are twice as fast in bfloat16, Intel's half as fast, and others emulate it.
     """
-    if device.type != "cpu":
-        return True
-    if torch.cpu._is_amx_tile_supported():
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
         return True
     return torch.cpu._is_avx512_bf16_supported() and not _is_intel()
 

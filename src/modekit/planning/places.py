@@ -237,16 +237,18 @@ class Places:
         embedding = self._family.embedding
         for source in self._sources[1:]:
             if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
-                what = f"the expert has a {LOGITS_BIAS} and the base model none"
                 raise MismatchError(
-                    what,
+                    f"the expert has a {LOGITS_BIAS} and the base model none",
                     where=source.where,
                     remedy="open the base model with transformers, and save it again",
                 )
         modules = {embedding, self._module_of(weight_of(family.head or embedding))}
         if family.model_type in INEXACT_WHOLE:
-            what = f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}"
-            raise UnsupportedError(what, where="mixture.modules", remedy="write modules: [mlp, q, k, v, o], or give adapters")
+            raise UnsupportedError(
+                f"whole models of the family '{family.model_type}' cannot be mixed: {INEXACT_WHOLE[family.model_type]}",
+                where="mixture.modules",
+                remedy="write modules: [mlp, q, k, v, o], or give adapters",
+            )
         if family.derived is not None:
             modules |= {self._module_of(name) for name in (*family.own_names(self._base), *self._unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == family.head, natural_key(module)))

@@ -94,15 +94,22 @@ class RoutedForm(NativeForm):
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
         self._routed = _routed(native)
         if beyond := _beyond(recipe):
-            what = f"a plain {native.native_type} of fine-tunes of one cannot say {', '.join(beyond)}"
-            raise UnsupportedError(what, where="mixture", remedy=f"leave it out, or write {_MODEKIT}")
+            raise UnsupportedError(
+                f"a plain {native.native_type} of fine-tunes of one cannot say {', '.join(beyond)}",
+                where="mixture",
+                remedy=f"leave it out, or write {_MODEKIT}",
+            )
         if recipe.mixture.top_k is None:
             recipe = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"top_k": 1})})
         super().__init__(recipe, sources, native, code_of)
         units = pairs(len(recipe.experts))
         if units > self._sizes[0]:
-            what = f"experts of {self._sizes[0]} hidden units have no room for {units}, which so many fine-tunes need"
-            raise UnsupportedError(what, where="experts", found=len(recipe.experts), remedy=f"name fewer, or write {_MODEKIT}")
+            raise UnsupportedError(
+                f"experts of {self._sizes[0]} hidden units have no room for {units}, which so many fine-tunes need",
+                where="experts",
+                found=len(recipe.experts),
+                remedy=f"name fewer, or write {_MODEKIT}",
+            )
 
     def _carried_size(self) -> CarrySize | None:
         """Nothing where the weights of the chosen do not sum to one. Raises UnsupportedError where that is asked for."""

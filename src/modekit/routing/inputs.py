@@ -275,9 +275,13 @@ def read_domains(fitting: Fitting) -> list[DomainStatistics]:
             for prompt in expert.negative_prompts or []
             for each in encode(tokenizer, [prompt], max_tokens=length, sequence_length=length)
         ]
-        read, keep, advance = GateInput(averages_of(settings), prefix_of(settings)), settings.keep_tokens, count.advance
         statistics = capture_domain(
-            view, text.sequences, negatives, read=read, keep_tokens=keep, advance=partial(advance, f"read {expert.name}")
+            view,
+            text.sequences,
+            negatives,
+            read=GateInput(averages_of(settings), prefix_of(settings)),
+            keep_tokens=settings.keep_tokens,
+            advance=partial(count.advance, f"read {expert.name}"),
         )
         run.begin(f"keep what was read of {expert.name}")
         found.append(replace(statistics, source=text.source))

@@ -126,5 +126,9 @@ def load_kept(path: Path, make: Callable[[Get, Header], _Kept | None]) -> _Kept 
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes
-        what, remedy = "the kept statistics are damaged", "delete the file and run `modekit fit` with the text at hand"
-        raise CheckpointError(what, where=str(path), found=said_by(error), remedy=remedy) from None
+        raise CheckpointError(
+            "the kept statistics are damaged",
+            where=str(path),
+            found=said_by(error),
+            remedy="delete the file and run `modekit fit` with the text at hand",
+        ) from None

@@ -82,8 +82,12 @@ def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
     """Of all domains. Raises RecipeError where one of them has none."""
     counts = [domain.slots[slot].sample_ND.shape[0] for domain in domains]
     if not all(counts):
-        what, remedy = "this fit needs kept tokens and there are none", "fit again with keep_tokens > 0, or choose centroid"
-        raise RecipeError(what, where="mixture.router.keep_tokens", expected="at least 1", remedy=remedy)
+        raise RecipeError(
+            "this fit needs kept tokens and there are none",
+            where="mixture.router.keep_tokens",
+            expected="at least 1",
+            remedy="fit again with keep_tokens > 0, or choose centroid",
+        )
     return _KeptTokens(
         torch.cat([domain.slots[slot].sample_ND.float() for domain in domains]),
         torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
@@ -174,11 +178,12 @@ RULES: Mapping[str, Callable[[int, Sequence[DomainStatistics], Router], torch.Te
 
 def solve_gates(fitting: Fitting) -> FittedRouter:
     """Read what is not kept, and solve. Raises TextError and RecipeError."""
-    domains, settings = read_domains(fitting), fitting.settings
-    text, report = [domain.source["text"] for domain in domains], {"tokens": [domain.tokens for domain in domains]}
-    solved = zip(fit_gates(settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
+    domains = read_domains(fitting)
+    solved = zip(fit_gates(fitting.settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
     # A gate with one decision per output feature starts as one decision for all of them.
-    return fitting.fitted([gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in solved], text, report)
+    gates = [gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in solved]
+    text = [domain.source["text"] for domain in domains]
+    return fitting.fitted(gates, text, {"tokens": [domain.tokens for domain in domains]})
 
 
 # Of adapters, without text. An expert scores |w_e x|, w_e the one direction that its change amplifies most: the first right

@@ -113,8 +113,11 @@ class _Taps:
                 with torch.inference_mode():
                     model.model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.mask.long().to(model.device))
                 if not self.sizes[_LAST][-1].isfinite().all():
-                    remedy = "the model is damaged: save or download it again"
-                    raise SourceError("the model computes NaN or Inf", where=where, remedy=remedy)
+                    raise SourceError(
+                        "the model computes NaN or Inf",
+                        where=where,
+                        remedy="the model is damaged: save or download it again",
+                    )
                 yield sum(map(len, self.sizes[_LAST]))
 
     def condense(self, rows: int) -> None:
