@@ -219,7 +219,7 @@ class Channels:
         carries = self.carry is not None and self.carry.head
         if name == weight_of(HEAD):
             return Pad(columns=self.spare, carried=CarriedPart("head") if carries else None)
-        passed = range(self.inputs.start, self.inputs.stop) if carries else ()
+        passed = _places(self.inputs) if carries else ()
         return Pad(columns=self.spare, scale=self.norm_scale, entries=tuple((0, column, self.norm_scale) for column in passed))
 
     def expert_pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad:
@@ -237,16 +237,17 @@ class Channels:
         passed: list[int] = []
         loud = range(0)
         if module == self.widening.after_attention:
-            passed = list(range(self.context.start, self.context.stop))
+            passed = [*_places(self.context)]
             if self.inner:
                 heard = self.penalties if layer else self.context
-                loud, passed = range(heard.start, heard.stop), [] if layer else [self.constant]
+                loud = _places(heard)
+                passed = [] if layer else [self.constant]
             if self.carry is not None:
-                passed += [self.still, *range(self.outputs.start, self.inputs.stop)]
+                passed += [self.still, *_places(self.outputs), *_places(self.inputs)]
         elif module == self.widening.before_attention and layer == 0:
-            passed = [*range(self.evidence.start, self.evidence.stop), self.constant]
+            passed = [*_places(self.evidence), self.constant]
         elif module == self.widening.before_attention:
-            passed = list(range(self.inputs.start, self.inputs.stop))
+            passed = [*_places(self.inputs)]
         return tuple((0, column, self.norm_scale * factor) for part, factor in ((passed, 1), (loud, LOUD)) for column in part)
 
     def _entries(self, part: str) -> tuple[Entry, ...]:
@@ -272,6 +273,10 @@ class Channels:
             for row, value in zip(rows, _distance_scores(self.turns, self.score_scale, *side), strict=True)
             if value
         )
+
+
+def _places(channels: slice) -> range:
+    return range(channels.start, channels.stop)
 
 
 def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize | None = None) -> Channels | None:
