@@ -90,8 +90,8 @@ class PlannedTensor:
         values = self.made.numbers(reading)
         width = getattr(values, "width", 1)
         step = max(1, BLOCK // self.made.arrays // width) * width
-        for start in range(0, len(values), step):
-            block = values[start : start + step]
+        for part in blocks(len(values), step):
+            block = values[part]
             if self.dtype == "U8":
                 yield np.ascontiguousarray(block).view(np.uint8).data.cast("B")
                 continue

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.numeric import BLOCK, Doubles, Singles
+from modekit.weights.numeric import BLOCK, Doubles, Singles, blocks
 
 Codes = npt.NDArray[np.uint8]
 
@@ -83,7 +83,7 @@ def _error(delta_OI: Singles, a_RI: Singles, b_OR: Singles) -> float:
     """|| D - B A || / || D ||. Products are float32, sums float64; rows are taken in blocks."""
     missed = total = 0.0
     step = max(1, BLOCK // delta_OI.shape[1])
-    for rows in (slice(start, start + step) for start in range(0, len(delta_OI), step)):
+    for rows in blocks(len(delta_OI), step):
         missed += float(np.square(delta_OI[rows] - b_OR[rows] @ a_RI, dtype=np.float64).sum())
         total += float(np.square(delta_OI[rows], dtype=np.float64).sum())
     return float(np.sqrt(missed / total)) if total > 0 else 0.0
