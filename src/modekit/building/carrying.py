@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modekit.building.differences import ROWS, Differences, carry_bases
+from modekit.building.differences import Differences, carry_bases
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, read_carried
 from modekit.checkpoint.record import STATISTICS_FOLDER
@@ -36,6 +36,7 @@ from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 from modekit.text.sequences import TokenSequence
+from modekit.weights.bases import ROWS
 from modekit.weights.nearest import own_reads
 from modekit.weights.numeric import Singles, blocks
 from modekit.weights.padding import CarriedPart, FFNKind, Fill
@@ -251,9 +252,11 @@ class Carrying:
 
     def _of_attention(self, layer: int, expert: int) -> Singles:
         """C (R_V, D): what an expert writes into V for a stream h of size 1, so that q, k and v become M h ~ Q C h."""
-        start, inputs_NR = 0, self._carried.inputs[layer]
+        start = 0
+        inputs_NR = self._carried.inputs[layer]
         total = np.zeros((self._size.inputs, self._channels.hidden), np.float32)
-        parts, counts = self._differences.attention(layer, expert), self._differences.attention_rows(layer)
+        parts = self._differences.attention(layer, expert)
+        counts = self._differences.attention_rows(layer)
         for part, count, share in zip(parts, counts, self._carried.input_shares[layer], strict=True):
             if part is not None:
                 total += part.under(inputs_NR[start : start + count].T / np.square(share))

@@ -24,9 +24,9 @@ from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
-from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
+from modekit.weights.bases import ROWS, LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
 from modekit.weights.flat import read_float32
-from modekit.weights.made import Copy, Made, Padded, as_in
+from modekit.weights.made import Copy, Made, as_in
 from modekit.weights.nearest import OwnReads, nearest_duals
 from modekit.weights.numeric import Singles, as_array, blocks, rounded, to_float32
 from modekit.weights.padding import FFNKind
@@ -38,8 +38,6 @@ _HEAD_TOKENS = 256
 _HEAD_COLUMNS = 2_048
 """Of all experts together: their Gram matrix is bounded, however many they are."""
 _SMALL = 2.0**-6
-ROWS = 4_096
-"""Of a vocabulary, or of a matrix, that are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,11 @@ class Differences:
         """Of q, k and v of a layer of the base, over a stream of size 1: the norm's weight is in it."""
         norm = self.attention_norm(layer)
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
-        found: list[Difference | None] = []
-        for name in self.projections(layer):
-            plain = self.of(name, expert)
-            if not np.array_equal(weights_D, own_D):
-                found.append(Difference(self.own(name, expert) * own_D - self.shared(name) * weights_D))
-            else:
-                found.append(plain and plain.scaled(weights_D))
-        return tuple(found)
+        names = self.projections(layer)
+        if not np.array_equal(weights_D, own_D):
+            return tuple(Difference(self.own(name, expert) * own_D - self.shared(name) * weights_D) for name in names)
+        changes = (self.of(name, expert) for name in names)
+        return tuple(change and change.scaled(weights_D) for change in changes)
 
     def attention_rows(self, layer: int) -> list[int]:
         """Outputs of q, k and v."""
@@ -251,7 +246,7 @@ class Differences:
 
 def _is_brought_nearer(tensor: PlannedTensor) -> bool:
     """Whether experts' differences from a matrix that all share are carried; embeddings gain nothing by it."""
-    carried = tensor.made.pad.carried if isinstance(tensor.made, Padded) else None
+    carried = tensor.pad and tensor.pad.carried
     return carried is not None and carried.kind != "embedding"
 
 
@@ -369,10 +364,10 @@ def _head_products(differences: Differences, rows: slice, sample_DT: Singles) ->
 def _embedding(differences: Differences, size: CarrySize, shares_V: npt.NDArray[np.float64]) -> Singles:
     changing = differences.changing(weight_of(EMBEDDING))
 
-    def rows(start: int, stop: int) -> list[Singles]:
-        return [differences.embedding_rows(expert, slice(start, stop)) for expert in changing]
+    def rows(part: slice) -> list[Singles]:
+        return [differences.embedding_rows(expert, part) for expert in changing]
 
-    return row_basis(rows, len(shares_V), shares_V, size.outputs)
+    return row_basis(rows, shares_V, size.outputs)
 
 
 def _size(array: Singles) -> float:

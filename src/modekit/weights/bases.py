@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.numeric import Doubles, Singles
+from modekit.weights.numeric import Doubles, Singles, blocks
 
 _STARTS = {1: (-1.3,), 2: (-1.365, -4.744), 3: (-0.925, -3.044, -7.659), 4: (-0.536, -1.847, -4.896, -12.644)}
 _CUT = 0.002  # of the smallest sizes
@@ -42,6 +42,8 @@ _LEAST = 1e-14
 """Of the largest eigenvalue: directions below are rounding."""
 _LEAST_SQUARE = 1e-12
 """The same where products in float32 were summed."""
+ROWS = 4_096
+"""Of a vocabulary, or of a matrix, that are in memory together."""
 _OVERSAMPLED = 8
 _PASSES = 3
 
@@ -122,29 +124,27 @@ def _principal(parts: Sequence[Singles], rank: int) -> tuple[Doubles, Doubles]:
     return basis_NW @ turn_WW[:, ::-1][:, :rank][:, kept], np.sqrt(largest_R)
 
 
-def row_basis(
-    rows: Callable[[int, int], Sequence[Singles]], count: int, shares_V: Doubles, rank: int, *, step: int = 4_096
-) -> Singles:
+def row_basis(rows: Callable[[slice], Sequence[Singles]], shares_V: Doubles, rank: int) -> Singles:
     """Z (count, rank) with Z^T diag(shares) Z = 1: what the rows of all experts' differences are combinations of.
 
-    `rows(start, stop)` gives the differences (stop - start, I) of every expert, `shares_V` how often a row is used. Randomised
-    subspace iteration (Algorithm 4.4, arXiv:0909.4061) that never holds a difference whole.
+    `rows` gives some rows (X, I) of every expert's difference, `shares_V` says how often each is used. Randomised subspace
+    iteration (Algorithm 4.4, arXiv:0909.4061) that never holds a difference whole.
     """
     roots_V = np.sqrt(shares_V)[:, None]
-    width = min(rank + 8, count)
-    inner = [np.random.default_rng(number).standard_normal((each.shape[1], width)) for number, each in enumerate(rows(0, 1))]
+    count = len(shares_V)
+    width = min(rank + _OVERSAMPLED, count)
+    first = enumerate(rows(slice(0, 1)))
+    inner = [np.random.default_rng(number).standard_normal((each.shape[1], width)) for number, each in first]
     basis_VR = np.zeros((count, width))
-    for _ in range(3):
-        for start in range(0, count, step):
-            stop = min(count, start + step)
-            found = [each.astype(np.float64) @ right for each, right in zip(rows(start, stop), inner, strict=True)]
-            basis_VR[start:stop] = roots_V[start:stop] * np.sum(found, axis=0)
+    for _ in range(_PASSES):
+        for part in blocks(count, ROWS):
+            found = [each.astype(np.float64) @ right for each, right in zip(rows(part), inner, strict=True)]
+            basis_VR[part] = roots_V[part] * np.sum(found, axis=0)
         basis_VR = np.linalg.qr(basis_VR)[0]
         inner = [np.zeros_like(each) for each in inner]
-        for start in range(0, count, step):
-            stop = min(count, start + step)
-            weighted = (roots_V[start:stop] * basis_VR[start:stop]).T
-            for total, each in zip(inner, rows(start, stop), strict=True):
+        for part in blocks(count, ROWS):
+            weighted = (roots_V[part] * basis_VR[part]).T
+            for total, each in zip(inner, rows(part), strict=True):
                 total += (weighted @ each).T
     energies, turn = np.linalg.eigh(sum((each.T @ each for each in inner), np.zeros((width, width))))
     kept = (energies > _LEAST * energies.max())[::-1][:rank]
