@@ -44,13 +44,19 @@ def load_expert_source(checkpoint: Checkpoint, expert: int | None, *, run: Run =
     Only for one that is what it was (checkpoint/sources.py).
     """
     record = checkpoint.record
-    place = 0 if expert is None else record.expert_sources[expert]
-    base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
+    place, base, folder = _folders(checkpoint, expert)
     model = load_expert(base, folder, run=run)
     if record.tokens is not None:
         sources = make_plan(record.pinned_recipe, checkpoint.recipe_root, run=run).sources
         give_rows(model, [*dict.fromkeys(sources)][place], sources[0])
     return model
+
+
+def _folders(checkpoint: Checkpoint, expert: int | None) -> tuple[int, Path, Path]:
+    """The place of an expert's model among the sources, and the folders of the base and of it."""
+    sources = checkpoint.record.sources
+    place = 0 if expert is None else checkpoint.record.expert_sources[expert]
+    return place, checkpoint.source_folder(sources[0]), checkpoint.source_folder(sources[place])
 
 
 def give_rows(model: PreTrainedModel, source: ModelSource, base: ModelSource) -> None:
@@ -79,12 +85,10 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
     As `load_expert_source` else. The adapter is checked before PEFT reads it, and PEFT not believed where it does not take
     every tensor.
     """
-    record = checkpoint.record
-    place = record.expert_sources[expert]
-    base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
+    place, base, folder = _folders(checkpoint, expert)
     if not is_adapter(folder):
         return load_expert_source(checkpoint, expert, run=run), "full model" if place else "base"
-    if record.tokens is not None:  # PEFT's model may lack tokens of the mixture
+    if checkpoint.record.tokens is not None:  # PEFT's model may lack tokens of the mixture
         return load_expert_source(checkpoint, expert, run=run), "folded"
     _opened(base, folder, run)
     adapted = _in_peft(load_model(base, run=run), folder)

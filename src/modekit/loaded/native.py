@@ -76,8 +76,7 @@ class NativeMixture(LoadedMixture):
     @property
     def _carrying(self) -> Channels | None:
         """The channels, where they carry more than the router's evidence."""
-        shape = self.checkpoint.shape
-        channels = shape.channels if isinstance(shape, NativeShape) else None
+        channels = self.checkpoint.shape.channels
         return channels if channels is not None and channels.carry is not None else None
 
     def own_corner(self, name: str, parameter: nn.Parameter) -> tuple[slice, ...] | None:

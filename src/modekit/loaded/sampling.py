@@ -153,8 +153,13 @@ class _Reader:
         """Of what follows further tokens, (B, V), float32, on the processor."""
         ids_BS = ids_BS.to(self._model.device)
         self._read_BS = ids_BS if self._read_BS is None else torch.cat([self._read_BS, ids_BS], 1)
-        fed_BS, mask_BS = ids_BS if self._cache else self._read_BS, torch.ones_like(self._read_BS)
-        output = self._model(input_ids=fed_BS, attention_mask=mask_BS, use_cache=True, logits_to_keep=1, **self._cache)
+        output = self._model(
+            input_ids=ids_BS if self._cache else self._read_BS,
+            attention_mask=torch.ones_like(self._read_BS),
+            use_cache=True,
+            logits_to_keep=1,
+            **self._cache,
+        )
         caches = [value for value in output.values() if isinstance(value, Cache)]
         self._cache = {self._name: caches[0]} if caches else {}
         logits_BV: torch.Tensor = output.logits[:, -1]

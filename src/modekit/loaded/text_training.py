@@ -135,7 +135,8 @@ class TextLoss(TrainedModule):
 
     def groups(self) -> list[dict[str, Any]]:
         """One for all."""
-        moving, training = [each for each in self.model.parameters() if each.requires_grad], self._training
+        training = self._training
+        moving = [each for each in self.model.parameters() if each.requires_grad]
         return [{"params": moving, "lr": training.learning_rate, "weight_decay": training.weight_decay}]
 
 

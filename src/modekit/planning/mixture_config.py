@@ -261,7 +261,7 @@ def prefix_of(router: Router) -> int | None:
 def routing_config(recipe: Recipe) -> Routing:
     """`modekit.routing` of config.json; see architecture/modekit_router.py."""
     mixture = recipe.mixture
-    router = recipe.mixture.router
+    router = mixture.router
     always_on = None
     read = dict[str, Any]()
     if mixture.always_on is not None:

@@ -115,8 +115,9 @@ class ModekitShape(AnyShape):
             parts = len(self.routing.averages)
             shared = self.routing.dimensions or 0
             slot = RouterSlot(module + GATE, place.width, self.experts, place.features, parts, shared)
-            common = commonpath([path.replace(".", "/") for path in paths]) if len({*layers}) == 1 else ""
-            layer = layers[0] if len({*layers}) == 1 else None
+            is_one = len({*layers}) == 1
+            common = commonpath([path.replace(".", "/") for path in paths]) if is_one else ""
+            layer = layers[0] if is_one else None
             yield slot, RouterPosition(slot.name, layer, common.replace("/", "."))
 
     @property

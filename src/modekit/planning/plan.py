@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,7 +113,7 @@ class Plan:
 
     def parameters(self) -> dict[str, int]:
         """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
-        by_role = dict.fromkeys(("backbone", "expert", "adapter", "router", "constant"), 0)
+        by_role = Counter[str]()
         for tensor in self.tensors:
             by_role[tensor.role] += tensor.numel
         counted = self.shape.parameters({tensor.name: tensor.numel for tensor in self.tensors}, 0)

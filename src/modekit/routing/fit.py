@@ -140,9 +140,9 @@ def refit(checkpoint: Checkpoint, changes: RecipePart, *, run: Run = QUIET) -> C
 
 def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> None:
     """Let experts write their text anew where it is gone or of another seed; without their models what is kept must do."""
-    root, seed = checkpoint.recipe_root, recipe.mixture.router.seed
+    root = checkpoint.recipe_root
     written = {each.name: read_written(written_file(each, root)) for each in recipe.experts if each.writes_text}
-    missing = [name for name, known in written.items() if known is None or known.made.seed != seed]
+    missing = [name for name, known in written.items() if known is None or known.made.seed != recipe.mixture.router.seed]
     with suppress(SourceError, MismatchError):
         if missing:
             resolve_name(_WRITE_TEXTS)(recipe, root, make_plan(recipe, root, run=run).sources, run)

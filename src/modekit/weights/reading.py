@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from collections.abc import Sequence
@@ -21,9 +20,6 @@ from modekit.weights.numeric import Singles, blocks, is_finite, to_float32
 
 if TYPE_CHECKING:
     from modekit.weights.padding import Fills
-
-# EIO may be the source's or the result's: copying through the process tells which.
-_NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
 
 
 class WeightReader:
@@ -48,9 +44,7 @@ class WeightReader:
         while position < ref.end:
             try:
                 sent = os.sendfile(stream.fileno(), source.stream.fileno(), position, ref.end - position)
-            except (AttributeError, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in _NOT_IN_THE_KERNEL:
-                    raise
+            except (AttributeError, OSError):  # copying through the process works, or tells whose error it is
                 for chunk in source.chunks(position, ref.end):
                     write_all(stream, chunk)
                 return
