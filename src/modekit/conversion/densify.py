@@ -298,6 +298,9 @@ class _Work:
         rows = [base, *own, Row("experts", "oracle", 0, 0, all_own, ""), mixture, *merge, ours]
         for row in rows:
             if not all(math.isfinite(score.loss) for score in row.scores.values()):
-                remedy = "see with `modekit verify` whether weights hold NaN or Inf"
-                raise SourceError("a loss is not finite, so that nothing can be compared", where=row.name, remedy=remedy)
+                raise SourceError(
+                    "a loss is not finite, so that nothing can be compared",
+                    where=row.name,
+                    remedy="see with `modekit verify` whether weights hold NaN or Inf",
+                )
         return with_gaps(rows, [*all_own])

@@ -284,7 +284,9 @@ class Llama:
                 return json.load(answer)
         except (OSError, ValueError) as error:
             detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
-            found = detail if self._child.is_running() else self._child.complaint()
             raise EngineError(
-                "llama.cpp did not answer", where=str(self._file), found=found, remedy="see its message, and try again"
+                "llama.cpp did not answer",
+                where=str(self._file),
+                found=detail if self._child.is_running() else self._child.complaint(),
+                remedy="see its message, and try again",
             ) from None

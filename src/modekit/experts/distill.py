@@ -113,8 +113,11 @@ class Teaching:
         check_same_tokenizer(student.folder, self.teacher, where=where, readers=_READERS)
         for each, label in ((student, f"STUDENT ({student.folder.name})"), (source, where)):
             if each.config["model_type"] in {family.model_type for family in PAIRS}:
-                remedy = "leave --teacher away, and train it on text alone"
-                raise UnsupportedError("models with an encoder are not distilled yet", where=label, remedy=remedy)
+                raise UnsupportedError(
+                    "models with an encoder are not distilled yet",
+                    where=label,
+                    remedy="leave --teacher away, and train it on text alone",
+                )
             read = read_tokens(each.folder, where=label)
             check_ids_fit({} if read is None else read.tokens, whole(each.config, "vocab_size"), where=label)
         return source

@@ -192,8 +192,9 @@ class Readers:
 
     def differ(self, what: str, where: str, found: object = None, expected: str | None = None) -> MismatchError:
         """The error of two tokenizers that differ."""
-        what = f"the {self.theirs}'s tokenizer {what}"
-        return MismatchError(what, where=where, found=found, expected=expected, remedy=self.remedy)
+        return MismatchError(
+            f"the {self.theirs}'s tokenizer {what}", where=where, found=found, expected=expected, remedy=self.remedy
+        )
 
 
 def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> list[str]:

@@ -238,8 +238,12 @@ def _read_separated(stream: io.BufferedReader, suffix: str, *, where: str) -> It
         for row in filter(None, rows):  # blank lines are no rows
             yield {**dict.fromkeys(names), **dict(zip(names, row, strict=False))}
     except csv.Error as error:
-        remedy = "correct the line, or save it again"
-        raise TextError("the table cannot be read", where=f"{where}:{rows.line_num}", found=error, remedy=remedy) from None
+        raise TextError(
+            "the table cannot be read",
+            where=f"{where}:{rows.line_num}",
+            found=error,
+            remedy="correct the line, or save it again",
+        ) from None
 
 
 def _read_parquet(stream: io.BufferedReader, *, where: str) -> Iterator[Mapping[str, object]]:

@@ -165,8 +165,13 @@ def encode(
 def none_fits(documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None) -> TextError:
     """The error of documents that `encode` has made no sequence of."""
     if any(isinstance(document, Conversation) for document in documents):
-        what, remedy = "no assistant says anything in these conversations", "give conversations with answers, or plain text"
-        return TextError(what, where=where, found=found, expected="messages of the role assistant", remedy=remedy)
+        return TextError(
+            "no assistant says anything in these conversations",
+            where=where,
+            found=found,
+            expected="messages of the role assistant",
+            remedy="give conversations with answers, or plain text",
+        )
     if "pairs" not in map(reads_of, documents):
         return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
     return TextError(

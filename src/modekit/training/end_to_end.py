@@ -55,9 +55,11 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
 
 def _teachers(request: Request, folder: Path, run: Run) -> list[DomainTeacher | None]:
     if request.checkpoint.shape.family.pair:
-        found = ", ".join(DISTILLS & set(request.settings.losses))
         raise TrainingError(
-            "models with an encoder are not distilled yet", where="losses", found=found, remedy="train them on text alone"
+            "models with an encoder are not distilled yet",
+            where="losses",
+            found=", ".join(DISTILLS & set(request.settings.losses)),
+            remedy="train them on text alone",
         )
     return make_teachers(request.checkpoint, request.corpora, folder, request.teacher, run=run)
 
@@ -81,8 +83,13 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
     asked = experts if settings.train_top_k == 0 else settings.train_top_k
     if asked is not None and asked > experts:
-        most = f"at most {experts}, or 0 for all"
-        raise TrainingError("there are fewer experts", where="train_top_k", found=asked, expected=most, remedy="lower it")
+        raise TrainingError(
+            "there are fewer experts",
+            where="train_top_k",
+            found=asked,
+            expected=f"at most {experts}, or 0 for all",
+            remedy="lower it",
+        )
     moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and not settings.is_joint
     alone = own == 1 and experts > 1 and not has_no_router(checkpoint) and bool(moves_routers)
     top_k = 2 if asked is None and alone else asked

@@ -86,9 +86,12 @@ def train_tokenizer(
     Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
     """
     if not SMALLEST < vocabulary <= LARGEST:
-        expected = f"{SMALLEST + 1} to {LARGEST}"
         raise ModekitError(
-            "the setting is out of range", where="--vocabulary", found=vocabulary, expected=expected, remedy="correct it"
+            "the setting is out of range",
+            where="--vocabulary",
+            found=vocabulary,
+            expected=f"{SMALLEST + 1} to {LARGEST}",
+            remedy="correct it",
         )
     texts, sources = given.checked(out, replace)
     other = given.tokenizer(run)
