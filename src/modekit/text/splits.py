@@ -21,7 +21,6 @@ from modekit.files.read import LARGE, UNREADABLE, read_text
 from modekit.text.document import Conversation, Document, text_of
 
 Split = Literal["fit", "select", "report"]
-HeldOutSplit = Literal["select", "report"]
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
 SELECTED_FILE = "selected-by.txt"  # beside a trained mixture: digests of documents that chose its state
 TRAINED_DIGITS = 16  # of a digest, in both
