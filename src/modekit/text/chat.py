@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.document import Message, message_of
-from modekit.text.plain import token_ids, whole
+from modekit.text.plain import in_common, token_ids, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ class ChatTemplate:
             begins, ends = ([each[side] for each in offsets["offset_mapping"]] for side in (0, 1))
             found = ((bisect_right(ends, begin), bisect_left(begins, end)) for begin, end in spans)
         else:
-            found = ((_in_common(self.ids(text[:begin]), ids), _in_common(self.ids(text[:end]), ids)) for begin, end in spans)
+            found = ((in_common(self.ids(text[:begin]), ids), in_common(self.ids(text[:end]), ids)) for begin, end in spans)
         return frozenset(place for first, last in found for place in range(first, last))
 
     def _answers(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
@@ -74,7 +74,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before, content = self._before(messages[:place]), message["content"].strip()
-            same = _in_common(before, text)
+            same = in_common(before, text)
             begin = same if 0 < same == len(before) else text.find(content, max(last, same))
             if begin < 0:
                 continue
@@ -126,12 +126,6 @@ class ChatTemplate:
             return None
         between, other, _ = rest.partition(second)
         return (before, between) if one and other else None
-
-
-def _in_common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How much both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
