@@ -228,7 +228,7 @@ def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[st
             load_model(checkpoint.folder), checkpoint, settings, teachers=teachers, train_top_k=None, packed=packed
         )
         planned = plan_parts(corpora, settings, steps=1, experts=3, parts=parts, pack=packed)
-        batches = Batches(corpora, planned, pad_id=0)
+        batches = Batches(corpora, planned)
         losses = sum(float(objective(**batches[number]).detach()) for number in range(parts))
         return {"total": losses, **objective.drain()}
 
@@ -601,7 +601,7 @@ def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, fa
     losses = []
     for pack in (False, True):
         objective = Objective(load_model(checkpoint.folder), checkpoint, settings, teachers=[], train_top_k=None, packed=pack)
-        batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack), pad_id=0)
+        batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack))
         losses.append(float(objective(**batches[0]).detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -240,7 +240,7 @@ class _Work:
         lesson = Lesson(teacher, checkpoint.vocabulary, course.lesson)
         loop, module = loop_of(settings, steps, student.device), Student(student, lesson, settings)
         held_out = [text.held_out for text in self.texts]
-        outcome = run_trainer(module, Batches(corpora, parts, pad_id=0), held_out, loop, self.folder.path, self.run)
+        outcome = run_trainer(module, Batches(corpora, parts), held_out, loop, self.folder.path, self.run)
         self.folder.keep("trained", outcome.model_dump(mode="json"))
         return outcome
 

@@ -148,7 +148,7 @@ class Teaching:
         steps = settings.steps or steps_of_one_pass(corpora, settings)
         parts = plan_parts(corpora, settings, steps=steps, experts=len(corpora), parts=1, pack=False)
         loop = loop_of(settings, steps, student.device)
-        going = Loop(Student(student, lesson, settings), Batches(corpora, parts, pad_id=0), loop, folder, run)
+        going = Loop(Student(student, lesson, settings), Batches(corpora, parts), loop, folder, run)
         going.go()
         student.eval()
         draws = (draw for part in parts for row in part.rows for draw in row)

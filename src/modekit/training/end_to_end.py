@@ -43,7 +43,7 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
     held_out = [text.held_out for text in request.texts]
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     loop = loop_of(settings, steps, mixture.device, parts=accumulate)
-    done = run_trainer(objective, Batches(corpora, parts, pad_id=0), held_out, loop, folder, run)
+    done = run_trainer(objective, Batches(corpora, parts), held_out, loop, folder, run)
     notes += [done.stopped] if done.stopped else []
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
