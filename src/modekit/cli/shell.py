@@ -28,7 +28,7 @@ from modekit.files.marker import changed_files
 from modekit.files.place import replaced_by
 from modekit.files.write import FULL, write_file
 from modekit.processes import DEVICE_VARIABLE, Device
-from modekit.run import Progress, Run, silent
+from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -58,10 +58,6 @@ class Common:
     trust_remote_code: bool = False
     json: bool = False
     fsync: bool = True
-
-    def run(self, progress: Progress = silent) -> Run:
-        """For the room that does the work."""
-        return Run(self.trust_remote_code, progress, self.fsync)
 
 
 _asked = Common()
@@ -171,6 +167,13 @@ def checkpoint_in(folder: Path) -> Checkpoint:
         said = f"note: changed since modekit wrote them: {some_of(changed)}; `modekit verify {folder}` compares them"
         err.print(Text(said), soft_wrap=True)
     return opened
+
+
+def model_in(spec: str, label: str, run: Run) -> tuple[Path, str | None]:
+    """The folder of a model that is named on the command line, and its commit where it is the hub's. Raises SourceError."""
+    from modekit.sources.folders import model_folder
+
+    return model_folder(spec, root=Path.cwd(), label=label, run=run)
 
 
 def writable(path: Path, overwrite: bool, *, trains: bool = False) -> Path:
