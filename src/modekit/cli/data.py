@@ -60,7 +60,10 @@ def make_tokenizer(
     output: Output,
     text: DomainTexts,
     said: Writing,
-    vocabulary: Annotated[int, typer.Option(help="Largest size of the vocabulary.")] = 8_000,
+    vocabulary: Annotated[
+        int,
+        typer.Option(min=260, max=2**20, help="Largest size of the vocabulary."),  # all bytes and special tokens, and more
+    ] = 8_000,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a model whose tokenizer to compare with.")
     ] = None,
