@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,5 +117,6 @@ def loop_of(settings: TrainSettings, steps: int, device: torch.device, *, parts:
     if settings.precision is None:
         bfloat16 = device.type != "cpu" and has_bfloat16_products(device)
     every = min(steps, settings.evaluate_every or max(1, steps // 10))
-    loop = LoopSettings(steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16)
-    return replace(loop, every=every, patience=settings.patience)
+    return LoopSettings(
+        steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16, every=every, patience=settings.patience
+    )
