@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -49,7 +49,6 @@ from modekit.planning.make import make_plan
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import copied_content
-from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.splits import TRAINED_FILE, digests_in
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
@@ -80,11 +79,11 @@ class DenseRecord(BaseModel, frozen=True):
     by: By
     merge: Merge
     parameters: int
-    steps: int = 0
-    best_step: int = 0
-    losses: dict[str, dict[str, float]] = {}
-    gap_closed: dict[str, float | None] = {}
-    notes: list[str] = []
+    steps: int
+    best_step: int
+    losses: dict[str, dict[str, float]]
+    gap_closed: dict[str, float | None]
+    notes: list[str]
 
     @property
     def kept(self) -> float | None:
@@ -126,11 +125,11 @@ class Densify:
 
     by: By
     course: Course
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    root: Path = Path()
-    scale: float | None = None
-    tokens: int = SAMPLE_TOKENS
-    overwrite: bool = False
+    texts: Mapping[str, Sequence[str]]
+    root: Path
+    scale: float | None
+    tokens: int
+    overwrite: bool
 
 
 def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUIET) -> DenseRecord:

@@ -14,7 +14,7 @@ Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,8 +103,8 @@ class Teaching:
     """The folder of a teacher, what is learned from it, and how several texts share the steps."""
 
     teacher: Path
-    settings: DistillSettings = field(default_factory=DistillSettings)
-    mix: Mix | None = None
+    settings: DistillSettings
+    mix: Mix | None
 
     def open(self, student: ModelSource, run: Run) -> ModelSource:
         """The teacher by header. Raises SourceError, UnsupportedError (an encoder), MismatchError where tokenizers differ."""

@@ -55,7 +55,7 @@ def specialize(
     train: What = "mlp",
     rank: int = 16,
     hub: tuple[str, str] | None = None,
-    training: Training | None = None,
+    training: Training,
     generic: Generic | None = None,
     teaching: Teaching | None = None,
     overwrite: bool = False,
@@ -74,7 +74,6 @@ def specialize(
     Returns what specialist.json in OUT says. Raises TextError, MismatchError (a teacher with another tokenizer), SourceError,
     UnsupportedError (a plain mixture), OutputError, TrainingError, and InterruptError for Ctrl-C, which says what was kept.
     """
-    training = training or Training()
     folder = SpecialistFolder(out)
     folder.tidy()
     sources = (base,) if teaching is None else (base, teaching.teacher)
