@@ -206,7 +206,7 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     if not isinstance(texts, Labelled):
         _check_rows(reading.tokenizer, rows)
         return ()
-    added = add_tags(reading.tokenizer, texts.texts, where="BASE")
+    added = add_tags(reading.tokenizer, texts.texts)
     labels = labels_of(reading.tokenizer)
     _check_rows(reading.tokenizer, rows, but=set(map(tag_of, labels)))
     known = tag_ids(reading.tokenizer, labels)
