@@ -10,7 +10,7 @@ import typer
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing import print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import Writing, app, common, model_in, writable
+from modekit.cli.shell import NewFolder, Writing, app, common, model_in, writable
 from modekit.cli.words import Words, settings_in
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash
@@ -25,15 +25,14 @@ data = typer.Typer(
 )
 app.add_typer(data)
 
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
-DomainTexts = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
+GivenText = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
 
 
 @data.command()
 @grouped
 def balance(
-    output: Output,
-    text: DomainTexts,
+    output: NewFolder,
+    text: GivenText,
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub id of the model whose tokens are counted.")],
     said: Writing,
     words: Words = None,
@@ -57,8 +56,8 @@ def balance(
 @data.command(name="tokenizer")
 @grouped
 def make_tokenizer(
-    output: Output,
-    text: DomainTexts,
+    output: NewFolder,
+    text: GivenText,
     said: Writing,
     vocabulary: Annotated[
         int,

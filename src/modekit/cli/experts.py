@@ -13,7 +13,7 @@ from rich.text import Text
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing import out, print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import Writing, app, common, model_in, refuse_without_effect, writable
+from modekit.cli.shell import NewFolder, Writing, app, common, model_in, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
@@ -61,7 +61,7 @@ class SpecializeOptions(Writing):
 @grouped
 def specialize(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     text: Annotated[list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; repeatable.")],
     options: SpecializeOptions,
     words: Words = None,
@@ -156,7 +156,7 @@ class ExtractOptions(Writing):
 @grouped
 def extract(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the fine-tuned model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     base: Annotated[str, typer.Option(help="Folder or hub id of the model it was tuned from.")],
     options: ExtractOptions,
 ) -> None:

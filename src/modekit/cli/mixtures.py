@@ -21,7 +21,7 @@ from modekit.cli.printing import (
     print_table,
 )
 from modekit.cli.progress import running
-from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
+from modekit.cli.shell import NewFolder, OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
 from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
@@ -57,7 +57,7 @@ def plan(recipe: RecipePath) -> None:
 @app.command()
 def build(
     recipe: RecipePath,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""

@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
 
@@ -96,9 +97,7 @@ def _before_the_command(
         bool, typer.Option("--trust-remote-code", help="Allow models that bring code of their own.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=f"Print JSON instead of tables: {', '.join(_PRINT_JSON)}.")] = False,
-    fsync: Annotated[
-        bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
-    ] = True,
+    fsync: Annotated[bool, typer.Option(help="Wait until the disk has everything, so that a power loss costs nothing.")] = True,
     device: Annotated[
         Device,
         typer.Option(
