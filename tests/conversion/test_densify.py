@@ -163,7 +163,8 @@ def test_a_merge_that_is_given_needs_no_text_and_reads_held_out_text_alone(
 
 def test_where_the_mixture_closes_no_gap_nothing_is_kept_of_it() -> None:
     for mixture, kept in ((0.9, 0.5), (0.01, None), (None, None)):
-        made = {"by": "sum", "merge": {"by": "sum", "scale": 0.5}, "parameters": 1}
+        made = {"by": "sum", "merge": {"by": "sum", "scale": 0.5}, "parameters": 1, "steps": 0, "best_step": 0}
+        made |= {"losses": {}, "notes": []}
         record = DenseRecord.model_validate({**made, "gap_closed": {"mixture": mixture, "dense": 0.45}})
         assert record.kept == (kept and pytest.approx(kept))
 

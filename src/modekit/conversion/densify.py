@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 from pydantic import BaseModel
 from transformers import PreTrainedModel
@@ -114,7 +113,7 @@ def course_of(**said: object) -> Course:
 class DenseFolder(SpecialistFolder):
     """DENSE.training."""
 
-    record_file: ClassVar[str] = DENSE_FILE
+    record_file = DENSE_FILE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 from modekit.errors import TextError
 from modekit.files.read import LARGE, UNREADABLE, read_text
@@ -63,15 +63,7 @@ def documents_of_split(documents: Iterable[Document], split: Split) -> list[Docu
     return [document for document in documents if split_of(document) == split]
 
 
-class TextDigest(TypedDict):
-    """How much of a text was read, and a digest of it."""
-
-    documents: int
-    tokens: int
-    sha256: str
-
-
-def text_record(documents: Sequence[Document], tokens: int) -> TextDigest:
+def text_record(documents: Sequence[Document], tokens: int) -> dict[str, object]:
     """What a result remembers of a text: how much, and a digest of the documents it used (conversations with their roles, pairs
     with their sides).
     """
