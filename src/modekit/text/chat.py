@@ -73,7 +73,7 @@ class ChatTemplate:
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, content = self._before(messages[:place]), message["content"].strip()
+            before, content = self._tried(messages[:place], answer=True), message["content"].strip()
             same = in_common(before, text)
             begin = same if 0 < same == len(before) else text.find(content, max(last, same))
             if begin < 0:
@@ -84,20 +84,17 @@ class ChatTemplate:
             last = last if end < 0 else end + len(self._closing)
             yield begin, last
 
-    def _before(self, messages: Sequence[Message]) -> str:
-        """What an answer to these messages is behind; nothing where the template does not take them."""
+    def _tried(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        """As `text`; nothing where the template does not take the messages."""
         try:
-            return self.text(messages, answer=True)
+            return self.text(messages, answer=answer)
         except TextError:
             return ""
 
     @cached_property
     def _closing(self) -> str:
         """What stands behind an answer that is the last message."""
-        try:
-            return self.text([message_of("user", "."), message_of("assistant", _ANSWER)]).rpartition(_ANSWER)[2]
-        except TextError:
-            return ""
+        return self._tried([message_of("user", "."), message_of("assistant", _ANSWER)]).rpartition(_ANSWER)[2]
 
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""
@@ -120,10 +117,7 @@ class ChatTemplate:
 
     def _parts(self, said: Sequence[Message], first: str, second: str) -> tuple[str, str] | None:
         """What stands before the first of two contents, and between them."""
-        try:
-            before, one, rest = self.text(said).partition(first)
-        except TextError:
-            return None
+        before, one, rest = self._tried(said).partition(first)
         between, other, _ = rest.partition(second)
         return (before, between) if one and other else None
 

@@ -101,7 +101,7 @@ def make_trainable(mixture: LoadedMixture, names: Collection[str]) -> None:
         parameter.requires_grad_(name in names)
         corner = mixture.own_corner(name, parameter) if name in names else None
         if corner is not None:
-            parameter.register_hook(partial(_within, corner))  # type: ignore[no-untyped-call]
+            parameter.register_hook(partial(_within, corner))
 
 
 def _within(corner: tuple[slice, ...], gradient: torch.Tensor) -> torch.Tensor:
