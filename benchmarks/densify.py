@@ -105,7 +105,7 @@ def distil(pool: Pool, text: float = 0.75) -> None:
     """One row: before, after, and what it cost."""
     start = time.process_time()
     course = course_of(**COURSE, weights=text, steps=pool.steps, evaluate_every=pool.steps // 2)
-    asked = Densify("distil", course, tokens=pool.tokens, overwrite=True)
+    asked = Densify("distil", course, {}, Path(), None, pool.tokens, overwrite=True)
     record = densify(pool.mixture, asked, pool.home / "dense")
     took, row = time.process_time() - start, record.gap_closed
     print(

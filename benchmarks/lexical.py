@@ -25,11 +25,12 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN
-from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.loaded.load import load_model
+from modekit.evaluation.domains import Domain, held_out_domains, recipe_texts
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.text.sequences import encode
 from study import EVAL_TOKENS, Losses, gaps_closed, losses_of, spread, total
 
 HALF = 256
@@ -89,7 +90,15 @@ def run_seed(folder: Path, split: Any, only: Sequence[str]) -> dict[str, dict[st
 
 
 def _held_out(checkpoint: Checkpoint, split: Any) -> Sequence[Domain]:
-    return held_out_domains(checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH, split=split)
+    if split == "report":
+        return held_out_domains(checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH)
+    texts, tokenizer = recipe_texts(checkpoint), load_tokenizer(checkpoint.folder)
+    owns = [(place, name, texts.own(place)) for place, name in enumerate(checkpoint.names)]
+    return [
+        Domain(name, at, encode(tokenizer, texts.select_of(own), max_tokens=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH))
+        for at, name, own in owns
+        if own is not None
+    ]
 
 
 def waiting_times(model: PreTrainedModel, checkpoint: Checkpoint, domains: Sequence[Domain]) -> Iterator[int]:

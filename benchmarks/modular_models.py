@@ -128,7 +128,7 @@ class Languages:
     ) -> Path:
         """A student of the teacher, distilled on one language."""
         training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
-        teaching = Teaching(self.folder / "teacher", settings)
+        teaching = Teaching(self.folder / "teacher", settings, None)
         return self._taught(name, of, [self.texts[language]], train=what, training=training, teaching=teaching)
 
     def session(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings = WITH_TEACHER) -> Path:

@@ -48,7 +48,7 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
     settings = TrainSettings(batch_tokens=tokens, what=["routers"])
     averaging = checkpoint.shape.routing.reads_averages
     parts = plan_parts(corpora, settings, steps=1, experts=len(corpora), parts=2 if averaging else 1, pack=not averaging)
-    batches = Batches(corpora, parts, 0)
+    batches = Batches(corpora, parts)
     count = sum(int(batches[number]["real"].sum()) for number in range(len(parts)))
     rates: dict[str, list[float]] = {}
     for what in ("routers", "attention"):

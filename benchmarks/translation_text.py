@@ -17,7 +17,7 @@ from pathlib import Path
 from modekit.demo.text import unpack_text
 from modekit.text.document import Pair
 from modekit.text.documents import read_documents
-from modekit.text.splits import HeldOutSplit, Split, documents_of_split
+from modekit.text.splits import Split, documents_of_split
 
 GENERIC = "generic"
 
@@ -30,7 +30,7 @@ class Corpus:
     unseen: Mapping[str, Path]
     generic: Path
 
-    def pairs(self, domain: str, split: Split | HeldOutSplit) -> list[Pair]:
+    def pairs(self, domain: str, split: Split) -> list[Pair]:
         """Pairs of a domain, or of the generic text, in one split."""
         path = {**self.seen, **self.unseen, GENERIC: self.generic}[domain]
         documents = read_documents([str(path)], root=path.parent, where=domain)

@@ -21,7 +21,7 @@ TAGGED = VOCAB + len(DOMAINS)
 
 def with_tags(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer with a tag for every domain that has an expert."""
-    add_tags(tokenizer, DOMAINS, where="the test")
+    add_tags(tokenizer, DOMAINS)
     return tokenizer
 
 

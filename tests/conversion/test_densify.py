@@ -26,10 +26,12 @@ from modekit.sources import contents
 from modekit.text.splits import split_of
 
 SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
+AS_BUILT = {"texts": {}, "root": Path(), "scale": None, "tokens": 200, "overwrite": False}
 
 
 def made(shop: Workshop, out: str, by: By, name: str = "DENSE", **said: object) -> DenseRecord:
-    asked = Densify(by, course_of(**{**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
+    course = course_of(**{**SHORT, **said.pop("course", {})})  # type: ignore[dict-item]
+    asked = Densify(by, course, **{**AS_BUILT, "overwrite": True, **said})  # type: ignore[arg-type]
     return densify(open_checkpoint(shop.root / out), asked, shop.root / name)
 
 
@@ -111,7 +113,7 @@ def test_a_distillation_lowers_the_held_out_loss_and_says_what_it_keeps(tmp_path
 def test_a_distillation_does_not_go_on_where_its_states_were_compared_on_other_text(tmp_path: Path) -> None:
     shop = make_workshop(tmp_path, num_hidden_layers=1)
     shop.build()
-    asked = Densify("distil", course_of(**{**SHORT, "evaluate_every": 1}), tokens=200)  # type: ignore[arg-type]
+    asked = Densify("distil", course_of(**{**SHORT, "evaluate_every": 1}), **AS_BUILT)  # type: ignore[arg-type]
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage.startswith("train") and done == 2:
@@ -161,7 +163,8 @@ def test_a_merge_that_is_given_needs_no_text_and_reads_held_out_text_alone(
 
 def test_where_the_mixture_closes_no_gap_nothing_is_kept_of_it() -> None:
     for mixture, kept in ((0.9, 0.5), (0.01, None), (None, None)):
-        made = {"by": "sum", "merge": {"by": "sum", "scale": 0.5}, "parameters": 1}
+        made = {"by": "sum", "merge": {"by": "sum", "scale": 0.5}, "parameters": 1, "steps": 0, "best_step": 0}
+        made |= {"losses": {}, "notes": []}
         record = DenseRecord.model_validate({**made, "gap_closed": {"mixture": mixture, "dense": 0.45}})
         assert record.kept == (kept and pytest.approx(kept))
 

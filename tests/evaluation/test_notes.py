@@ -89,7 +89,7 @@ def test_where_gains_are_noise_demo_and_report_show_no_gap_either(monkeypatch: p
     rows = [row("base", 3.60), row("general", 3.55, 0.2), replace(row("mixture", 3.56), name="oracle", kind="oracle")]
     rows = with_gaps([*rows, row("mixture", 3.56)], ["general"])
     results = Results(rows, ["general"], [], notes=list(gapless_notes(rows, ["general"])))
-    demo = DemoResults({seed: {"lexical": results} for seed in (0, 1)}, 1.0)
+    demo = DemoResults({seed: {"lexical": results} for seed in (0, 1)}, 1.0, {}, quick=False)
     assert demo.merged(1).row("lexical").mean_gap(["general"]) is None and gap_chart(results) == ""
     for shown in (results, demo.merged(1)):
         drawn = io.StringIO()

@@ -240,7 +240,9 @@ def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch
     asked = checked_settings(
         {"what": ["all"], "batch_tokens": sum(len(each.ids) for each in sequences)}, TrainSettings, where="test"
     )
-    return Batches([corpus], plan_parts([corpus], asked, steps=1, experts=1, parts=1, pack=False), pad_id)[0]
+    item = Batches([corpus], plan_parts([corpus], asked, steps=1, experts=1, parts=1, pack=False))[0]
+    item["input_ids"][~item["real"]] = pad_id
+    return item
 
 
 LONG, SHORT = TokenSequence(tuple(range(4, 36))), TokenSequence(tuple(range(40, 57)))

@@ -21,7 +21,7 @@ from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.recipes.read import parse_recipe
-from modekit.run import DETAIL, Run
+from modekit.run import DETAIL, QUIET, Run
 from modekit.sources.open import Opener
 from modekit.text.splits import TRAINED_FILE, digests_in, split_of
 from pair_models import built, inputs, logits_of, make_pair_workshop, pair_model
@@ -78,7 +78,7 @@ def test_routed_experts_of_a_mixture_move_in_its_own_dtype(train: What, workshop
         before = tensors_of(base)
         assert moved(before, tensors_of(workshop.root / "new")) == {name for name in before if ".mlp." in name}
         return
-    opener = Opener(workshop.root)
+    opener = Opener(workshop.root, QUIET)
     recipe = parse_recipe({"base_model": "./base", "experts": [{"name": "new", "adapter": "./new"}]})
     changed = opener.expert(0, recipe.experts[0], opener.base(recipe)).changes  # type: ignore[attr-defined]
     assert {name.partition(".layers.1.")[2] for name in changed} >= {f"mlp.experts.{each}_proj" for each in ("gate_up", "down")}

@@ -89,9 +89,9 @@ def test_a_tag_is_one_token_that_is_read_and_changes_no_other(kind: str, tmp_pat
     """As transformers reads it from the files: what is predicted of a text, and its bytes, are what they are without a tag."""
     tokenizer = TOKENIZERS[kind]()
     before = len(tokenizer)
-    (law,) = add_tags(tokenizer, ["law"], where="test")
-    assert law == before and add_tags(tokenizer, ["law"], where="test") == ()
-    assert add_tags(tokenizer, ["law", "med-1.x"], where="test") == (before + 1,)
+    (law,) = add_tags(tokenizer, ["law"])
+    assert law == before and add_tags(tokenizer, ["law"]) == ()
+    assert add_tags(tokenizer, ["law", "med-1.x"]) == (before + 1,)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert labels_of(again) == ("law", "med-1.x") and tag_ids(again, ["med-1.x", "law"]) == (before + 1, before)
@@ -109,7 +109,7 @@ def test_a_tag_is_one_token_that_is_read_and_changes_no_other(kind: str, tmp_pat
 def test_white_space_that_a_text_begins_with_stays_behind_a_tag(kind: str) -> None:
     """What is trained on, what `eval --labels tag` reads, and the text without a tag: the same tokens, also of a source."""
     tokenizer = TOKENIZERS[kind]()
-    (law,) = add_tags(tokenizer, ["law"], where="test")
+    (law,) = add_tags(tokenizer, ["law"])
     for text in ("\n    some text, of fever", "    Some text, dose", "\tdose of text", "  some fever"):
         (plain,) = encode(tokenizer, [text], max_tokens=999, sequence_length=99)
         (trained,) = encode(tokenizer, [tagged(text, "law")], max_tokens=999, sequence_length=99)
@@ -126,7 +126,7 @@ def test_a_tag_is_not_predicted(shop: Path) -> None:
     """The loss is the sum over the tokens that are predicted without the tag, given it; computed here by hand."""
     for tokenizer in (character_tokenizer(), begun_tokenizer()):
         model = tiny_model(num_hidden_layers=1)
-        add_tags(tokenizer, ["law"], where="test")
+        add_tags(tokenizer, ["law"])
         model.resize_token_embeddings(len(tokenizer))
         (sequence,) = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
         ids = list(sequence.ids)
@@ -301,7 +301,7 @@ def test_encoder_and_decoder_with_an_embedding_each_have_no_place_for_new_tags(t
         with pytest.raises(UnsupportedError, match=r"an embedding each[\s\S]*BASE, --tags"):
             run(tmp_path, "base", tmp_path / "OUT", Labelled(texts), train=train, run=UNTRAINED)
     assert not (tmp_path / "OUT").exists()
-    add_tags(tokenizer, texts, where="test")
+    add_tags(tokenizer, texts)
     save_base()
     record = run(tmp_path, "base", tmp_path / "OUT", Labelled(texts), training=TRAINING.with_(steps=1))
     assert record["labels"] == {"tags": ["loud", "numbered"]}
@@ -326,7 +326,7 @@ def test_tokens_that_a_base_has_no_rows_for_are_one_clear_error(shop: Path, tmp_
             specialize(tmp_path / "base", tmp_path / "OUT", texts, root=shop, training=TRAINING, run=UNTRAINED)
         assert "--tags" not in str(caught.value)
     tokenizer = character_tokenizer()
-    add_tags(tokenizer, ["medicine"], where="test")
+    add_tags(tokenizer, ["medicine"])
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "<domain:medicine> a dose {n}"}}\n' for n in range(40)))
     own = [str(tmp_path / "own.jsonl")]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from command_line import modekit
+from command_line import ended, modekit
 from modekit.demo.text import GENERAL, LANGUAGES, unpack_text
 from modekit.experts.corpus.texts import GivenTexts
 from modekit.experts.corpus.tokenizer import byte_level_bpe, train_tokenizer
@@ -102,7 +102,8 @@ def test_bad_input_is_one_clear_error(room: Path, tmp_path: Path) -> None:
     assert "is in the" in refuse(*typed(tmp_path, "OUT", names=["one"]))
     assert "does not exist" in refuse(*typed(tmp_path, "OUT", names=["nothing"]))
     for size in ("100", "259", "9999999"):
-        assert "out of range" in refuse(*typed(tmp_path, "OUT", "--vocabulary", size, names=["one"]))
+        code, _, said = ended(*typed(tmp_path, "OUT", "--vocabulary", size, names=["one"]))
+        assert code == 2 and "Invalid value for '--vocabulary': must be" in said
     assert "does not exist" in refuse(*typed(tmp_path, "OUT", "--against", "./nowhere", names=["one"]))
     assert tree(tmp_path) == before
     assert "the output folder exists" in refuse(*typed(room, "ALL"))

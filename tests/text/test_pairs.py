@@ -129,7 +129,7 @@ def test_encode_keeps_pairs_whole() -> None:
 def test_batches_hold_every_pair_once(tokens: int) -> None:
     sequences = encode(pair_tokenizer(), pairs(40), max_tokens=10_000, sequence_length=64)
     seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for batch in make_batches(sequences, tokens=tokens, pad_id=5):
+    for batch in make_batches(sequences, tokens=tokens):
         assert batch.target is not None
         assert len(batch.rows) == 1 or batch.input_ids.numel() + batch.target.numel() <= tokens
         assert batch.tokens == sum(sequences[row].size for row in batch.rows)

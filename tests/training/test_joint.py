@@ -74,7 +74,7 @@ def train_only(checkpoint: Checkpoint, text: dict[str, list[str]]) -> dict[str, 
     objective = Objective(model, checkpoint, wanted, teachers=[], train_top_k=None, packed=packed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     model.train()
-    batches = Batches(corpora, parts, pad_id=0)
+    batches = Batches(corpora, parts)
     for number in range(0, len(batches), 2):
         for part in (number, number + 1):
             objective(**batches[part]).backward()

@@ -26,12 +26,12 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import open_checkpoint
 from modekit.errors import OutputError, TextError, TrainingError
-from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.domains import held_out_domains, recipe_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded.engine import NotFiniteError
-from modekit.loaded.load import load_model
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import Run
-from modekit.text.sequences import TokenSequence
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.end_to_end import packs
@@ -143,8 +143,12 @@ def test_a_trained_mixture_is_what_plain_transformers_loads(workshop: Workshop, 
     assert done.improved
     assert not torch.allclose(before, logits_of(checkpoint.folder, ids))
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    for domain in held_out_domains(done.checkpoint, tokens_per_domain=400, sequence_length=64, split="select"):
-        assert mean_loss(loaded, domain.sequences) == pytest.approx(done.record.select_loss[domain.name]["after"], abs=1e-4)
+    texts, tokenizer = recipe_texts(done.checkpoint), load_tokenizer(done.checkpoint.folder)
+    for place, name in enumerate(done.checkpoint.names):
+        text = texts.own(place)
+        assert text is not None
+        select = encode(tokenizer, texts.select_of(text), max_tokens=400, sequence_length=64)
+        assert mean_loss(loaded, select) == pytest.approx(done.record.select_loss[name]["after"], abs=1e-4)
 
 
 def mean_loss(model: Any, sequences: Any) -> float:
@@ -224,7 +228,7 @@ def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[st
             load_model(checkpoint.folder), checkpoint, settings, teachers=teachers, train_top_k=None, packed=packed
         )
         planned = plan_parts(corpora, settings, steps=1, experts=3, parts=parts, pack=packed)
-        batches = Batches(corpora, planned, pad_id=0)
+        batches = Batches(corpora, planned)
         losses = sum(float(objective(**batches[number]).detach()) for number in range(parts))
         return {"total": losses, **objective.drain()}
 
@@ -597,7 +601,7 @@ def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, fa
     losses = []
     for pack in (False, True):
         objective = Objective(load_model(checkpoint.folder), checkpoint, settings, teachers=[], train_top_k=None, packed=pack)
-        batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack), pad_id=0)
+        batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack))
         losses.append(float(objective(**batches[0]).detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

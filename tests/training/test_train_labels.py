@@ -130,7 +130,7 @@ def test_a_sequence_is_read_with_the_tag_of_its_label(tagged_workshop: Workshop,
     model = load_model(checkpoint.folder)
     for packed in (True, False):
         parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=packed)
-        item = Batches(corpora, parts, pad_id=0)[0]
+        item = Batches(corpora, parts)[0]
         assert check_rows(corpora, parts[0].rows, item) >= 3
         objective = Objective(model, checkpoint, said, teachers=[], train_top_k=None, packed=packed)
         with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_teacher_is_asked_about_what_is_read(tagged_workshop: Workshop, tmp_pa
     teachers = make_teachers(checkpoint, corpora, tmp_path / "kept", tagged_workshop.root / "law", run=QUIET)
     parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=False)
     model = load_model(tagged_workshop.root / "law")
-    item = Batches(corpora, parts, pad_id=0)[0]
+    item = Batches(corpora, parts)[0]
     with torch.no_grad():
         logits = model(item["input_ids"], attention_mask=item["real"].long()).logits
     for number, (draw,) in enumerate(parts[0].rows):
@@ -222,7 +222,7 @@ def test_a_step_has_one_label_which_its_expert_takes(tagged_workshop: Workshop) 
     assert all(each == {part.expert} for each, part in zip(labels, parts, strict=True))
     own = [corpora[part.rows[0][0].corpus].expert == part.expert for part in parts]
     assert sum(own) / len(own) == pytest.approx(0.6, abs=0.01)
-    batches = Batches(corpora, parts, pad_id=0)
+    batches = Batches(corpora, parts)
     for number in range(12):
         item = batches[number]
         assert {TAGS.index(each) for each in item["input_ids"].flatten().tolist() if each in TAGS} == {parts[number].expert}
@@ -239,7 +239,7 @@ def test_the_expert_of_a_drawn_label_learns_and_no_other(tagged_workshop: Worksh
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".router." not in name)
     objective = Objective(model, checkpoint, said, teachers=[], train_top_k=None, packed=packs(checkpoint))
-    batches = Batches(law, parts, pad_id=0)
+    batches = Batches(law, parts)
     for number in range(3):
         objective(**batches[number]).backward()
     moved = {name.partition(".experts.")[2].partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}

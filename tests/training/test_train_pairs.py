@@ -68,7 +68,7 @@ def test_losses_of_a_step_are_those_of_its_pairs(pair_workshop: Workshop, tmp_pa
     wanted = settings(losses={"lm": 1.0, "label": 0.5}, steps=1)
     corpora = [text.corpus for text in read_texts(checkpoint, wanted, {}, tmp_path, run=QUIET)]
     parts = plan_parts(corpora, wanted, steps=1, experts=3, parts=1, pack=False)
-    item = Batches(corpora, parts, pad_id=0)[0]
+    item = Batches(corpora, parts)[0]
     model = load_model(checkpoint.folder)
     objective = Objective(model, checkpoint, wanted, teachers=[], train_top_k=None, packed=False)
     with torch.no_grad():

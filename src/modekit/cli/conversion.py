@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from pydantic import BaseModel, Field
 
-from modekit.cli.options import grouped, texts_by_domain
+from modekit.cli.options import DomainTexts, grouped, texts_by_domain
 from modekit.cli.printing import print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, writable
+from modekit.cli.shell import NewFolder, OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import count_of, or_dash
@@ -47,9 +47,7 @@ class DensifyOptions(Writing):
         float | None,
         typer.Option(min=0, max=1_000, help="Scale of the summed differences (not with average; default: by text)."),
     ] = None
-    text: Annotated[
-        list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
-    ] = None
+    text: DomainTexts = None
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain for the table.")] = SAMPLE_TOKENS
 
 
@@ -118,7 +116,7 @@ class UpcycleOptions(Writing):
 @grouped
 def upcycle(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the dense model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     options: UpcycleOptions,
 ) -> None:
     """Turn a dense model into a mixture with the same logits, to be trained."""

@@ -10,7 +10,7 @@ import typer
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing import print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import Writing, app, common, writable
+from modekit.cli.shell import NewFolder, Writing, app, common, model_in, writable
 from modekit.cli.words import Words, settings_in
 from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash
@@ -25,15 +25,14 @@ data = typer.Typer(
 )
 app.add_typer(data)
 
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
-DomainTexts = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
+GivenText = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
 
 
 @data.command()
 @grouped
 def balance(
-    output: Output,
-    text: DomainTexts,
+    output: NewFolder,
+    text: GivenText,
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub id of the model whose tokens are counted.")],
     said: Writing,
     words: Words = None,
@@ -43,10 +42,9 @@ def balance(
     with running() as run:
         from modekit.experts.corpus.balance import BalanceSettings, balance
         from modekit.experts.corpus.texts import GivenTexts
-        from modekit.sources.folders import model_folder
 
         settings = settings_in(words, BalanceSettings, "data balance")
-        folder, _ = model_folder(tokenizer, root=Path.cwd(), label="--tokenizer", run=run)
+        folder, _ = model_in(tokenizer, "--tokenizer", run)
         given = GivenTexts(texts, Path.cwd(), tokenizer, folder)
         balanced = balance(given, settings, target, replace=replaced_by(said.overwrite), run=run)
     if common().json:
@@ -58,10 +56,13 @@ def balance(
 @data.command(name="tokenizer")
 @grouped
 def make_tokenizer(
-    output: Output,
-    text: DomainTexts,
+    output: NewFolder,
+    text: GivenText,
     said: Writing,
-    vocabulary: Annotated[int, typer.Option(help="Largest size of the vocabulary.")] = 8_000,
+    vocabulary: Annotated[
+        int,
+        typer.Option(min=260, max=2**20, help="Largest size of the vocabulary."),  # all bytes and special tokens, and more
+    ] = 8_000,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a model whose tokenizer to compare with.")
     ] = None,
@@ -71,9 +72,8 @@ def make_tokenizer(
     with running() as run:
         from modekit.experts.corpus.texts import GivenTexts
         from modekit.experts.corpus.tokenizer import train_tokenizer
-        from modekit.sources.folders import model_folder
 
-        folder, _ = (None, None) if against is None else model_folder(against, root=Path.cwd(), label="--against", run=run)
+        folder, _ = (None, None) if against is None else model_in(against, "--against", run)
         given = GivenTexts(texts, Path.cwd(), against, folder)
         trained = train_tokenizer(given, vocabulary, target, replace=replaced_by(said.overwrite), run=run)
     if common().json:

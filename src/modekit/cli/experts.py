@@ -13,7 +13,7 @@ from rich.text import Text
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing import out, print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
-from modekit.cli.shell import Writing, app, common, refuse_without_effect, writable
+from modekit.cli.shell import NewFolder, Writing, app, common, model_in, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
@@ -61,14 +61,13 @@ class SpecializeOptions(Writing):
 @grouped
 def specialize(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     text: Annotated[list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; repeatable.")],
     options: SpecializeOptions,
     words: Words = None,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well; --tags: on several; --teacher: from another model."""
     from modekit.experts.settings import SpecialistSettings
-    from modekit.sources.folders import model_folder
 
     settings, lora = settings_in(words, SpecialistSettings, "specialize"), options.train == "lora"
     there = {"--train lora": lora, "--teacher": options.teacher, "--tags": options.tags, "--generic": options.generic}
@@ -83,7 +82,7 @@ def specialize(
     for each in text:
         find_text([(options.tags and each.partition("=")[2]) or each], root=Path.cwd(), where="--text")
     with running() as run:
-        folder, commit = model_folder(base, root=Path.cwd(), label="BASE", run=run)
+        folder, commit = model_in(base, "BASE", run)
         from modekit.experts.labelled import Generic, Labelled
         from modekit.experts.specialize import specialize
         from modekit.loaded.text_training import Training
@@ -113,9 +112,8 @@ def _teaching(teacher: str | None, settings: SpecialistSettings, run: Run) -> Te
     if teacher is None:
         return None
     from modekit.experts.distill import Teaching
-    from modekit.sources.folders import model_folder
 
-    folder, _ = model_folder(teacher, root=Path.cwd(), label="--teacher", run=run)
+    folder, _ = model_in(teacher, "--teacher", run)
     return Teaching(folder, settings, settings.mix)
 
 
@@ -158,18 +156,17 @@ class ExtractOptions(Writing):
 @grouped
 def extract(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the fine-tuned model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     base: Annotated[str, typer.Option(help="Folder or hub id of the model it was tuned from.")],
     options: ExtractOptions,
 ) -> None:
     """Extract a LoRA adapter from a full fine-tune, and show what that loses."""
     from modekit.experts.extract import extract
-    from modekit.sources.folders import model_folder
 
     target = writable(output, options.overwrite)
     with running() as run:
-        tuned, _ = model_folder(model, root=Path.cwd(), label="MODEL", run=run)
-        origin, _ = model_folder(base, root=Path.cwd(), label="--base", run=run)
+        tuned, _ = model_in(model, "MODEL", run)
+        origin, _ = model_in(base, "--base", run)
         record = extract(tuned, origin, target, rank=options.rank, base_name=base, overwrite=options.overwrite, run=run)
     if common().json:
         print_json({**record.model_dump(mode="json"), "notes": record.notes()})

@@ -54,9 +54,7 @@ class ModelOptions:
 class AdmissionOptions:
     """What is measured before an expert is added."""
 
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure first what the expert adds, and which expert it resembles.")
-    ] = True
+    measure: Annotated[bool, typer.Option(help="Measure first what the expert adds, and which expert it resembles.")] = True
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split).")] = (
         SAMPLE_TOKENS
     )

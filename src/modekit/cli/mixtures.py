@@ -18,11 +18,10 @@ from modekit.cli.printing import (
     print_next,
     print_notes,
     print_result,
-    print_rows,
     print_table,
 )
 from modekit.cli.progress import running
-from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
+from modekit.cli.shell import NewFolder, OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
 from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
 from modekit.evaluation.tables import ResultTable
@@ -58,7 +57,7 @@ def plan(recipe: RecipePath) -> None:
 @app.command()
 def build(
     recipe: RecipePath,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    output: NewFolder,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
@@ -196,17 +195,16 @@ def print_plan(plan: Preview) -> None:
     parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
     also = "" if plan.also_runs_in.startswith("transformers") else "also "
     weights, kept, needed = map(bytes_of, (sizes["written"], sizes["statistics"], disk["needed"]))
-    print_rows(
-        [
-            ("architecture", f"{plan.architecture} ({also}runs in {plan.also_runs_in})"),
-            ("why", plan.why),
-            ("experts", ", ".join(f"{name} ({model})" for name, model in plan.experts.items())),
-            ("mixing", f"{plan.method}, {plan.chosen}, backbone {plan.backbone}"),
-            ("router", plan.router_why or plan.router),
-            ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
-            ("tensors", f"{plan.tensors} in {file_count(plan.shards)}, {plan.dtype}"),
-            ("disk", f"{needed} needed ({weights} of weights, {kept} to fit the router again), {bytes_of(disk['free'])} free"),
-            ("memory", ", ".join(f"{bytes_of(memory[step])} to {step}" for step in ("build", "fit", "load"))),
-            *(("note", note) for note in plan.notes),
-        ]
-    )
+    rows = [
+        ("architecture", f"{plan.architecture} ({also}runs in {plan.also_runs_in})"),
+        ("why", plan.why),
+        ("experts", ", ".join(f"{name} ({model})" for name, model in plan.experts.items())),
+        ("mixing", f"{plan.method}, {plan.chosen}, backbone {plan.backbone}"),
+        ("router", plan.router_why or plan.router),
+        ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
+        ("tensors", f"{plan.tensors} in {file_count(plan.shards)}, {plan.dtype}"),
+        ("disk", f"{needed} needed ({weights} of weights, {kept} to fit the router again), {bytes_of(disk['free'])} free"),
+        ("memory", ", ".join(f"{bytes_of(memory[step])} to {step}" for step in ("build", "fit", "load"))),
+        *(("note", note) for note in plan.notes),
+    ]
+    print_table(ResultTable("", ["", ""], rows, prose=True))

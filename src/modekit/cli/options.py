@@ -25,6 +25,10 @@ from pydantic.fields import FieldInfo
 
 from modekit.errors import ModekitError
 
+DomainTexts = Annotated[
+    list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
+]
+
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose dataclass parameters are unfolded out into their fields."""

@@ -101,11 +101,6 @@ def print_next(folder: Path, *commands: str) -> None:
     out.print(f"next: {', '.join(f'modekit {each}' for each in commands)}".replace("OUT", quote(str(folder))))
 
 
-def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Draw sentences under each other, with their names before them."""
-    print_table(ResultTable("", ["", ""], list(rows), prose=True))
-
-
 def print_table(shown: ResultTable) -> None:
     """Draw a table and what its figures are; the mixture's row stands out."""
     rows = [cells_of(row) for row in shown.rows]

@@ -86,7 +86,7 @@ def drawn_progress() -> Iterator[Progress]:
 def running() -> Iterator[Run]:
     """For the room that does the work of a command; its progress is drawn while this is open."""
     with drawn_progress() as progress:
-        yield common().run(progress)
+        yield Run(common().trust_remote_code, progress, common().fsync)
 
 
 @contextmanager

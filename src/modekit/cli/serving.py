@@ -132,8 +132,9 @@ def _answer(talk: Chat, checkpoint: Checkpoint, said: str) -> None:
 
 
 def _show(token: AnswerToken) -> None:
-    coloured = out.color_system is not None and not out.no_color and token.leader is not None and token.weights is not None
-    style = tint(token.leader, max(token.weights)) if coloured and token.leader is not None and token.weights else Style()
+    style = Style()
+    if out.color_system is not None and not out.no_color and token.leader is not None and token.weights is not None:
+        style = tint(token.leader, max(token.weights))
     out.print(Text(token.text.expandtabs(4), style=style), end="", soft_wrap=True, highlight=False)
 
 

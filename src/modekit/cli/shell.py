@@ -28,7 +28,7 @@ from modekit.files.marker import changed_files
 from modekit.files.place import replaced_by
 from modekit.files.write import FULL, write_file
 from modekit.processes import DEVICE_VARIABLE, Device
-from modekit.run import Progress, Run, silent
+from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
 
@@ -58,10 +59,6 @@ class Common:
     trust_remote_code: bool = False
     json: bool = False
     fsync: bool = True
-
-    def run(self, progress: Progress = silent) -> Run:
-        """For the room that does the work."""
-        return Run(self.trust_remote_code, progress, self.fsync)
 
 
 _asked = Common()
@@ -100,9 +97,7 @@ def _before_the_command(
         bool, typer.Option("--trust-remote-code", help="Allow models that bring code of their own.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=f"Print JSON instead of tables: {', '.join(_PRINT_JSON)}.")] = False,
-    fsync: Annotated[
-        bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
-    ] = True,
+    fsync: Annotated[bool, typer.Option(help="Wait until the disk has everything, so that a power loss costs nothing.")] = True,
     device: Annotated[
         Device,
         typer.Option(
@@ -171,6 +166,13 @@ def checkpoint_in(folder: Path) -> Checkpoint:
         said = f"note: changed since modekit wrote them: {some_of(changed)}; `modekit verify {folder}` compares them"
         err.print(Text(said), soft_wrap=True)
     return opened
+
+
+def model_in(spec: str, label: str, run: Run) -> tuple[Path, str | None]:
+    """The folder of a model that is named on the command line, and its commit where it is the hub's. Raises SourceError."""
+    from modekit.sources.folders import model_folder
+
+    return model_folder(spec, root=Path.cwd(), label=label, run=run)
 
 
 def writable(path: Path, overwrite: bool, *, trains: bool = False) -> Path:

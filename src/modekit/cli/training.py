@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modekit.cli.options import texts_by_domain
+from modekit.cli.options import DomainTexts, texts_by_domain
 from modekit.cli.printing import print_done, print_json, print_notes, print_result, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
@@ -28,9 +28,7 @@ def train(
     settings: Annotated[
         Path | None, typer.Option(help="YAML with settings by name (docs/training.md); those of the command line win.")
     ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
-    ] = None,
+    text: DomainTexts = None,
     output: Annotated[Path | None, typer.Option("--out", help="Folder for the trained mixture (default: OUT itself).")] = None,
     tokens: Annotated[
         int | None,

@@ -72,8 +72,9 @@ def settings_in(words: Sequence[str] | None, kind: type[_Kind], command: str) ->
     try:
         return as_kind(said_in(words, command), kind)
     except ValueError as error:
-        remedy = f"modekit {command} --help lists the settings"
-        raise ModekitError("a setting is wrong", where=f"modekit {command}", found=error, remedy=remedy) from None
+        raise ModekitError(
+            "a setting is wrong", where=f"modekit {command}", found=error, remedy=f"modekit {command} --help lists the settings"
+        ) from None
 
 
 def list_settings(group: Any) -> None:

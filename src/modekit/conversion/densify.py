@@ -17,10 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 from pydantic import BaseModel
 from transformers import PreTrainedModel
@@ -49,7 +48,6 @@ from modekit.planning.make import make_plan
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import copied_content
-from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.splits import TRAINED_FILE, digests_in
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
@@ -80,11 +78,11 @@ class DenseRecord(BaseModel, frozen=True):
     by: By
     merge: Merge
     parameters: int
-    steps: int = 0
-    best_step: int = 0
-    losses: dict[str, dict[str, float]] = {}
-    gap_closed: dict[str, float | None] = {}
-    notes: list[str] = []
+    steps: int
+    best_step: int
+    losses: dict[str, dict[str, float]]
+    gap_closed: dict[str, float | None]
+    notes: list[str]
 
     @property
     def kept(self) -> float | None:
@@ -115,7 +113,7 @@ def course_of(**said: object) -> Course:
 class DenseFolder(SpecialistFolder):
     """DENSE.training."""
 
-    record_file: ClassVar[str] = DENSE_FILE
+    record_file = DENSE_FILE
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,11 @@ class Densify:
 
     by: By
     course: Course
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    root: Path = Path()
-    scale: float | None = None
-    tokens: int = SAMPLE_TOKENS
-    overwrite: bool = False
+    texts: Mapping[str, Sequence[str]]
+    root: Path
+    scale: float | None
+    tokens: int
+    overwrite: bool
 
 
 def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUIET) -> DenseRecord:
@@ -240,7 +238,7 @@ class _Work:
         lesson = Lesson(teacher, checkpoint.vocabulary, course.lesson)
         loop, module = loop_of(settings, steps, student.device), Student(student, lesson, settings)
         held_out = [text.held_out for text in self.texts]
-        outcome = run_trainer(module, Batches(corpora, parts, pad_id=0), held_out, loop, self.folder.path, self.run)
+        outcome = run_trainer(module, Batches(corpora, parts), held_out, loop, self.folder.path, self.run)
         self.folder.keep("trained", outcome.model_dump(mode="json"))
         return outcome
 
@@ -298,6 +296,9 @@ class _Work:
         rows = [base, *own, Row("experts", "oracle", 0, 0, all_own, ""), mixture, *merge, ours]
         for row in rows:
             if not all(math.isfinite(score.loss) for score in row.scores.values()):
-                remedy = "see with `modekit verify` whether weights hold NaN or Inf"
-                raise SourceError("a loss is not finite, so that nothing can be compared", where=row.name, remedy=remedy)
+                raise SourceError(
+                    "a loss is not finite, so that nothing can be compared",
+                    where=row.name,
+                    remedy="see with `modekit verify` whether weights hold NaN or Inf",
+                )
         return with_gaps(rows, [*all_own])

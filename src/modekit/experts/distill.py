@@ -14,7 +14,7 @@ Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,8 +103,8 @@ class Teaching:
     """The folder of a teacher, what is learned from it, and how several texts share the steps."""
 
     teacher: Path
-    settings: DistillSettings = field(default_factory=DistillSettings)
-    mix: Mix | None = None
+    settings: DistillSettings
+    mix: Mix | None
 
     def open(self, student: ModelSource, run: Run) -> ModelSource:
         """The teacher by header. Raises SourceError, UnsupportedError (an encoder), MismatchError where tokenizers differ."""
@@ -113,8 +113,11 @@ class Teaching:
         check_same_tokenizer(student.folder, self.teacher, where=where, readers=_READERS)
         for each, label in ((student, f"STUDENT ({student.folder.name})"), (source, where)):
             if each.config["model_type"] in {family.model_type for family in PAIRS}:
-                remedy = "leave --teacher away, and train it on text alone"
-                raise UnsupportedError("models with an encoder are not distilled yet", where=label, remedy=remedy)
+                raise UnsupportedError(
+                    "models with an encoder are not distilled yet",
+                    where=label,
+                    remedy="leave --teacher away, and train it on text alone",
+                )
             read = read_tokens(each.folder, where=label)
             check_ids_fit({} if read is None else read.tokens, whole(each.config, "vocab_size"), where=label)
         return source
@@ -145,7 +148,7 @@ class Teaching:
         steps = settings.steps or steps_of_one_pass(corpora, settings)
         parts = plan_parts(corpora, settings, steps=steps, experts=len(corpora), parts=1, pack=False)
         loop = loop_of(settings, steps, student.device)
-        going = Loop(Student(student, lesson, settings), Batches(corpora, parts, pad_id=0), loop, folder, run)
+        going = Loop(Student(student, lesson, settings), Batches(corpora, parts), loop, folder, run)
         going.go()
         student.eval()
         draws = (draw for part in parts for row in part.rows for draw in row)

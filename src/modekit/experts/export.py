@@ -155,7 +155,7 @@ def adapter_config_of(checkpoint: Checkpoint, expert: int) -> dict[str, object]:
     recipe = checkpoint.record.recipe
     folder = locate(recipe.base_model, checkpoint.recipe_root)
     base = recipe.base_model if folder is None else str(folder.resolve())  # PEFT finds it, whatever folder it is called from
-    config = lora_config(base, changes, parameters=inside, has_encoder=checkpoint.shape.family.reads == "pairs")
+    config = lora_config(base, changes, inside, has_encoder=checkpoint.shape.family.reads == "pairs")
     return {**config, "revision": recipe.revision}
 
 

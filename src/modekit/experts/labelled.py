@@ -15,7 +15,7 @@ from modekit.text.document import Document
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
-from modekit.text.tags import all_tagged, labels_of, tag_ids
+from modekit.text.tags import labels_of, tag_ids, tagged
 from modekit.training.batches import DomainSequences, drawn_label
 from modekit.training.losses import GENERIC
 from modekit.training.settings import RandomiseTo
@@ -118,7 +118,7 @@ def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: 
     fit = text.split("fit")
 
     def written(documents: list[Document]) -> list[Document]:
-        return documents if label is None else all_tagged(documents, label, where=where)
+        return documents if label is None else [tagged(each, label, where=where) for each in documents]
 
     sequences = training_sequences(reading.tokenizer, written(fit), training)
     if not fit:

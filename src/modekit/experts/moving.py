@@ -98,8 +98,12 @@ def _adapter(model: PreTrainedModel, base: tuple[str, str | None], rank: int) ->
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            what = "PEFT has no adapter on all linear modules of this model"
-            raise UnsupportedError(what, where="--train lora", found=said_by(error), remedy=_OTHER) from None
+            raise UnsupportedError(
+                "PEFT has no adapter on all linear modules of this model",
+                where="--train lora",
+                found=said_by(error),
+                remedy=_OTHER,
+            ) from None
     written = adapted.peft_config["default"]
     written.base_model_name_or_path, written.revision = base
 

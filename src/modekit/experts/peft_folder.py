@@ -49,16 +49,16 @@ def peft_name(module: str, part: str) -> str:
 def lora_config(
     base_name: str,
     changes: Mapping[str, ModuleChange],
+    parameters: Mapping[str, ModuleChange],
     *,
-    parameters: Mapping[str, ModuleChange] | None = None,
-    has_encoder: bool = False,
+    has_encoder: bool,
 ) -> dict[str, object]:
     """adapter_config.json of these modules and parameters, which are its targets by their full names.
 
     `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `has_encoder`: the base is an
     encoder-decoder.
     """
-    both = {**changes, **(parameters or {})}
+    both = {**changes, **parameters}
     ranks = {module: change.rank for module, change in sorted(both.items())}
     alphas = {module: both[module].alpha for module in ranks}
     largest = max(ranks, key=ranks.__getitem__)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
 
 from pydantic import BaseModel
 from transformers import PreTrainedModel
@@ -74,7 +73,7 @@ class SpecialistRecord(BaseModel, frozen=True):
 class SpecialistFolder(StatesFolder):
     """OUT.training of a model or adapter that is made alone."""
 
-    record_file: ClassVar[str] = SPECIALIST_FILE
+    record_file = SPECIALIST_FILE
 
     def announce(self, data: dict[str, object]) -> None:
         """Say, before it is written, what OUT will say of how it was made."""

@@ -55,7 +55,7 @@ def specialize(
     train: What = "mlp",
     rank: int = 16,
     hub: tuple[str, str] | None = None,
-    training: Training | None = None,
+    training: Training,
     generic: Generic | None = None,
     teaching: Teaching | None = None,
     overwrite: bool = False,
@@ -74,7 +74,6 @@ def specialize(
     Returns what specialist.json in OUT says. Raises TextError, MismatchError (a teacher with another tokenizer), SourceError,
     UnsupportedError (a plain mixture), OutputError, TrainingError, and InterruptError for Ctrl-C, which says what was kept.
     """
-    training = training or Training()
     folder = SpecialistFolder(out)
     folder.tidy()
     sources = (base,) if teaching is None else (base, teaching.teacher)
@@ -82,8 +81,11 @@ def specialize(
     refuse_existing(out, replaced_by(overwrite), sources=[*sources, *folders_of(given, root)])
     source = named_by_class(open_source("BASE", str(base), base, run=run))
     if (base / RECORD_FILE).exists() and open_checkpoint(base).shape.channels is not None:
-        what = "channels lead each token of this mixture to its expert, and training would move them"
-        raise UnsupportedError(what, where=f"BASE ({base.name})", remedy=OF_A_MIXTURE)
+        raise UnsupportedError(
+            "channels lead each token of this mixture to its expert, and training would move them",
+            where=f"BASE ({base.name})",
+            remedy=OF_A_MIXTURE,
+        )
     run.begin("read the text")
     reading = Reading(load_tokenizer(base, run=run), root, training)
     teacher = None if teaching is None else teaching.open(source, run)
@@ -204,23 +206,33 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     if not isinstance(texts, Labelled):
         _check_rows(reading.tokenizer, rows)
         return ()
-    added = add_tags(reading.tokenizer, texts.texts, where="BASE")
+    added = add_tags(reading.tokenizer, texts.texts)
     labels = labels_of(reading.tokenizer)
     _check_rows(reading.tokenizer, rows, but=set(map(tag_of, labels)))
     known = tag_ids(reading.tokenizer, labels)
     new = tuple(each for each in known if each in added or each >= rows)
     if new and train == "mlp" and reading.training.weight_decay:
-        what, remedy = "weight decay would move rows of the embedding beside those of new tags", "leave it out, or train all"
-        raise UnsupportedError(what, where="weight_decay", found=reading.training.weight_decay, remedy=remedy)
+        raise UnsupportedError(
+            "weight decay would move rows of the embedding beside those of new tags",
+            where="weight_decay",
+            found=reading.training.weight_decay,
+            remedy="leave it out, or train all",
+        )
     if new and config.get("share_encoder_decoder_embeddings") is False:
-        what = "encoder and decoder have an embedding each: new tags have no place"
-        found, remedy = "share_encoder_decoder_embeddings: false", "choose a base model that shares its embedding"
-        raise UnsupportedError(what, where="BASE, --tags", found=found, remedy=remedy)
+        raise UnsupportedError(
+            "encoder and decoder have an embedding each: new tags have no place",
+            where="BASE, --tags",
+            found="share_encoder_decoder_embeddings: false",
+            remedy="choose a base model that shares its embedding",
+        )
     if new and train == "lora":
-        what = "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer"
-        found, expected = f"{len(new)} tags that BASE does not have, or has no rows for", "a base that knows them"
-        remedy = "make it first: modekit specialize BASE WITH-TAGS --tags --train mlp"
-        raise SourceError(what, where="--tags --train lora", found=found, expected=expected, remedy=remedy)
+        raise SourceError(
+            "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer",
+            where="--tags --train lora",
+            found=f"{len(new)} tags that BASE does not have, or has no rows for",
+            expected="a base that knows them",
+            remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
+        )
     return new
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ class NewExpert:
     """
 
     entry: Mapping[str, object]
-    root: Path = field(default_factory=Path)
+    root: Path
     weight: float | None = None
 
     def in_folder(self, folder: Path) -> dict[str, Any]:
@@ -136,4 +136,4 @@ def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:
 
 def _change(what: Literal["add", "remove", "replace"], name: str, **entry: str | None) -> Change:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return Change(what=what, expert=name, on=today, was=entry.get("was"), source=entry.get("source"))
+    return Change(what=what, expert=name, on=today, **entry)

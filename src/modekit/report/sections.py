@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 import yaml
@@ -50,7 +50,7 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
-    notes: Sequence[str] = ()
+    notes: Sequence[str]
 
     @property
     def anchor(self) -> str:
@@ -74,7 +74,7 @@ class Content:
     results: Results | None
     sections: Sequence[Section]
     samples: Sequence[Sample]
-    missing: list[str] = field(default_factory=list)
+    missing: list[str]
 
 
 def make_content(checkpoint: Checkpoint) -> Content:
@@ -176,9 +176,9 @@ _NOTHING = 0.02  # of the largest difference: less has no colour
 _LONGEST = 17  # characters of a name that a picture has room for
 
 
-def shade(value: float | None, steps: int = 10) -> str:
+def shade(value: float | None) -> str:
     """Class of a share's colour: ten steps of one hue, dark is much."""
-    return "" if value is None else f"q{min(steps - 1, max(0, int(value * steps)))}"
+    return "" if value is None else f"q{min(9, max(0, int(value * 10)))}"
 
 
 def tint(value: float | None) -> str:

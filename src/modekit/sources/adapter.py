@@ -99,8 +99,8 @@ class AdapterSource(ModelSource):
         replaced: name of a tensor of the base -> the whole tensor that takes its place.
     """
 
-    changes: Mapping[str, LowRank] = field(default_factory=dict, compare=False)
-    replaced: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
+    changes: Mapping[str, LowRank] = field(compare=False)
+    replaced: Mapping[str, TensorRef] = field(compare=False)
 
 
 def is_adapter(folder: Path) -> bool:

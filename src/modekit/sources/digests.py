@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -29,17 +29,14 @@ def settings_digest(config: Config) -> str:
 
 def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     """A file's hash, read now; `progress` is told the bytes so far and in all. Raises SourceError."""
-    file = WeightFile(path)
     digest = blake3()
     done = 0
-    try:
+    with closing(WeightFile(path)) as file:
         for chunk in file.chunks(0, file.state.size):
             digest.update(chunk)
             done += len(chunk)
             progress(done, file.state.size)
         file.check_unchanged()
-    finally:
-        file.close()
     return str(digest.hexdigest())
 
 

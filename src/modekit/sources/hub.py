@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from modekit.errors import SourceError
 from modekit.files.typed import shortened
-from modekit.run import QUIET, Run
+from modekit.run import Run
 from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from modekit.sources.source import SPECIALIST_FILE
 from modekit.sources.tokenizer import COPIED_FILES
@@ -27,7 +27,7 @@ _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED
 """Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""
 
 
-def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET, as_adapter: bool = False) -> Path:
+def download(spec: str, revision: str | None, *, where: str, run: Run, as_adapter: bool) -> Path:
     """The folder in the hub's cache of a model or adapter with every weight, called by its commit. Raises SourceError.
 
     `as_adapter`: what is none is refused before its weights come.

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from modekit.errors import UnsupportedError
 from modekit.files.typed import shortened
@@ -53,10 +53,8 @@ damaged = partial(damaged_model, remedy="download or save the adapter again")
 """The error of an adapter that contradicts itself."""
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(BaseModel, strict=True, frozen=True):
     """What of the settings of LoRA, rsLoRA and DoRA shapes the weights, with PEFT's defaults."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     r: int = Field(8, ge=1, le=2**20)
     rank_pattern: dict[_Pattern, Annotated[int, Field(ge=1, le=2**20)]] | None = Field(None, max_length=10_000)

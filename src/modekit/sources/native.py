@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
@@ -36,9 +35,9 @@ class Widening:
         whole_heads: head_dim is always hidden size / heads, so that the channels are as many as the new heads are wide.
     """
 
-    before_attention: ClassVar[str] = "input_layernorm"
-    after_attention: ClassVar[str] = "post_attention_layernorm"
-    norms: ClassVar[tuple[str, ...]] = (before_attention, after_attention)
+    before_attention = "input_layernorm"
+    after_attention = "post_attention_layernorm"
+    norms = (before_attention, after_attention)
 
     recency: bool = True
     interleaved: bool = False

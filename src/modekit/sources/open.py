@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.recipes.recipe import Expert, Recipe, label_of
-from modekit.run import QUIET, Run
+from modekit.run import Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
 from modekit.sources.folders import model_folder
 from modekit.sources.source import ModelSource, open_source
 
 
-def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET) -> tuple[ModelSource, ...]:
+def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run) -> tuple[ModelSource, ...]:
     """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
 
     Models on the hub are downloaded. Raises SourceError.
@@ -28,7 +28,7 @@ class Opener:
     """Opens the models that a recipe names, one by one; see `open_recipe_sources`. Everything here raises SourceError."""
 
     root: Path
-    run: Run = QUIET
+    run: Run
 
     def base(self, recipe: Recipe) -> ModelSource:
         """The base model."""

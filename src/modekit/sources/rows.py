@@ -97,23 +97,23 @@ def with_rows(own: TensorRef, others: Mapping[int, Giver], rows: int) -> RowsRef
 
 def joined_rows(own: TensorRef, ranges: Sequence[RowRange]) -> RowsRef:
     """Ranges of rows as one tensor under the name and in the dtype of `own`."""
-    shape = (sum(part.count for part in ranges), *own.shape[1:])
-    return _of_ranges(own.name, (own,), shape, ranges)
+    return _of_ranges(own.name, (own,), own.shape[1:], ranges)
 
 
 def concatenated(name: str, refs: Sequence[TensorRef]) -> RowsRef:
     """Tensors (O, ...) one below the other: their rows in order."""
-    ranges = [RowRange(ref.shape[0], (ref,)) for ref in refs]
-    return _of_ranges(name, refs, (sum(part.count for part in ranges), *refs[0].shape[1:]), ranges)
+    return _of_ranges(name, refs, refs[0].shape[1:], [RowRange(ref.shape[0], (ref,)) for ref in refs])
 
 
 def stacked(name: str, refs: Sequence[TensorRef]) -> RowsRef:
     """Tensors of one shape as one with a further axis in front."""
-    return _of_ranges(name, refs, (len(refs), *refs[0].shape), [RowRange(1, (ref,)) for ref in refs])
+    return _of_ranges(name, refs, refs[0].shape, [RowRange(1, (ref,)) for ref in refs])
 
 
-def _of_ranges(name: str, own: Sequence[TensorRef], shape: tuple[int, ...], ranges: Sequence[RowRange]) -> RowsRef:
+def _of_ranges(name: str, own: Sequence[TensorRef], row: tuple[int, ...], ranges: Sequence[RowRange]) -> RowsRef:
+    """`row`: the shape of one."""
     first = own[0]
+    shape = (sum(part.count for part in ranges), *row)
     size = math.prod(shape) * ITEMSIZE[first.dtype]
     return RowsRef(name, first.file, first.dtype, shape, 0, size, first.state, tuple(ranges), tuple(own))
 

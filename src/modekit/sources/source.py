@@ -35,9 +35,9 @@ class ModelSource:
     label: str
     spec: str
     folder: Path
-    revision: str | None = None
-    config: Config = field(default_factory=dict, compare=False)
-    tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
+    revision: str | None
+    config: Config = field(compare=False)
+    tensors: Mapping[str, TensorRef] = field(compare=False)
     wrapper: Config | None = field(default=None, compare=False, kw_only=True)
     beside: Mapping[str, TensorRef] = field(default_factory=dict, compare=False, kw_only=True)
     on_disk: Config | None = field(default=None, compare=False, kw_only=True)

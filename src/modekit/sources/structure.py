@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from modekit.errors import UnsupportedError
 from modekit.files.typed import entries
@@ -72,7 +72,7 @@ _Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
 _Names = Annotated[list[_Name], Field(max_length=512)]
 
 
-class Derived(BaseModel):
+class Derived(BaseModel, extra="forbid", strict=True, frozen=True):
     """What was found in a class: written into a mixture's config.json, so that it opens without looking again.
 
     Attributes:
@@ -86,8 +86,6 @@ class Derived(BaseModel):
         heads_first: modules under a layer that see (B, heads, S, width).
         blocks: modules that only work as a whole, whole names: tensors of theirs are read by code outside of small modules.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     layers: _Name
     parts: _Names

@@ -192,11 +192,12 @@ class Readers:
 
     def differ(self, what: str, where: str, found: object = None, expected: str | None = None) -> MismatchError:
         """The error of two tokenizers that differ."""
-        what = f"the {self.theirs}'s tokenizer {what}"
-        return MismatchError(what, where=where, found=found, expected=expected, remedy=self.remedy)
+        return MismatchError(
+            f"the {self.theirs}'s tokenizer {what}", where=where, found=found, expected=expected, remedy=self.remedy
+        )
 
 
-def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> list[str]:
+def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers) -> list[str]:
     """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's; notes as of
     `check_alike`. A folder without tokenizer files is taken to use the base model's.
     """
@@ -260,8 +261,8 @@ class SharedTokens:
     """
 
     read: Sequence[ReadTokens | None]
-    largest: int = 0
-    notes: tuple[str, ...] = ()
+    largest: int
+    notes: tuple[str, ...]
 
     @property
     def are_same(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.document import Message, message_of
-from modekit.text.plain import token_ids, whole
+from modekit.text.plain import in_common, token_ids, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ class ChatTemplate:
             begins, ends = ([each[side] for each in offsets["offset_mapping"]] for side in (0, 1))
             found = ((bisect_right(ends, begin), bisect_left(begins, end)) for begin, end in spans)
         else:
-            found = ((_in_common(self.ids(text[:begin]), ids), _in_common(self.ids(text[:end]), ids)) for begin, end in spans)
+            found = ((in_common(self.ids(text[:begin]), ids), in_common(self.ids(text[:end]), ids)) for begin, end in spans)
         return frozenset(place for first, last in found for place in range(first, last))
 
     def _answers(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
@@ -73,8 +73,8 @@ class ChatTemplate:
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, content = self._before(messages[:place]), message["content"].strip()
-            same = _in_common(before, text)
+            before, content = self._tried(messages[:place], answer=True), message["content"].strip()
+            same = in_common(before, text)
             begin = same if 0 < same == len(before) else text.find(content, max(last, same))
             if begin < 0:
                 continue
@@ -84,20 +84,17 @@ class ChatTemplate:
             last = last if end < 0 else end + len(self._closing)
             yield begin, last
 
-    def _before(self, messages: Sequence[Message]) -> str:
-        """What an answer to these messages is behind; nothing where the template does not take them."""
+    def _tried(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        """As `text`; nothing where the template does not take the messages."""
         try:
-            return self.text(messages, answer=True)
+            return self.text(messages, answer=answer)
         except TextError:
             return ""
 
     @cached_property
     def _closing(self) -> str:
         """What stands behind an answer that is the last message."""
-        try:
-            return self.text([message_of("user", "."), message_of("assistant", _ANSWER)]).rpartition(_ANSWER)[2]
-        except TextError:
-            return ""
+        return self._tried([message_of("user", "."), message_of("assistant", _ANSWER)]).rpartition(_ANSWER)[2]
 
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""
@@ -120,18 +117,9 @@ class ChatTemplate:
 
     def _parts(self, said: Sequence[Message], first: str, second: str) -> tuple[str, str] | None:
         """What stands before the first of two contents, and between them."""
-        try:
-            before, one, rest = self.text(said).partition(first)
-        except TextError:
-            return None
+        before, one, rest = self._tried(said).partition(first)
         between, other, _ = rest.partition(second)
         return (before, between) if one and other else None
-
-
-def _in_common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How much both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

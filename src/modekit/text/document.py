@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from modekit.errors import TextError
 from modekit.sources.family import Reads
@@ -51,7 +50,7 @@ class Conversation:
         return found
 
 
-Document: TypeAlias = str | Pair | Conversation
+Document = str | Pair | Conversation
 """Plain text is itself."""
 
 

@@ -40,8 +40,12 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Docu
             kept.add(record.document)
     documents = kept.documents()
     if not documents:
-        found = ", ".join(str(locate(spec, root) or spec) for spec in specs)
-        raise TextError("the text is empty", where=where, found=found, remedy="give text with at least one document")
+        raise TextError(
+            "the text is empty",
+            where=where,
+            found=", ".join(str(locate(spec, root) or spec) for spec in specs),
+            remedy="give text with at least one document",
+        )
     return documents
 
 
@@ -136,8 +140,13 @@ def _path_of(spec: str, root: Path, where: str) -> Path | None:
     """Where a text lies; None of a hub data set. Raises TextError."""
     path = locate(spec, root)
     if path is None and _is_path(spec):
-        remedy = "correct the path; paths of a mixture's recipe begin at its folder: where that was moved, move the text, too"
-        raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
+        raise TextError(
+            "the text does not exist",
+            where=where,
+            found=str(root / spec),
+            remedy="correct the path; paths of a mixture's recipe begin at its folder: where that was moved, move the text, "
+            "too",
+        )
     return path
 
 

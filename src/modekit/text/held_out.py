@@ -67,7 +67,7 @@ class DomainText:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Documents of one domain that may choose or be shown; `expert` is the place of its expert, None for an unseen domain;
+    """Documents of one domain that may be shown; `expert` is the place of its expert, None for an unseen domain;
     `used`: how many more might, had nothing been made from or chosen by them.
     """
 
@@ -75,15 +75,7 @@ class HeldOutText:
     expert: int | None
     documents: Sequence[Document]
     text: DomainText
-    used: int = 0
-
-    @classmethod
-    def of(
-        cls, name: str, expert: int | None, documents: Sequence[Document], text: DomainText, used: Collection[str]
-    ) -> HeldOutText:
-        """Without documents whose marks are `used`."""
-        left = unseen(documents, used)
-        return cls(name, expert, left, text, len(documents) - len(left))
+    used: int
 
 
 def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
@@ -195,13 +187,6 @@ class RecipeTexts:
         """The documents of a text, one of the recipe's or another, that may choose."""
         return unseen(text.split("select"), self._made)
 
-    def select(self) -> list[HeldOutText]:
-        """What may choose, of every expert that has text: its own, else what `eval` gives for its domain."""
-        texts = [(place, name, self.own(place) or self._given(name)) for place, name in enumerate(self._recipe.names)]
-        return [
-            HeldOutText.of(name, at, text.split("select"), text, self._made) for at, name, text in texts if text is not None
-        ]
-
     def report(self, seen: Collection[str] = ()) -> list[HeldOutText]:
         """What may be shown, of the experts' domains and then of unseen ones: all that `eval` gives, else the experts' own.
 
@@ -217,7 +202,8 @@ class RecipeTexts:
             text = given or own
             if text is not None:
                 shown = text.documents if given is not None else text.split("report")
-                found.append(HeldOutText.of(name, place, shown, text, used))
+                left = unseen(shown, used)
+                found.append(HeldOutText(name, place, left, text, len(shown) - len(left)))
         return found
 
     def _given(self, name: str) -> DomainText | None:

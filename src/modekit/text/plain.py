@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,12 @@ WORD = re.compile(r"\S{1,24}\s*")
 def whole(text: str) -> str:
     """The text without halves of surrogate pairs, which are no characters."""
     return text.encode("utf-8", "replace").decode()
+
+
+def in_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How much both texts, or lists of tokens, begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

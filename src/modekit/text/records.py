@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeAlias
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
@@ -33,7 +32,7 @@ _ANSWERED = ("completion", "output", "response", "answer")  # of several keys th
 KEYS = (TEXT, MESSAGES, _SOURCE, _TARGET, _TRANSLATION, _TURNS, *_ASKED, *_GIVEN, *_ANSWERED, ID)
 """All that is read of a record."""
 _ROLES: dict[object, str] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-_Data: TypeAlias = Mapping[object, object]
+_Data = Mapping[object, object]
 
 
 @dataclass(frozen=True)
@@ -238,8 +237,12 @@ def _read_separated(stream: io.BufferedReader, suffix: str, *, where: str) -> It
         for row in filter(None, rows):  # blank lines are no rows
             yield {**dict.fromkeys(names), **dict(zip(names, row, strict=False))}
     except csv.Error as error:
-        remedy = "correct the line, or save it again"
-        raise TextError("the table cannot be read", where=f"{where}:{rows.line_num}", found=error, remedy=remedy) from None
+        raise TextError(
+            "the table cannot be read",
+            where=f"{where}:{rows.line_num}",
+            found=error,
+            remedy="correct the line, or save it again",
+        ) from None
 
 
 def _read_parquet(stream: io.BufferedReader, *, where: str) -> Iterator[Mapping[str, object]]:

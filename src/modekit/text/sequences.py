@@ -109,9 +109,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        target = None if self.target is None else self.target.to(device)
-        silent = None if self.silent is None else self.silent.to(device)
-        return Batch(self.input_ids.to(device), self.mask.to(device), self.rows, target, silent)
+        return replace(self, **{name: each.to(device) for name, each in vars(self).items() if hasattr(each, "to")})
 
 
 def encode(
@@ -165,8 +163,13 @@ def encode(
 def none_fits(documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None) -> TextError:
     """The error of documents that `encode` has made no sequence of."""
     if any(isinstance(document, Conversation) for document in documents):
-        what, remedy = "no assistant says anything in these conversations", "give conversations with answers, or plain text"
-        return TextError(what, where=where, found=found, expected="messages of the role assistant", remedy=remedy)
+        return TextError(
+            "no assistant says anything in these conversations",
+            where=where,
+            found=found,
+            expected="messages of the role assistant",
+            remedy="give conversations with answers, or plain text",
+        )
     if "pairs" not in map(reads_of, documents):
         return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
     return TextError(
@@ -222,12 +225,16 @@ class _Writer:
             if self._template is not None or not document.is_exchange:
                 template = self._template or needed_template(self.tokenizer, "messages")
                 text = template.text(document.messages)
-                ids = _tokenise(self.tokenizer, text, wanted, whole=True)
+                ids = self._ids(text, wanted, special=False)
                 said = template.answered(document.messages, text) if self._answers else None
                 return _Written(ids, template.opening(document.messages), said=said)
             document = document.text
         tag, text = split_tag(self.tokenizer, document)
-        return _Written(_tokenise(self.tokenizer, text, wanted), tag=tag)
+        return _Written(self._ids(text, wanted), tag=tag)
+
+    def _ids(self, text: str, wanted: int, *, special: bool = True) -> list[int]:
+        """Tokens; of a very long text those of its beginning, as a tokenizer takes hundreds of bytes per character."""
+        return token_ids(self.tokenizer, text[: max(_LONG, _CHARACTERS * wanted)], special=special)
 
     def pair(self, pair: Pair, longest: int) -> TokenSequence | None:
         """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
@@ -241,15 +248,7 @@ class _Writer:
         return self._with_tag(TokenSequence(tuple(ids), target=tuple(target)), tag)
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *, whole: bool = False) -> list[int]:
-    """Token ids; of a very long document those of its beginning, as a tokenizer takes hundreds of bytes per character. To a
-    `whole` text the tokenizer adds no special tokens.
-    """
-    beginning = document[: max(_LONG, _CHARACTERS * wanted)]
-    return token_ids(tokenizer, beginning, special=not whole)
-
-
-def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
+def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192) -> Iterator[Batch]:
     """Batches of about `tokens` padded tokens, of sources and targets together; sequences of similar length share one, so that
     little is padding.
     """
@@ -264,22 +263,22 @@ def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad
             ids, target = longer
             rows.append(row)
         start += len(rows)
-        yield _padded([sequences[row] for row in rows], tuple(rows), pad_id)
+        yield _padded([sequences[row] for row in rows], tuple(rows))
 
 
-def _padded(sequences: Sequence[TokenSequence], rows: tuple[int, ...], pad_id: int) -> Batch:
+def _padded(sequences: Sequence[TokenSequence], rows: tuple[int, ...]) -> Batch:
     """A batch of the sequences of these rows."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    def padded(values: Iterable[Sequence[int]], filler: int) -> torch.Tensor:
+    def padded(values: Iterable[Sequence[int]], filler: int = 0) -> torch.Tensor:
         return pad_sequence([torch.tensor(each, dtype=torch.int64) for each in values], batch_first=True, padding_value=filler)
 
     if len({bool(each.target) for each in sequences}) > 1:
         raise both_kinds()
-    mask = padded(([1] * len(each.ids) for each in sequences), 0).bool()
+    mask = padded([1] * len(each.ids) for each in sequences).bool()
     silent = None
     if any(each.silent for each in sequences):
-        silent = padded(([place in each.silent for place in range(len(each.ids))] for each in sequences), 0).bool()
+        silent = padded([place in each.silent for place in range(len(each.ids))] for each in sequences).bool()
     target = padded((each.target for each in sequences), NO_LABEL) if sequences[0].target else None
-    return Batch(padded((each.ids for each in sequences), pad_id), mask, rows, target, silent)
+    return Batch(padded(each.ids for each in sequences), mask, rows, target, silent)

@@ -14,14 +14,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 from modekit.errors import TextError
 from modekit.files.read import LARGE, UNREADABLE, read_text
 from modekit.text.document import Conversation, Document, text_of
 
 Split = Literal["fit", "select", "report"]
-HeldOutSplit = Literal["select", "report"]
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
 SELECTED_FILE = "selected-by.txt"  # beside a trained mixture: digests of documents that chose its state
 TRAINED_DIGITS = 16  # of a digest, in both
@@ -64,15 +63,7 @@ def documents_of_split(documents: Iterable[Document], split: Split) -> list[Docu
     return [document for document in documents if split_of(document) == split]
 
 
-class TextDigest(TypedDict):
-    """How much of a text was read, and a digest of it."""
-
-    documents: int
-    tokens: int
-    sha256: str
-
-
-def text_record(documents: Sequence[Document], tokens: int) -> TextDigest:
+def text_record(documents: Sequence[Document], tokens: int) -> dict[str, object]:
     """What a result remembers of a text: how much, and a digest of the documents it used (conversations with their roles, pairs
     with their sides).
     """

@@ -38,29 +38,20 @@ def tag_ids(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> tuple[
     return tuple(added[tag_of(label)] for label in labels)
 
 
-def tagged(document: Document, label: str | None) -> Document:
-    """A document with the tag of a label before it, of a pair before its source; as it is without a label.
-
-    Conversations stay as they are: their template decides what stands first.
+def tagged(document: Document, label: str, *, where: str | None = None) -> Document:
+    """A document with the tag of a label before it, of a pair before its source. Raises TextError for a conversation, which has
+    no place for one.
     """
-    if label is None or isinstance(document, Conversation):
-        return document
-    if isinstance(document, Pair):
-        return Pair(f"{tag_of(label)} {document.source}", document.target)
-    return f"{tag_of(label)} {document}"
-
-
-def all_tagged(documents: Iterable[Document], label: str, *, where: str) -> list[Document]:
-    """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one."""
-    found = list(documents)
-    if any(isinstance(document, Conversation) for document in found):
+    if isinstance(document, Conversation):
         raise TextError(
             "a conversation has no place for a tag: its template decides what comes first",
             where=where,
             expected="text, or pairs",
             remedy="leave --tags away, or give the conversations as text",
         )
-    return [tagged(document, label) for document in found]
+    if isinstance(document, Pair):
+        return Pair(f"{tag_of(label)} {document.source}", document.target)
+    return f"{tag_of(label)} {document}"
 
 
 def split_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> tuple[int | None, str]:
@@ -87,7 +78,7 @@ def place_of_tag(opening: tuple[int, ...], ids: Sequence[int]) -> int:
     return len(opening) if tuple(ids[: len(opening)]) == opening else 0
 
 
-def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where: str) -> tuple[int, ...]:
+def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> tuple[int, ...]:
     """Give the tokenizer a reserved token for every label that it has none for; ids of the new ones, in order.
 
     No text is ever cut into a part of one. Where a tag and a space are written by hand before a text, what follows is cut as it
@@ -104,7 +95,7 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where
         if tag not in added or ids.count(added[tag]) != 1:
             raise SourceError(
                 "the tokenizer has no place for a tag: it does not keep an added token whole",
-                where=where,
+                where="BASE",
                 found=f"{tag} is read as {ids[:8]}",
                 remedy="use a base with another tokenizer, or leave --tags away",
             )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from modekit.errors import OutputError, TextError
 from modekit.files.change import change_together
@@ -48,7 +48,7 @@ AGAINST = 1.0
 """Weight of what sets an expert apart from the base while it writes."""
 
 
-class Made(BaseModel):
+class Made(BaseModel, frozen=True, extra="forbid"):
     """What decides a written text.
 
     Attributes:
@@ -58,8 +58,6 @@ class Made(BaseModel):
         models: file of base and expert -> its blake3, or the sha256 of its settings; template: sha256 of the chat template.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     tokens: Count
     way: Count
     against: Number
@@ -68,14 +66,12 @@ class Made(BaseModel):
     template: Digest = ""
 
 
-class Written(BaseModel):
+class Written(BaseModel, frozen=True, extra="forbid"):
     """A text as it lies there: so many `documents` were sampled, and so many `texts` of them are not empty. Who wants more goes
     on from there.
 
     `expected`: how often the expert expects every token behind those of what the base writes, float32 in base64.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     made: Made
     documents: Count

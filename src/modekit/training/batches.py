@@ -197,10 +197,9 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     are not predicted (tags, and of conversations what no assistant says), silent (B, S) bool has them.
     """
 
-    def __init__(self, corpora: Sequence[DomainSequences], parts: Sequence[BatchPart], pad_id: int) -> None:
+    def __init__(self, corpora: Sequence[DomainSequences], parts: Sequence[BatchPart]) -> None:
         self._corpora = corpora
         self._parts = parts
-        self._pad_id = pad_id
         self._starts = [corpus.starts.tolist() for corpus in corpora]
         self._has_silent = any(sequence.silent for corpus in corpora for sequence in corpus.sequences)
 
@@ -213,7 +212,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         length = max(2, *(sum(len(self._read(draw)[0].ids) for draw in row) for row in rows))
         shape = (len(rows), length)
         item = {
-            "input_ids": torch.full(shape, self._pad_id),
+            "input_ids": torch.zeros(shape, dtype=torch.int64),
             "real": torch.zeros(shape, dtype=torch.bool),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, GENERIC),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +42,7 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
     held_out = [text.held_out for text in request.texts]
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     loop = loop_of(settings, steps, mixture.device, parts=accumulate)
-    done = run_trainer(objective, Batches(corpora, parts, pad_id=0), held_out, loop, folder, run)
+    done = run_trainer(objective, Batches(corpora, parts), held_out, loop, folder, run)
     notes += [done.stopped] if done.stopped else []
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
@@ -55,9 +54,11 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
 
 def _teachers(request: Request, folder: Path, run: Run) -> list[DomainTeacher | None]:
     if request.checkpoint.shape.family.pair:
-        found = ", ".join(DISTILLS & set(request.settings.losses))
         raise TrainingError(
-            "models with an encoder are not distilled yet", where="losses", found=found, remedy="train them on text alone"
+            "models with an encoder are not distilled yet",
+            where="losses",
+            found=", ".join(DISTILLS & set(request.settings.losses)),
+            remedy="train them on text alone",
         )
     return make_teachers(request.checkpoint, request.corpora, folder, request.teacher, run=run)
 
@@ -81,8 +82,13 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
     asked = experts if settings.train_top_k == 0 else settings.train_top_k
     if asked is not None and asked > experts:
-        most = f"at most {experts}, or 0 for all"
-        raise TrainingError("there are fewer experts", where="train_top_k", found=asked, expected=most, remedy="lower it")
+        raise TrainingError(
+            "there are fewer experts",
+            where="train_top_k",
+            found=asked,
+            expected=f"at most {experts}, or 0 for all",
+            remedy="lower it",
+        )
     moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and not settings.is_joint
     alone = own == 1 and experts > 1 and not has_no_router(checkpoint) and bool(moves_routers)
     top_k = 2 if asked is None and alone else asked
@@ -111,5 +117,6 @@ def loop_of(settings: TrainSettings, steps: int, device: torch.device, *, parts:
     if settings.precision is None:
         bfloat16 = device.type != "cpu" and has_bfloat16_products(device)
     every = min(steps, settings.evaluate_every or max(1, steps // 10))
-    loop = LoopSettings(steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16)
-    return replace(loop, every=every, patience=settings.patience)
+    return LoopSettings(
+        steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16, every=every, patience=settings.patience
+    )

@@ -125,8 +125,9 @@ class StatesFolder:
                 if done:
                     raise InterruptError(f"interrupted; {self.out.name} was finished by then", where=str(self.out)) from None
                 if steps is None:
-                    remedy = "run the command again to start over"
-                    raise InterruptError("interrupted; nothing was kept", remedy=remedy) from None
+                    raise InterruptError(
+                        "interrupted; nothing was kept", remedy="run the command again to start over"
+                    ) from None
                 raise InterruptError(
                     f"interrupted; the training is kept up to step {steps}",
                     where=str(self.path),
@@ -239,8 +240,12 @@ class TrainingOutcome(BaseModel, frozen=True):
         if self.failed is None:
             return None
         what, where, found = self.failed
-        remedy = "lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far was taken"
-        return TrainingError(what, where=where, found=found, remedy=remedy)
+        return TrainingError(
+            what,
+            where=where,
+            found=found,
+            remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far was taken",
+        )
 
     def best_state(self, folder: Path) -> Path:
         """The file with what moved as it was in the best state, by its names in the model; gone when all is written."""

@@ -65,13 +65,10 @@ def domain_label(logits_NE: torch.Tensor, labels_N: torch.Tensor, base: int | No
     GENERIC tokens are to go to the expert that is the base, or to all alike where none is.
     """
     experts = logits_NE.shape[-1]
-    generic_N = labels_N == GENERIC
+    if base is not None:
+        labels_N = torch.where(labels_N == GENERIC, base, labels_N)
     targets_NE = torch.nn.functional.one_hot(labels_N.clamp_min(0), experts).to(logits_NE.dtype)
-    if base is None:
-        targets_NE = torch.where(generic_N[:, None], torch.full_like(targets_NE, 1.0 / experts), targets_NE)
-    else:
-        of_base = torch.nn.functional.one_hot(torch.tensor(base, device=logits_NE.device), experts).to(logits_NE.dtype)
-        targets_NE = torch.where(generic_N[:, None], of_base, targets_NE)
+    targets_NE[labels_N == GENERIC] = 1.0 / experts
     return -(targets_NE * logits_NE.log_softmax(-1)).sum()
 
 

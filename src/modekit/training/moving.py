@@ -7,7 +7,7 @@ Tensors that a native architecture wants and that must stay zero are in none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -101,8 +101,7 @@ def make_trainable(mixture: LoadedMixture, names: Collection[str]) -> None:
         parameter.requires_grad_(name in names)
         corner = mixture.own_corner(name, parameter) if name in names else None
         if corner is not None:
-            register: Callable[[Callable[[torch.Tensor], torch.Tensor]], object] = parameter.register_hook  # which has no types
-            register(partial(_within, corner))
+            parameter.register_hook(partial(_within, corner))
 
 
 def _within(corner: tuple[slice, ...], gradient: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ def memory_errors() -> Iterator[None]:
     """Say what to lower when memory does not suffice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         words = ("out of memory", "not enough memory", "can't allocate memory")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(word in str(error) for word in words):
             raise

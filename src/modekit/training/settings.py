@@ -160,8 +160,12 @@ def checked_settings(values: Mapping[str, object], kind: type[_Kind], *, where: 
     try:
         return as_kind(values, kind)
     except ValueError as error:
-        what, remedy = "the settings of this training are wrong", "correct them; docs/training.md names them all"
-        raise TrainingError(what, where=where, found=error, remedy=remedy) from None
+        raise TrainingError(
+            "the settings of this training are wrong",
+            where=where,
+            found=error,
+            remedy="correct them; docs/training.md names them all",
+        ) from None
 
 
 def read_settings(path: Path) -> dict[str, Any]:

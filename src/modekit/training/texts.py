@@ -19,7 +19,7 @@ from modekit.text.documents import find_text
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
-from modekit.text.tags import all_tagged, labels_of, tag_ids
+from modekit.text.tags import labels_of, tag_ids, tagged
 from modekit.training.batches import DomainSequences
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
@@ -116,7 +116,7 @@ def _in_sequences(
 
     def encoded(documents: Sequence[Document], **bounds: int) -> list[TokenSequence]:
         if corpus.tags:
-            documents = all_tagged(documents, corpus.name, where=f"text of {corpus.name}")
+            documents = [tagged(each, corpus.name, where=f"text of {corpus.name}") for each in documents]
         return encode(tokenizer, documents, sequence_length=settings.sequence_length, answers=True, **bounds)
 
     sequences = encoded(fit, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)

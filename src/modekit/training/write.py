@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +88,12 @@ def _write_shards(checkpoint: Checkpoint, content: Mapping[str, memoryview], sta
                 link_file(file, stage.folder / file.name)
                 continue
             entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
-            stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, opened))
 
+            def write(index: int, stream: io.FileIO, inside: Sequence[tuple[str, TensorRef]] = inside) -> None:
+                name, ref = inside[index]
+                write_all(stream, content[name] if name in content else opened.read(ref))
 
-def _write_tensor(
-    inside: Sequence[tuple[str, TensorRef]],
-    content: Mapping[str, memoryview],
-    opened: OpenFiles,
-    index: int,
-    stream: io.FileIO,
-) -> None:
-    name, ref = inside[index]
-    write_all(stream, content[name] if name in content else opened.read(ref))
+            stage.write_shard(file.name, entries, write)
 
 
 def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memoryview:

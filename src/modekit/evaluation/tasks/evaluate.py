@@ -58,16 +58,13 @@ class TaskSettings:
     limit: int | None = None
 
 
-def evaluate_tasks(
-    checkpoint: Checkpoint, names: Sequence[str], settings: TaskSettings | None = None, run: Run = QUIET
-) -> TaskResults:
+def evaluate_tasks(checkpoint: Checkpoint, names: Sequence[str], settings: TaskSettings, run: Run = QUIET) -> TaskResults:
     """Run tasks and write OUT/results/tasks.json and tasks.md.
 
     `names`: tasks of lm-evaluation-harness, its own or the user's, or questions (`GROUPS`). Raises ModekitError when
     the extra is missing, a name unknown, or a task cannot be run; TextError without text; CheckpointError where the output of
     a model is not finite.
     """
-    settings = settings or TaskSettings()
     refuse_pairs(
         checkpoint,
         "tasks ask models that write a text on",

@@ -195,8 +195,12 @@ def balance(
     """
     texts, sources = given.checked(out, replace)
     if len(texts) < 2:
-        remedy = "give every domain a --text NAME=PATH"
-        raise ModekitError("there is nothing to balance", where=WHERE, expected="2 domains or more", remedy=remedy)
+        raise ModekitError(
+            "there is nothing to balance",
+            where=WHERE,
+            expected="2 domains or more",
+            remedy="give every domain a --text NAME=PATH",
+        )
     tokenizer = given.tokenizer(run)
     assert tokenizer is not None and given.model is not None  # by which tokens are counted
     domains = [_read(name, spec, given.root, tokenizer, settings, run) for name, spec in texts.items()]
@@ -244,8 +248,12 @@ def _read(name: str, spec: str, root: Path, tokenizer: PreTrainedTokenizerBase, 
             of_split = tokens["validation" if is_held_out(unit, settings.validation) else "train"]
             of_split[unit] = of_split.get(unit, 0) + count
     if not units:
-        remedy = "give a tokenizer that knows its letters"
-        raise TextError("the tokenizer makes no token of the text", where=f"{WHERE} {name}", found=spec, remedy=remedy)
+        raise TextError(
+            "the tokenizer makes no token of the text",
+            where=f"{WHERE} {name}",
+            found=spec,
+            remedy="give a tokenizer that knows its letters",
+        )
     return _Domain(text, tokens, units)
 
 
@@ -255,8 +263,13 @@ def _choose(split: Split, domains: Sequence[_Domain], settings: BalanceSettings)
     share = share if split == "validation" else 1 - share
     for domain, each in zip(domains, units, strict=True):
         if not each:
-            expected, remedy = f"a share of about {share:g}", "give more documents, or another validation (0: none)"
-            raise none_in_split(split, domain.text.name, f"{len(domain.units)} in all", expected, remedy)
+            raise none_in_split(
+                split,
+                domain.text.name,
+                f"{len(domain.units)} in all",
+                f"a share of about {share:g}",
+                "give more documents, or another validation (0: none)",
+            )
     if settings.common and not set.intersection(*(set(domain.units) for domain in domains)):
         raise TextError(
             "no document is in all domains",

@@ -114,8 +114,13 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 def none_in_split(split: str, name: str, found: str, expected: str, remedy: str) -> TextError:
     """The error of a domain without a document in a split."""
-    what = f"no document of a domain is in the {split} split"
-    return TextError(what, where=f"{WHERE} {name}", found=found, expected=expected, remedy=remedy)
+    return TextError(
+        f"no document of a domain is in the {split} split",
+        where=f"{WHERE} {name}",
+        found=found,
+        expected=expected,
+        remedy=remedy,
+    )
 
 
 def checked_texts(texts: Mapping[str, Sequence[str]], root: Path) -> dict[str, str]:
@@ -127,7 +132,11 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path) -> dict[str, s
         if not is_name(name):
             raise ModekitError("not a name of a domain", where=WHERE, found=name, expected=NAME_RULE, remedy="rename it")
         if len(specs) > 1 or [each.lower() for each in texts].count(name.lower()) > 1:
-            remedy = "give it one text, a folder where there are several files, or rename one"
-            raise ModekitError("a domain is named twice", where=f"{WHERE} {name}", found=", ".join(specs), remedy=remedy)
+            raise ModekitError(
+                "a domain is named twice",
+                where=f"{WHERE} {name}",
+                found=", ".join(specs),
+                remedy="give it one text, a folder where there are several files, or rename one",
+            )
         find_text(specs, root=root, where=f"{WHERE} {name}")
     return {name: specs[0] for name, specs in texts.items()}

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modekit.errors import ModekitError
 from modekit.experts.corpus.texts import GivenTexts, count_tokens, none_in_split, read_domain
 from modekit.files.copies import library_writes
 from modekit.files.place import Replace
@@ -27,8 +26,6 @@ from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
 
 SPECIAL = ("<s>", "</s>", "<pad>")
-SMALLEST = 256 + len(SPECIAL)  # a byte each, and the special ones
-LARGEST = 2**20
 _MOST_TRAINED = 2 * 10**8  # bytes of a domain: more text changes the words' ranks little, and takes minutes
 _MOST_READ = 2 * 10**7  # bytes of a domain on which fertility is measured
 
@@ -83,13 +80,8 @@ def train_tokenizer(
 ) -> TrainedTokenizer:
     """Write a tokenizer that transformers opens, beside fertility.json.
 
-    Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
+    Raises TextError for a domain without text to train on or to measure by, ModekitError for names, OutputError.
     """
-    if not SMALLEST < vocabulary <= LARGEST:
-        expected = f"{SMALLEST + 1} to {LARGEST}"
-        raise ModekitError(
-            "the setting is out of range", where="--vocabulary", found=vocabulary, expected=expected, remedy="correct it"
-        )
     texts, sources = given.checked(out, replace)
     other = given.tokenizer(run)
     domains = {name: _split_text(name, spec, given.root, run) for name, spec in texts.items()}
