@@ -4,7 +4,7 @@
     python scripts/golden.py record FOLDER TO    what they hold, as tests/golden/ has it
 
 Only `modekit build` is used, so that any commit can be asked: PYTHONPATH=OTHER_TREE/src python scripts/golden.py ...
-What tests/golden/ holds was made at commit ae8101a9.
+`git log tests/golden` names the commits that made what it holds.
 
 Copied and computed tensors, the index, tokenizer files and the record are compared by digest, the config as data. Fitted
 gates and what a decomposition makes of full models are compared as numbers, because their last bits are the processor's.

@@ -1,7 +1,7 @@
 """The same recipe gives the same bytes as before: every shape of result, kind of expert and way to make a tensor.
 
-`scripts/golden.py` made them at commit ae8101a9. After a change that is meant to change bytes, they are made anew by it, and
-the change log says so.
+`scripts/golden.py` made them. After a change that is meant to change bytes, they are made anew by it, and the change log
+says so.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class Differences:
 
 def _is_brought_nearer(tensor: PlannedTensor) -> bool:
     """Whether experts' differences from a matrix that all share are carried; embeddings gain nothing by it."""
-    carried = tensor.pad and tensor.pad.carried
+    carried = None if tensor.pad is None else tensor.pad.carried
     return carried is not None and carried.kind != "embedding"
 
 
