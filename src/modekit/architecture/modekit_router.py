@@ -313,7 +313,8 @@ def places_of(
     if expert is None:
         return None
     names = said["experts"]
-    labels = said.get("labels", {})
+    labels = said.get("labels")
+    labels = {key: at for key, at in labels.items() if type(at) is int} if isinstance(labels, dict) else {}
     known = {**labels, **{name: at for at, name in enumerate(names)}}
     listed = isinstance(expert, (list, tuple)) or getattr(expert, "ndim", 0) > 0
     given = list(expert) if listed else [expert]  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
-from modekit.weights.bases import ROWS, LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
+from modekit.weights.bases import ROWS, LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis, signed
 from modekit.weights.flat import read_float32
 from modekit.weights.made import Copy, Made, as_in
 from modekit.weights.nearest import OwnReads, nearest_duals
@@ -349,7 +349,7 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
         gram_XX += product.T @ product
     values, vectors = np.linalg.eigh(gram_XX)
     kept = min(size.inputs, int((values > 1e-14 * values[-1]).sum()))
-    turn_XR = vectors[:, ::-1][:, :kept] / np.sqrt(values[::-1][:kept])
+    turn_XR = signed(vectors[:, ::-1][:, :kept]) / np.sqrt(values[::-1][:kept])
     basis_VR = np.zeros((count, size.inputs), np.float32)
     for rows in blocks(count, ROWS):
         basis_VR[rows, :kept] = _head_products(differences, rows, sample_DT) @ turn_XR

@@ -28,7 +28,7 @@ from modekit.files.place import replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import digest_of_data, write_json
 from modekit.recipes.layers import order_of, stack_of
-from modekit.run import Run
+from modekit.run import QUIET, Run
 from modekit.sources.class_names import named_by_class
 from modekit.sources.compatible import check_same_architecture, check_sizes
 from modekit.sources.config import is_mixture
@@ -207,15 +207,15 @@ def extract(
     base: Path,
     out: Path,
     *,
-    rank: int,
-    base_name: str,
-    overwrite: bool,
-    run: Run,
+    rank: int = 16,
+    base_name: str | None = None,
+    overwrite: bool = False,
+    run: Run = QUIET,
 ) -> Extraction:
     """Write the adapter whose sum with `base` comes closest to `model`, in float32; returns what extract.json says.
 
     Every linear weight of the decoder layers that differs gets factors of at most that rank. `base_name`: what the adapter
-    calls its base. Memory: the adapter, and one weight's difference with a few copies. Raises
+    calls its base; the folder by default. Memory: the adapter, and one weight's difference with a few copies. Raises
     SourceError, MismatchError (another architecture, or nothing to extract), UnsupportedError (experts in a mixture) and
     OutputError.
     """
@@ -232,12 +232,12 @@ def extract(
         for each in run.over("factorise", chosen, len(chosen)):
             delta = read_float32(opened, each.tuned) - read_float32(opened, each.base)
             adapted.append(_Adapted(each, factorise(delta.T if family.keeps_columns(each.module) else delta, rank=rank)))
-    record = _record(model.name, base_name, adapted, differences)
+    record = _record(model.name, base_name or base.name, adapted, differences)
     run.begin("write")
     # alpha equals the rank in every module, so that every scale is exactly 1
     changes = {entry.difference.module: ModuleChange(len(entry.factors.a), 1.0) for entry in adapted}
     pair = bool(origin.config.get("is_encoder_decoder"))
-    config = lora_config(base_name, changes, {}, has_encoder=pair)
+    config = lora_config(base_name or str(base), changes, {}, has_encoder=pair)
     made_by = f"extract {digest_of_data(record.model_dump(mode='json'))}"  # whose errors have all their digits
     with staging(out, made_by, "adapter", sources=(model, base), replace=replace, sync=run.sync) as stage:
         write_lora(stage, config, [tensor for entry in adapted for tensor in entry.tensors()])

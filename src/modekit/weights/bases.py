@@ -121,7 +121,7 @@ def _principal(parts: Sequence[Singles], rank: int) -> tuple[Doubles, Doubles]:
     values, turn_WW = np.linalg.eigh(gram_WW)
     kept = (values > _LEAST_SQUARE * max(float(values[-1]), 1e-300))[::-1][:rank]
     largest_R = values[::-1][:rank][kept]
-    return basis_NW @ turn_WW[:, ::-1][:, :rank][:, kept], np.sqrt(largest_R)
+    return signed(basis_NW @ turn_WW[:, ::-1][:, :rank][:, kept]), np.sqrt(largest_R)
 
 
 def row_basis(rows: Callable[[slice], Sequence[Singles]], shares_V: Doubles, rank: int) -> Singles:
@@ -148,15 +148,21 @@ def row_basis(rows: Callable[[slice], Sequence[Singles]], shares_V: Doubles, ran
                 total += (weighted @ each).T
     energies, turn = np.linalg.eigh(sum((each.T @ each for each in inner), np.zeros((width, width))))
     kept = (energies > _LEAST * energies.max())[::-1][:rank]
-    return _filled((basis_VR @ turn[:, ::-1][:, :rank][:, kept]) / np.maximum(roots_V, 1e-12), rank)
+    return _filled(signed(basis_VR @ turn[:, ::-1][:, :rank][:, kept]) / np.maximum(roots_V, 1e-12), rank)
 
 
 def _top(gram: Doubles, rank: int) -> tuple[Doubles, Doubles]:
     """The largest eigenvalues, what is rounding being 0, and their eigenvectors."""
     values, vectors = np.linalg.eigh(gram)
     values = values[::-1][:rank]
-    vectors = vectors[:, ::-1][:, :rank]
+    vectors = signed(vectors[:, ::-1][:, :rank])
     return np.where(values > _LEAST * max(float(values[0]), 1e-300), values, 0.0), vectors
+
+
+def signed(vectors_NR: Doubles) -> Doubles:
+    """Vectors whose largest entry is positive: which of two signs one has is a matter of rounding."""
+    largest_R = np.take_along_axis(vectors_NR, np.abs(vectors_NR).argmax(0)[None], 0)
+    return np.where(largest_R < 0, -vectors_NR, vectors_NR)
 
 
 def _filled(columns: Doubles, rank: int) -> Singles:
