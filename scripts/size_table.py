@@ -10,6 +10,7 @@ benchmarks/size.md took, grown with the model.
 from __future__ import annotations
 
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOKENIZER = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}
 LIBRARIES = 400_000_000
 """Bytes of torch and transformers."""
-TABLE_SECONDS = {"plain": 15.0, "modekit": 38.0}
-RUN_SECONDS = {"adapter": 127.0, "model": 360.0}
+TABLE_SECONDS = {"plain": 15.0, "modekit": 28.0}
+RUN_SECONDS = {"adapter": 185.0, "model": 303.0}
 """Processor seconds of builds with SmolLM2-135M (benchmarks/size.md): start and the router's table, by the
 form; what a plain form runs and computes besides, by what the experts are.
 """
@@ -171,14 +172,14 @@ def memory_to_build(plan: Plan) -> int:
     return LIBRARIES + said["build"] + said["fit"]
 
 
-def minutes_to_build(model: Model, kind: str, form: str, moved: int) -> float:
+def minutes_to_build(model: Model, kind: str, form: str, moved: int) -> int:
     """Minutes of one core: what SmolLM2-135M takes, grown with the model but for the router's table, and
     `moved` bytes that are read and written.
     """
     seconds = TABLE_SECONDS[form] + moved / BYTES_A_SECOND
     if form == "plain":
         seconds += RUN_SECONDS[kind] * numbers_of(model) / numbers_of(MODELS[0])
-    return seconds / 60
+    return math.ceil(seconds / 60)
 
 
 def numbers_of(model: Model) -> int:
@@ -203,7 +204,7 @@ def rows_of(model: Model) -> Iterator[str]:
                 sizes = (sources, plan.bytes_written, memory_to_build(plan))
                 shown = " | ".join(f"{each / 1e9:,.1f}" for each in sizes)
                 minutes = minutes_to_build(model, kind, form, sources + plan.bytes_written)
-                figures = f"{shown} | {active:.2f} | {minutes:,.0f}"
+                figures = f"{shown} | {active:.2f} | {minutes:,}"
                 yield f"| {model.name} | {kind}s | {form} | {figures} |"
 
 
