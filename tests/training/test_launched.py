@@ -104,7 +104,7 @@ corpora = [
     DomainSequences(name, place, [TokenSequence(tuple(torch.randint(3, 96, (31,), generator=draw).tolist()), 31)] * 2)
     for place, name in enumerate("abc")
 ]
-batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=2, pack=False), 0)
+batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=2, pack=False))
 
 def objective():
     mixture = load_model(checkpoint.folder)
