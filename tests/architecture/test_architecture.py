@@ -644,6 +644,7 @@ def test_half_precision(routed: PreTrainedModel, ids: torch.Tensor, tmp_path: Pa
     assert_close(logits_of(again, ids), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["two contexts", "context per feature"])
 def test_blocks_compile_without_a_break(built: Build, ids: torch.Tensor, router: str) -> None:
     model = opened(built(method="routing", top_k=2, router=ROUTERS[router]))

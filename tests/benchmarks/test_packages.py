@@ -29,6 +29,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.logits(ids_BS) if hasattr(model, "command") else model(input_ids=ids_BS).logits
 
 
+@pytest.mark.slow
 def test_scores_come_through_the_pipe(pool: Pool, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(

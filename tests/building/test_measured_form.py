@@ -116,6 +116,7 @@ def test_what_they_do_not_hold_takes_the_other_form_and_says_so(
     assert tree(again.folder) == tree(checkpoint.folder) and said == ()
 
 
+@pytest.mark.slow
 def test_whoever_wants_it_plain_gets_it_and_is_told(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_what_loses_a_hundredth(monkeypatch)
     checkpoint, (note,) = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
@@ -141,6 +142,7 @@ def test_a_small_adapter_is_rounded_away_and_a_large_one_unseen_by_a_norm(
     check_measure(checkpoint.folder)
 
 
+@pytest.mark.slow
 def test_a_change_of_the_mixture_says_it_too(shop: Workshop, tmp_path: Path) -> None:
     *experts, last = shop.recipe["experts"][:3]
     built(shop, tmp_path / "OUT", experts=experts, output={"format": "plain"})
@@ -181,11 +183,11 @@ def test_what_is_lost_decides_only_beyond_its_error_and_where_it_is_something() 
     assert notes == ["this plain checkpoint loses 1.2% ± 0.3% of law, of what they change of the base"]
 
 
-@pytest.mark.parametrize("numbers", [[[-0.1, 0.1, 0.1]], [[float("nan"), 0.1, 0.1]], [0.1]])
-def test_a_loss_that_no_build_writes_is_refused(shop: Workshop, tmp_path: Path, numbers: list[Any]) -> None:
+def test_a_loss_that_no_build_writes_is_refused(shop: Workshop, tmp_path: Path) -> None:
     checkpoint, _ = built(shop, tmp_path / "OUT", output={"format": "plain", "rank": 32})
     arrays = load_file(checkpoint.folder / CARRIED_FILE)
-    for damaged in (np.array(numbers, np.float32), np.zeros((1, 3), np.int64)):
+    others = ([[-0.1, 0.1, 0.1]], [[float("nan"), 0.1, 0.1]], [0.1])
+    for damaged in (*(np.array(each, np.float32) for each in others), np.zeros((1, 3), np.int64)):
         save_file({"lost": damaged, "units": arrays["units"]}, checkpoint.folder / CARRIED_FILE)
         with pytest.raises(SourceError, match="a file of the mixture was changed"):
             lost_of(checkpoint.folder)

@@ -67,6 +67,7 @@ def test_it_is_regmeans(shop: Workshop, nearer: Path, name: str, norm: str | Non
     assert np.allclose(found, wanted, atol=2e-4 * np.abs(average).max())
 
 
+@pytest.mark.slow
 def test_it_keeps_more_of_the_experts_than_the_average(shop: Workshop, nearer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_proven(verify(open_checkpoint(nearer)))
     monkeypatch.setattr(nearest, "_RIDGE", 1e9)

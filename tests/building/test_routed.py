@@ -193,6 +193,7 @@ def test_copies_of_a_mixture_are_that_mixture(tmp_path: Path, family: str, ids: 
     )
 
 
+@pytest.mark.slow
 def test_attention_norms_and_head_are_carried_where_weights_sum_to_one(tmp_path: Path, ids: torch.Tensor) -> None:
     """Changes of rank 2 of attention go through the channels. All experts of a token: a tie of two would hide it."""
     shop = moe_shop(tmp_path, "qwen3", num_experts_per_tok=M)
@@ -301,6 +302,7 @@ def test_the_plan_says_what_it_costs(checkpoint: Checkpoint) -> None:
     assert plan.parameters()["active"] == written - more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "plain"), [("qwen3", True), ("qwen3-softmax", False)])
 def test_an_open_recipe_takes_the_plain_form_where_that_keeps_attention(tmp_path: Path, family: str, plain: bool) -> None:
     """As the build measures; what it finds is what is lost in the result."""

@@ -180,6 +180,7 @@ def test_what_a_model_writes_is_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> N
     assert left.startswith("\\x1b]0;title\\x1b[2J") and "a   b\n" in left and "[bold]" in left
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> None:
     """A real one: what is typed, Ctrl-C on an empty line, Ctrl-D."""
     import pty

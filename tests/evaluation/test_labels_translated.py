@@ -80,6 +80,7 @@ def by_hand(
     )
 
 
+@pytest.mark.slow
 def test_by_gate_the_experts_of_the_labels_write(checkpoint: Checkpoint) -> None:
     beams = 2
     results = run(checkpoint, beams, "gate")

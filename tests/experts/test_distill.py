@@ -62,6 +62,7 @@ def distill(given: dict[str, Any], out: Path, **more: Any) -> SpecialistRecord:
     return specialize(out=out, **given, **more)
 
 
+@pytest.mark.slow
 def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Workshop) -> None:
     """At equal steps on equal text, on held-out text, whichever loss says how far it is."""
     teacher = load_model(shop.root / "teacher")

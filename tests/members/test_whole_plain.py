@@ -46,6 +46,7 @@ def expert(kind: str, number: int, name: str = "") -> dict[str, Any]:
     return {"name": name or f"{what}{number}", what: folder, "text": [f"./text/{TEXTS[number % 3]}.jsonl"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("adapters", 2), ("models", 2), ("both", 2), ("both", 4)])
 def test_who_comes_and_goes_leaves_no_trace(shop: Workshop, tmp_path: Path, kind: str, count: int) -> None:
     """Each change gives the bytes of a build of the recipe that is left."""

@@ -57,6 +57,7 @@ def sparse_8b(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
 
 
+@pytest.mark.slow
 def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
     for name in ("base", "a", "b", "c", "d"):
         sparse_8b(tmp_path / name)

@@ -115,6 +115,7 @@ def test_hub_models_are_named(mine: Workshop) -> None:
     assert "base_model" not in card_of(checkpoint)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["token", "context"])
 def test_the_snippet_runs(mine: Workshop, granularity: str) -> None:
     mixture = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": granularity}}

@@ -141,6 +141,7 @@ def decays_of(checkpoint: Checkpoint) -> list[float | None]:
     return [average.decay for average in open_checkpoint(checkpoint.folder).shape.routing.averages]
 
 
+@pytest.mark.slow
 def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop) -> None:
     checkpoint = build(shop, "KEPT", fit="lexical")
     path = checkpoint.folder / STATISTICS_FOLDER / "law.safetensors"
@@ -158,6 +159,7 @@ def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop)
     assert back.record.recipe.mixture.router.decay == [0.91] and is_proven(verify(back, reload=False))  # and comes
 
 
+@pytest.mark.slow
 def test_the_decay_of_a_plain_checkpoint_does_not_follow_chats_in_silence(shop: Workshop) -> None:
     """It is in the attention: another one is another build."""
     for name, chat, there in (("FADES", {}, 0.91), ("LASTS", {"chat": False}, 0.98)):

@@ -75,6 +75,7 @@ def in_memory(model: nn.Module) -> int:
     return sum(part.numel() for part in model.parameters() if part.device.type != "meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True], ids=["text", "kept tokens"])
 def test_pieces_are_of_many_documents_and_of_all_their_parts(tmp_path: Path, kept: bool) -> None:
     """What sets and what is measured are different text where there is enough."""
