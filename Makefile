@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'  # compiled as it is imported
 	touch $(READY)
 
-demo: $(READY)  ## tokenizer, base, experts and mixtures on real text: 9 minutes on two idle cores, 30 on busy ones
+demo: $(READY)  ## tokenizer, base, experts and mixtures on real text: 12 minutes on two idle cores, 30 on busy ones
 	$(BIN)/modekit demo
 
 test: $(READY)  ## every capability once, minutes
